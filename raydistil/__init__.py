@@ -1,0 +1,1 @@
+"""raydistil: distil a transformer."""

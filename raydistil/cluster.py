@@ -1,0 +1,92 @@
+"""The Ray cluster of a run: found or started, checked for size, and left as it was."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from raydistil.config import ClusterConfig
+from raydistil.errors import PlanError
+from raydistil.plan import Need, check_fits, local_cpus
+
+# For every Ray process this run starts. Ray Data sizes its thread pools for large machines unless told.
+ENVIRONMENT = {
+    "RAY_DATA_MAX_FORMAT_THREADPOOL_NUM_WORKERS": "1",
+    "RAY_DATA_DEFAULT_COLLATE_FN_THREADPOOL_MAX_WORKERS": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+@contextmanager
+def cluster(config: ClusterConfig, needs: list[Need]) -> Iterator[None]:
+    """Connected to a cluster that can hold every one of `needs`, in turn. A cluster started here ends with the block.
+
+    Raises PlanError where the cluster is too small, before it is started where that can be known.
+    """
+    import ray
+
+    if ray.is_initialized():
+        _check(needs)
+        yield
+        return
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        _check_local(needs)
+    _quiet()
+    try:
+        _start(config, address)
+        _check(needs)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start(config: ClusterConfig, address: str | None) -> None:
+    import ray
+
+    variables = dict(ENVIRONMENT)
+    if not _has_gpu():
+        variables["DS_ACCELERATOR"] = "cpu"
+    os.environ.update({key: value for key, value in variables.items() if key not in os.environ})
+    runtime_env = {"env_vars": variables}
+    if address is not None:
+        try:
+            ray.init(address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise PlanError(f"expected a Ray cluster at {address}, could not connect: {error}") from error
+        return
+    ray.init(
+        num_cpus=local_cpus(), object_store_memory=config.object_store_bytes, include_dashboard=False,
+        runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR,
+    )  # fmt: skip
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _check_local(needs: list[Need]) -> None:
+    import torch
+
+    for need in needs:
+        check_fits(need, local_cpus(), torch.cuda.device_count(), local_cpus())
+
+
+def _check(needs: list[Need]) -> None:
+    """Against what the cluster says it has."""
+    import ray
+
+    totals = ray.cluster_resources()
+    largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    for need in needs:
+        check_fits(need, totals.get("CPU", 0.0), totals.get("GPU", 0.0), largest)
+
+
+def _quiet() -> None:
+    """Ray's own progress and chatter off; errors stay."""
+    for name in ("ray", "ray.data", "ray.train", "ray.tune", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,356 @@
+"""The configuration: one TOML file, one section per stage; a stage runs if its section is there.
+
+Values come from the file, then from `--set section.key=value`, else from the defaults below. An unknown key is an
+error that names the nearest known one. `result_hash` covers what defines the result (data, models, losses, seed,
+batch sizes) and leaves out what does not (placement, worker counts, serving).
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from raydistil.errors import ConfigError
+from raydistil.types import Precision, Task
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Frozen; no unknown keys; docstrings stand under the fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class CorpusConfig(Section):
+    source: str
+    """`python-docs`, a file or glob (.jsonl .csv .parquet .txt), or the name of a hub data set."""
+    validation_source: str | None = None
+    """Files for the validation split; without it, a share of `source`, chosen by hash."""
+    test_source: str | None = None
+    """Files for the test split; without it, a share of `source`, chosen by hash."""
+    validation_share: Share = 0.05
+    test_share: Share = 0.15
+    text_column: str | None = None
+    """Column that holds the text; None: guessed, and the guess is printed."""
+    label_column: str | None = None
+    """Column that holds the class; None: guessed, and the guess is printed."""
+    hub_config: str | None = None
+    """Configuration of a hub data set, such as `20231101.en` of `wikimedia/wikipedia`."""
+    libraries: tuple[str, ...] = ()
+    """`python-docs` only: top-level import names to read; empty: all that are installed, and the standard library."""
+    max_rows: Positive | None = None
+    max_rows_per_label: Positive | None = None
+    max_rows_per_module: Positive | None = None
+    """`python-docs` only: so that one long module does not stand for a whole library."""
+
+
+class TokensConfig(Section):
+    length: Annotated[int, Field(ge=8)] = 128
+    """Tokens of a packed block, or the longest example kept whole (longer ones are cut, and counted)."""
+    buckets: tuple[Annotated[int, Field(ge=8)], ...] = ()
+    """Padded lengths for labelled examples, ascending; `length` is always the last."""
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    """Texts with fewer tokens are left out, and counted."""
+    max_unknown_share: Share = 1.0
+    """Texts with a larger share of unknown tokens are left out, and counted."""
+
+
+class TeacherConfig(Section):
+    model: str
+    """Local directory in hub layout, hub name, or `package:NAME/SUBDIR` for weights shipped in a Python package."""
+    precision: Precision = "float32"
+
+
+class StudentConfig(Section):
+    layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Teacher layers the student starts from, counted from 0: DistilBERT is [0, 2, 4, 7, 9, 11] of 12."""
+    model: str | None = None
+    """Start from this checkpoint instead (written like teacher.model); it must have the teacher's vocabulary."""
+    family: Literal["same", "distilbert"] = "same"
+    """`same`: the teacher's architecture, shallower. `distilbert`: no token types, no pooler."""
+    dropout: Share | None = None
+    """Dropout of the student, hidden and attention; None: as in the teacher's configuration."""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "StudentConfig":
+        if bool(self.layers) == bool(self.model):
+            raise ValueError("student needs either layers (of the teacher) or model (a checkpoint of its own)")
+        return self
+
+
+class MaskingConfig(Section):
+    kind: Literal["uniform", "frequency"] = "uniform"
+    """`uniform`: each token alike. `frequency`: p ~ count^-smoothing over a micro-batch (DistilBERT, XLM)."""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    smoothing: Annotated[float, Field(ge=0)] = 0.7
+
+
+class TrainConfig(Section):
+    """What the fine-tuning and the distillation loops share."""
+
+    epochs: Positive = 3
+    lr: Annotated[float, Field(gt=0)] = 5e-5
+    warmup_share: Share = 0.05
+    """Share of the steps over which the learning rate rises; it then falls linearly to 0."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest norm of the gradient."""
+    micro_batch_size: Positive = 32
+    """Rows that go through the model at once; fixed for a run."""
+    accumulation: Positive = 1
+    """Micro-batches per optimizer step and worker."""
+    precision: Precision = "float32"
+    """Of the matrix products; weights and optimizer stay float32."""
+    checkpoint_every_min: Annotated[float, Field(gt=0)] = 10.0
+    zero_stage: Literal[0, 1, 2] = 0
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Plain DeepSpeed keys, merged over the generated ones; `check` shows the outcome."""
+
+
+class FinetuneConfig(TrainConfig):
+    model: Literal["teacher", "student"] = "teacher"
+    """Fine-tune the teacher before the distillation, or the student after it."""
+
+
+class LossConfig(Section):
+    """Weights of the terms: loss = kd * KD + task * CE + cosine * (1 - cos)."""
+
+    kd: Annotated[float, Field(ge=0)] = 5.0
+    """Soft labels: T^2 KL(teacher || student) (Hinton et al. 2015)."""
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    task: Annotated[float, Field(ge=0)] = 2.0
+    """Cross-entropy with the data's own labels: classes, or the masked tokens."""
+    cosine: Annotated[float, Field(ge=0)] = 1.0
+    """1 - cos of the last hidden states (Sanh et al. 2019)."""
+    kd_positions: Literal["masked", "all"] = "masked"
+    """Where the MLM soft labels are compared: the masked tokens, or every token that is not padding (DistilBERT)."""
+
+
+class DistillConfig(TrainConfig):
+    loss: LossConfig = LossConfig()
+
+
+class EvaluateConfig(Section):
+    batch_size: Positive = 32
+    no_teacher_baseline: bool = False
+    """Also train the same student (same start, batches, steps) on the labels alone, and score it."""
+    baseline_lr: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of that baseline, tuned as the student's was; None: the student's."""
+    latency_length: Positive = 64
+    """Tokens of the one-row request whose single-thread latency is measured."""
+    latency_rounds: Positive = 60
+
+
+class ExportConfig(Section):
+    license: str | None = None
+    """SPDX name for the model card."""
+
+
+class ServeConfig(Section):
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    replicas: tuple[Positive, Positive] = (1, 2)
+    """Fewest and most replicas; Serve scales between them."""
+    max_batch: Positive = 64
+    """Most inputs of one request."""
+
+
+class ClusterConfig(Section):
+    """Placement: none of it changes the result."""
+
+    address: str | None = None
+    """Ray address; None: RAY_ADDRESS if set, else a local cluster for this run."""
+    object_store_bytes: Annotated[int, Field(ge=128 << 20)] = 2 << 30
+    """Of the local cluster."""
+    students: Positive = 1
+    student_cpus: Annotated[float, Field(gt=0)] = 1
+    student_gpus: Annotated[float, Field(ge=0)] = 0
+    student_threads: Positive | None = None
+    """Threads of torch; None: the cores, shared out between teachers and students."""
+    teachers: tuple[Positive, Positive] = (1, 1)
+    """Fewest and most teacher actors."""
+    teacher_cpus: Annotated[float, Field(gt=0)] = 1
+    teacher_gpus: Annotated[float, Field(ge=0)] = 0
+    teacher_threads: Positive | None = None
+    max_bytes_in_flight: Annotated[int, Field(ge=1 << 20)] = 256 << 20
+    """Most bytes of targets that wait in the object store however fast the teacher is."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Directory of the run below `output_dir`; the same name goes on where it stopped."""
+    output_dir: Path = Path("runs")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    task: Task
+    corpus: CorpusConfig
+    tokens: TokensConfig = TokensConfig()
+    masking: MaskingConfig = MaskingConfig()
+    teacher: TeacherConfig
+    student: StudentConfig
+    finetune: FinetuneConfig | None = None
+    distill: DistillConfig | None = None
+    evaluate: EvaluateConfig | None = None
+    export: ExportConfig | None = None
+    serve: ServeConfig = ServeConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return self.output_dir / self.name
+
+    @model_validator(mode="after")
+    def _buckets_end_at_length(self) -> "Config":
+        if any(bucket >= self.tokens.length for bucket in self.tokens.buckets):
+            raise ValueError(f"tokens.buckets must lie below tokens.length = {self.tokens.length}")
+        return self
+
+
+# What does not define the result, and so may differ between a run and its continuation.
+PLACEMENT = ("name", "output_dir", "evaluate", "export", "serve", "cluster")
+
+
+def load_config(path: Path, overrides: list[str]) -> Config:
+    """Read `path`, apply `section.key=value` overrides in order, and validate.
+
+    Raises ConfigError: no such file, not TOML, unknown key, wrong type or range.
+    """
+    return _validate(merged(read_toml(path), overrides))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"expected a TOML file, found none at {path}: check the path (jobs/ holds examples)")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+def merged(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """`tree` with every override written into a copy of it."""
+    result = json.loads(json.dumps(tree, default=str))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set expects section.key=value, got {override!r}: write for example --set seed=1")
+        _write(result, key.strip().split("."), _value(text.strip()), override)
+    return result
+
+
+def _write(tree: dict[str, Any], path: list[str], value: Any, override: str) -> None:
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {override}: {name} is a value, not a section")
+    tree[path[-1]] = value
+
+
+def _value(text: str) -> Any:
+    """The TOML value `text` stands for; a bare word is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _validate(tree: dict[str, Any]) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        more = "" if error.error_count() == 1 else f" (and {error.error_count() - 1} more)"
+        raise ConfigError(_explain(first) + more) from error
+
+
+def _explain(error: ErrorDetails) -> str:
+    """One line for one pydantic error."""
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {path}{_nearest(path)}"
+    if error["type"] == "missing":
+        return f"{path} is missing: set it in the file or with --set {path}=..."
+    message = error["msg"][0].lower() + error["msg"][1:]
+    where = f"{path}: " if path else ""
+    return f"{where}{message}, got {_short(error['input'])}" if path else f"{where}{message}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _nearest(path: str) -> str:
+    """`, did you mean X?` for the known key most like `path`, or the keys of its section."""
+    known = sorted(all_keys(Config))
+    matches = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+    if matches:
+        return f": did you mean {matches[0]}?"
+    section = path.rpartition(".")[0]
+    siblings = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == section]
+    return f": {section or 'the top level'} has {', '.join(siblings)}"
+
+
+def all_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
+    """Dotted names of every key below `model`, sections included."""
+    keys: set[str] = set()
+    for name, field in model.model_fields.items():
+        keys.add(prefix + name)
+        section = _section_of(field.annotation)
+        if section is not None:
+            keys |= all_keys(section, f"{prefix}{name}.")
+    return keys
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value for a nested dictionary."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def result_part(config: Config) -> dict[str, Any]:
+    """The part of the configuration that defines the result, as plain JSON values."""
+    tree: dict[str, Any] = config.model_dump(mode="json")
+    return {key: value for key, value in tree.items() if key not in PLACEMENT}
+
+
+def result_hash(config: Config) -> str:
+    """16 hex digits over `result_part`."""
+    return digest(result_part(config))
+
+
+def digest(value: Any) -> str:
+    """16 hex digits over any JSON value; equal values give equal digits."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def explain(config: Config, tree: dict[str, Any], overrides: list[str]) -> list[tuple[str, Any, str]]:
+    """(key, value, origin) for every resolved value; origin is `--set`, `file` or `default`."""
+    set_keys = {override.partition("=")[0].strip() for override in overrides}
+    file_keys = set(flatten(tree))
+    rows = []
+    for key, value in flatten(config.model_dump(mode="json", exclude_none=True)).items():
+        origin = "--set" if key in set_keys else "file" if key in file_keys else "default"
+        rows.append((key, value, origin))
+    return rows

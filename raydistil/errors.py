@@ -1,0 +1,41 @@
+"""Every error a user can cause or meet, as one small tree.
+
+    RaydistilError            exit code 2, one line: what was expected, what came, what to do
+    ├── ConfigError           a key, a value or a combination of values in the configuration
+    ├── DataError             a file, a row, a label, an encoding
+    ├── ModelError            a checkpoint, a vocabulary, a layer choice
+    ├── PlanError             the run asks for more than the cluster has
+    └── StorageError          a directory of another run, no space left
+
+    Interrupted               exit code 130: stopped by the user, after a checkpoint
+
+Anything else that escapes is a defect or a failure of the machine: exit code 1 with a traceback.
+"""
+
+
+class RaydistilError(Exception):
+    """A condition the user can act on; its text is the single line that is shown."""
+
+
+class ConfigError(RaydistilError):
+    """The configuration is wrong."""
+
+
+class DataError(RaydistilError):
+    """The corpus is wrong; the text names the file and row."""
+
+
+class ModelError(RaydistilError):
+    """The teacher, the student or the two together are wrong."""
+
+
+class PlanError(RaydistilError):
+    """The cluster cannot hold the run; the text holds the arithmetic."""
+
+
+class StorageError(RaydistilError):
+    """A directory cannot be read or written as the run needs it."""
+
+
+class Interrupted(Exception):
+    """The user stopped the run; the text says where it can go on from."""

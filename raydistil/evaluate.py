@@ -1,0 +1,155 @@
+"""evaluate: checkpoints -> one table, with every score beside the teacher's.
+
+Classification: accuracy with its Wilson interval, and macro F1. Masked-LM: the share of masked tokens found and the
+mean cross-entropy at them, on masks that depend on nothing but the text's place, so every model meets the same ones.
+Latency: median over interleaved rounds, one row, one thread, float32.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from sklearn.metrics import f1_score
+
+from raydistil.config import EvaluateConfig, MaskingConfig
+from raydistil.manifest import Manifest
+from raydistil.models import HeadedEncoder, load_model, num_parameters, on_device
+from raydistil.stream import MicroBatches, SourceSpec
+from raydistil.types import IGNORE, Precision, Score, Split, Task, TokenBatch
+
+Z95 = 1.959964
+MASK_SEED = 20_191_008  # fixed: a score must not change with the seed of the training
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A model to be scored."""
+
+    name: str
+    model: str  # directory or hub name
+    timed: bool  # whether its latency belongs in the table
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReport:
+    """One row of the table."""
+
+    name: str
+    parameters: int
+    size_bytes: int  # of the weights on disk, float32
+    score: Score
+    macro_f1: float | None
+    mlm_loss: float | None  # nats per masked token
+    latency_p50_ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateSpec:
+    """What the models are scored on."""
+
+    task: Task
+    store: Path
+    split: Split
+    masking: MaskingConfig | None
+    labels: tuple[str, ...]
+    precision: Precision
+    config: EvaluateConfig
+    threads: int
+
+
+def evaluate(spec: EvaluateSpec, candidates: list[Candidate]) -> list[ModelReport]:
+    """Score every candidate on `spec.split`, then time those that are to be timed."""
+    torch.set_num_threads(spec.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scored = [_scored(spec, candidate, device) for candidate in candidates]
+    timed = [candidate for candidate in candidates if candidate.timed]
+    latency = dict(zip([c.name for c in timed], latencies_ms(spec, timed), strict=True))
+    return [
+        ModelReport(c.name, parameters, 4 * parameters, score, f1, loss, latency.get(c.name))
+        for c, (parameters, score, f1, loss) in zip(candidates, scored, strict=True)
+    ]
+
+
+def _scored(
+    spec: EvaluateSpec, candidate: Candidate, device: torch.device
+) -> tuple[int, Score, float | None, float | None]:
+    model = HeadedEncoder(load_model(candidate.model, spec.task, spec.labels), spec.task, spec.precision)
+    model.eval().to(device)
+    if spec.task == "mlm":
+        losses, hits = _mlm_outcomes(model, spec, device)
+        return num_parameters(model), wilson("masked accuracy", hits), None, float(losses.mean())
+    truth, guesses = _class_outcomes(model, spec, device)
+    f1 = float(f1_score(truth, guesses, average="macro"))
+    return num_parameters(model), wilson("accuracy", truth == guesses), f1, None
+
+
+def batches(spec: EvaluateSpec) -> Iterator[TokenBatch]:
+    """Every row of the split once."""
+    from raydistil.tokens import TokenStore
+
+    rows = TokenStore(spec.store).bucket_rows(spec.split)
+    source = SourceSpec(spec.store, spec.split, Manifest(rows, 1, spec.config.batch_size, MASK_SEED), spec.masking)
+    maker = MicroBatches(source)
+    return (maker.make(index) for index in range(source.manifest.num_micro_batches))
+
+
+@torch.inference_mode()
+def _class_outcomes(
+    model: HeadedEncoder, spec: EvaluateSpec, device: torch.device
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(true classes, predicted classes), one a row."""
+    truth, guesses = [], []
+    for batch in batches(spec):
+        _, logits = model(*on_device(batch, device), None)
+        assert logits is not None and batch.labels_B is not None
+        truth.append(batch.labels_B.astype(np.int64))
+        guesses.append(logits.argmax(-1).cpu().numpy())
+    return np.concatenate(truth), np.concatenate(guesses)
+
+
+@torch.inference_mode()
+def _mlm_outcomes(
+    model: HeadedEncoder, spec: EvaluateSpec, device: torch.device
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """(cross-entropy in nats, found or not), one a masked token."""
+    losses, hits = [], []
+    for batch in batches(spec):
+        ids_BL, mask_BL = on_device(batch, device)
+        labels_T = torch.from_numpy(np.asarray(batch.labels_BL, np.int64)).to(device)[mask_BL]
+        at_T = labels_T != IGNORE
+        _, logits = model(ids_BL, mask_BL, at_T)
+        losses.append(F.cross_entropy(logits, labels_T[at_T], reduction="none").cpu().numpy())
+        hits.append((logits.argmax(-1) == labels_T[at_T]).cpu().numpy())
+    return np.concatenate(losses), np.concatenate(hits)
+
+
+def wilson(metric: str, hits: NDArray[np.bool_]) -> Score:
+    """Share of hits with its 95 % Wilson score interval (Wilson 1927)."""
+    n, share = len(hits), float(hits.mean())
+    centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
+    return Score(metric, share, centre - half, centre + half, n)
+
+
+def latencies_ms(spec: EvaluateSpec, candidates: list[Candidate]) -> list[float]:
+    """Median milliseconds of a one-row forward pass of each, the rounds interleaved so that noise hits all alike."""
+    torch.set_num_threads(1)
+    models = [load_model(candidate.model, spec.task, spec.labels).eval() for candidate in candidates]
+    length = spec.config.latency_length
+    ids = torch.arange(1000, 1000 + length)[None, :] % min((m.config.vocab_size for m in models), default=1)
+    times: list[list[float]] = [[] for _ in models]
+    with torch.inference_mode():
+        for round_number in range(spec.config.latency_rounds + 5):
+            for model, measured in zip(models, times, strict=True):
+                started = time.perf_counter()
+                model(input_ids=ids, attention_mask=torch.ones_like(ids))
+                if round_number >= 5:  # the first rounds warm up
+                    measured.append(1000 * (time.perf_counter() - started))
+    return [statistics.median(measured) for measured in times]

@@ -1,0 +1,55 @@
+"""export: the student as a Hugging Face directory with a model card made of the measured numbers."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from raydistil import rundir
+from raydistil.config import Config
+from raydistil.errors import StorageError
+from raydistil.pipeline import Prepared
+from raydistil.storage import whole_directory
+
+NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
+
+
+def export(run: Prepared, report: dict[str, Any]) -> Path:
+    """Write run_dir/student, whole or not at all. Raises StorageError where there is nothing to export."""
+    source, target = run.run_dir / rundir.DISTILLED, run.run_dir / rundir.STUDENT
+    missing = [name for name in NEEDED if not (source / name).exists()]
+    if missing:
+        raise StorageError(f"expected a distilled student at {source}, {missing[0]} is not there: run distill first")
+    with whole_directory(target) as scratch:
+        shutil.copytree(source, scratch, dirs_exist_ok=True)
+        (scratch / "README.md").write_text(model_card(run.config, report))
+        rundir.write_json(scratch / "raydistil.json", report)
+    return target
+
+
+def model_card(config: Config, report: dict[str, Any]) -> str:
+    """Front matter, what the model is, and a table of what was measured (nothing where nothing was)."""
+    license_line = f"license: {config.export.license}\n" if config.export and config.export.license else ""
+    pipeline_tag = "text-classification" if config.task == "classification" else "fill-mask"
+    head = f"---\n{license_line}library_name: transformers\npipeline_tag: {pipeline_tag}\n---\n\n# {config.name}\n\n"
+    layers = f"layers {list(config.student.layers)} of it" if config.student.layers else config.student.model
+    body = (
+        f"A student of `{config.teacher.model}`, started from {layers} and distilled on `{config.corpus.source}` with "
+        f"raydistil (seed {config.seed}).\n"
+    )
+    return head + body + (_card_table(report) if report else "\nNot evaluated.\n")
+
+
+def _card_table(report: dict[str, Any]) -> str:
+    lines = ["", "| model | parameters | score | 95 % interval | latency p50 (ms) |", "|---|---|---|---|---|"]
+    for model in report["models"]:
+        score = model["score"]
+        latency = "" if model["latency_p50_ms"] is None else f"{model['latency_p50_ms']:.1f}"
+        lines.append(
+            f"| {model['name']} | {model['parameters']:,} | {score['value']:.4f} | "
+            f"{score['low']:.4f} to {score['high']:.4f} | {latency} |"
+        )
+    metric, rows = report["models"][0]["score"]["metric"], report["models"][0]["score"]["rows"]
+    return "\n".join(lines) + (
+        f"\n\nScore: {metric} on {rows:,} test items. Retention {report['retention']:.3f}, speed-up "
+        f"{report['speedup']:.2f}x (one row, one thread). Configuration {report['config_hash']}.\n"
+    )

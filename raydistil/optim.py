@@ -1,0 +1,61 @@
+"""Optimizer, schedule and the DeepSpeed configuration they are given to DeepSpeed in."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from raydistil.config import TrainConfig
+
+
+def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
+    """The DeepSpeed JSON of a run: ours, with the user's keys merged over it.
+
+    `torch_adam`: DeepSpeed's own Adam would be compiled at the first step, which takes minutes and a compiler.
+    """
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": train.clip,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": train.lr, "betas": list(train.betas), "eps": train.eps, "weight_decay": train.weight_decay,
+                "torch_adam": True,
+            },
+        },
+        "zero_optimization": {"stage": train.zero_stage},
+        "steps_per_print": 2**31 - 1,
+    }  # fmt: skip
+    return _merged(ours, train.deepspeed)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merged(result[key], value) if both else value
+    return result
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases and norms (one-dimensional) do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def linear_schedule(num_steps: int, warmup_share: float) -> Callable[[Optimizer], LambdaLR]:
+    """Learning rate factor: 0 to 1 over the warm-up, then linearly to 0 at `num_steps`."""
+    warmup = round(num_steps * warmup_share)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return max(0.0, (num_steps - step) / max(1, num_steps - warmup))
+
+    return lambda optimizer: LambdaLR(optimizer, factor)

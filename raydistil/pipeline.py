@@ -1,0 +1,287 @@
+"""The chain: prepare -> finetune -> distill -> evaluate -> export. Each stage leaves its result in the run's directory
+and is skipped where that is there already, so a run goes on where it stopped."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raydistil import rundir
+from raydistil.config import Config, LossConfig, TrainConfig, result_hash
+from raydistil.corpus import open_corpus
+from raydistil.errors import ConfigError, ModelError
+from raydistil.manifest import Manifest
+from raydistil.models import load_model, load_tokenizer, quiet_transformers, resolve
+from raydistil.plan import Need, cores, need_of, threads
+from raydistil.storage import whole_directory
+from raydistil.stream import SourceSpec
+from raydistil.student import build_student, check_layers, check_vocabularies, save_model
+from raydistil.teacher import TeacherSpec
+from raydistil.tokens import TokenStore, build_store
+
+LABELS_ONLY = LossConfig(kd=0, task=1, cosine=0)
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What every stage needs: the configuration, its directory and the token store."""
+
+    config: Config
+    run_dir: Path
+    store: TokenStore
+    say: Say
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.store.meta.labels
+
+    @property
+    def teacher_dir(self) -> str:
+        """Where the teacher of the distillation is: fine-tuned here, or as it came."""
+        return str(self.run_dir / rundir.TEACHER) if self.config.finetune else resolve(self.config.teacher.model)
+
+
+def prepare(config: Config, say: Say) -> Prepared:
+    """Everything that can be wrong with the input shows here, before any Ray process starts."""
+    quiet_transformers()
+    check_models(config)
+    run_dir = rundir.claim(config)
+    store = TokenStore(make_store(config))
+    for line in describe_store(store):
+        say(line)
+    return Prepared(config, run_dir, store, say)
+
+
+def make_store(config: Config) -> Path:
+    labelled = config.task == "classification"
+    corpus = open_corpus(config.corpus, labelled)
+    return build_store(corpus, load_tokenizer(config.teacher.model), config.tokens, labelled)
+
+
+def describe_store(store: TokenStore) -> list[str]:
+    """What the user should know of the data: guesses, counts, what was cut or left out."""
+    meta = store.meta
+    lines = list(meta.notes)
+    if meta.labels:
+        lines.append(f"classes: {', '.join(meta.labels)}")
+    for split, counts in meta.splits.items():
+        left_out = [
+            f"{number:,} {what}"
+            for number, what in (
+                (counts.truncated, "cut"), (counts.too_short, "too short"), (counts.too_unknown, "too unknown"),
+            ) if number
+        ]  # fmt: skip
+        waste = counts.padding / max(1, counts.padding + counts.tokens)
+        notes = "".join(f", {note}" for note in left_out)
+        lines.append(f"{split}: {counts.rows:,} rows, {counts.tokens:,} tokens, {waste:.1%} padding{notes}")
+    return lines
+
+
+def check_models(config: Config) -> None:
+    """Raise ModelError for a teacher that cannot be loaded or a student that cannot be made from it."""
+    from transformers import AutoConfig
+
+    teacher = resolve(config.teacher.model)
+    try:
+        shape = AutoConfig.from_pretrained(teacher)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"teacher.model: expected a model in hub layout, cannot load {teacher!r}: {reason}") from error
+    check_layers(config.student.layers, shape.num_hidden_layers)
+    tokenizer = load_tokenizer(config.teacher.model)
+    if len(tokenizer) > shape.vocab_size:
+        raise ModelError(
+            f"teacher.model: expected a tokenizer with at most the model's {shape.vocab_size} tokens, got "
+            f"{len(tokenizer)}: use the tokenizer the model was trained with"
+        )
+    if config.tokens.length > shape.max_position_embeddings:
+        raise ConfigError(
+            f"tokens.length: expected at most the teacher's {shape.max_position_embeddings} positions, got "
+            f"{config.tokens.length}"
+        )
+    if config.student.model is not None:
+        check_vocabularies(config.teacher.model, config.student.model)
+
+
+# ---- training stages
+
+
+def finetune(run: Prepared) -> None:
+    """Teach the teacher the task (or, with task mlm, the corpus): run_dir/teacher."""
+    assert run.config.finetune is not None
+    init = resolve(run.config.teacher.model)
+    _train(run, "finetune", run.config.finetune, LABELS_ONLY, init, rundir.TEACHER, with_teacher=False)
+
+
+def distill(run: Prepared) -> None:
+    """Build the student and teach it what the teacher says: run_dir/distilled."""
+    assert run.config.distill is not None
+    config = run.config.distill
+    _train(run, "distill", config, config.loss, _student_init(run), rundir.DISTILLED, with_teacher=True)
+
+
+def train_baseline(run: Prepared) -> None:
+    """The same student (same start, batches, masks, steps) on the labels alone: run_dir/no_teacher."""
+    assert run.config.distill is not None and run.config.evaluate is not None
+    lr = run.config.evaluate.baseline_lr or run.config.distill.lr
+    config = run.config.distill.model_copy(update={"lr": lr})
+    name = f"{rundir.NO_TEACHER}-{lr:g}"
+    _train(run, "no-teacher", config, LABELS_ONLY, _student_init(run), name, with_teacher=False)
+    shutil.copytree(run.run_dir / name, run.run_dir / rundir.NO_TEACHER, dirs_exist_ok=True)
+
+
+def _student_init(run: Prepared) -> str:
+    """The directory of the untrained student, written once."""
+    path = run.run_dir / rundir.STUDENT_INIT
+    if not path.exists():
+        import torch
+
+        torch.manual_seed(run.config.seed)
+        teacher = load_model(run.teacher_dir, run.config.task, run.labels)
+        with whole_directory(path) as scratch:
+            save_model(build_student(teacher, run.config.student, run.config.task), run.teacher_dir, scratch)
+    return str(path)
+
+
+def _train(
+    run: Prepared, stage: str, train_config: TrainConfig, loss: LossConfig, init: str, target: str, with_teacher: bool
+) -> None:
+    """One training run, unless its model is there already."""
+    from raydistil.train import TrainRun, train
+    from raydistil.worker import WorkerSpec
+
+    if (run.run_dir / target).exists():
+        run.say(f"{stage}: done before, kept in {run.run_dir / target}")
+        return
+    config, cluster = run.config, run.config.cluster
+    student_threads, teacher_threads = threads(cluster, with_teacher)
+    rows = run.store.bucket_rows("train")
+    manifest = Manifest(rows, train_config.epochs, train_config.micro_batch_size, config.seed)
+    masking = config.masking if config.task == "mlm" else None
+    teacher = TeacherSpec(run.teacher_dir, config.task, config.teacher.precision, teacher_threads)
+    worker = WorkerSpec(
+        task=config.task, init=init, tokenizer=resolve(config.teacher.model),
+        teacher=run.teacher_dir if with_teacher else None, labels=run.labels, train=train_config, loss=loss,
+        seed=config.seed, threads=student_threads, per_epoch=manifest.per_epoch,
+        num_slots=manifest.padded_to(cluster.students * train_config.accumulation),
+    )  # fmt: skip
+    source = SourceSpec(run.store.path, "train", manifest, masking)
+    job = TrainRun(stage, source, worker, teacher if with_teacher else None, cluster, run.run_dir)
+    summary = train(job, run.run_dir / target)
+    rundir.write_summary(run.run_dir, stage, summary, {"positions": manifest.num_positions})
+    run.say(_describe(stage, summary))
+
+
+def _describe(stage: str, summary: Any) -> str:
+    text = f"{stage}: {summary.steps} steps, {summary.tokens:,} tokens in {summary.wall_s:.0f} s"
+    if summary.teacher_builds:
+        both = summary.overlap_s / max(summary.student_busy_s, 1e-9)
+        text += (
+            f"; teacher built {summary.teacher_builds}x, at work during {both:.0%} of the student's time, "
+            f"student waited {summary.wait_s / max(summary.wall_s, 1e-9):.0%}"
+        )
+    return text
+
+
+# ---- evaluation and export
+
+
+def evaluate(run: Prepared) -> dict[str, Any]:
+    """Score teacher, student and whatever was asked to stand beside them; returns the report and writes it."""
+    import ray
+
+    from raydistil.evaluate import EvaluateSpec, evaluate as score
+
+    assert run.config.evaluate is not None
+    config = run.config
+    if config.evaluate.no_teacher_baseline:
+        train_baseline(run)
+    spec = EvaluateSpec(
+        config.task, run.store.path, "test", config.masking if config.task == "mlm" else None, run.labels,
+        config.teacher.precision, config.evaluate, cores(),
+    )  # fmt: skip
+    remote = ray.remote(num_cpus=1, num_gpus=config.cluster.student_gpus)(score)
+    rows = ray.get(remote.remote(spec, _candidates(run)))
+    report = build_report(run, {row.name: row for row in rows})
+    rundir.write_json(run.run_dir / rundir.REPORT, report)
+    return report
+
+
+def _candidates(run: Prepared) -> list[Any]:
+    from raydistil.evaluate import Candidate
+
+    found = [Candidate("teacher", run.teacher_dir, True), Candidate("student", str(run.run_dir / rundir.DISTILLED), True)]
+    if run.config.task == "mlm":
+        found.append(Candidate("untrained", str(run.run_dir / rundir.STUDENT_INIT), False))
+    if run.config.evaluate is not None and run.config.evaluate.no_teacher_baseline:
+        found.append(Candidate("no_teacher", str(run.run_dir / rundir.NO_TEACHER), False))
+    return found
+
+
+def build_report(run: Prepared, rows: dict[str, Any]) -> dict[str, Any]:
+    """The one JSON object of a run: flat figures first, then what they were made from."""
+    from dataclasses import asdict
+
+    teacher, student = rows["teacher"], rows["student"]
+    report: dict[str, Any] = {f"{name}_score": row.score.value for name, row in rows.items()}
+    report |= {f"{name}_mlm_loss": row.mlm_loss for name, row in rows.items() if row.mlm_loss is not None}
+    report |= {
+        "metric": teacher.score.metric,
+        "retention": student.score.value / teacher.score.value,
+        "teacher_params": teacher.parameters,
+        "student_params": student.parameters,
+        "speedup": teacher.latency_p50_ms / student.latency_p50_ms,
+        "student_dir": str(run.run_dir / rundir.STUDENT),
+        "seed": run.config.seed,
+        "config_hash": result_hash(run.config),
+        "models": [asdict(row) for row in rows.values()],
+        "stages": {stage: rundir.read_summary(run.run_dir, stage) for stage in ("finetune", "distill", "no-teacher")},
+    }
+    return report
+
+
+def run_all(config: Config, say: Say) -> dict[str, Any]:
+    """The whole chain as the configuration has it. Returns the report, with `wall_s`."""
+    from raydistil.cluster import cluster
+    from raydistil.export import export
+
+    started = time.time()
+    run = prepare(config, say)
+    with cluster(config.cluster, needs(config)):
+        report = _stages(run)
+    export(run, report)
+    report["wall_s"] = round(time.time() - started, 1)
+    rundir.write_json(run.run_dir / rundir.REPORT, report)
+    return report
+
+
+def _stages(run: Prepared) -> dict[str, Any]:
+    if run.config.finetune:
+        finetune(run)
+    if run.config.distill:
+        distill(run)
+    return evaluate(run) if run.config.evaluate else {}
+
+
+def needs(config: Config) -> list[Need]:
+    """What the training stages of `config` ask of the cluster, one after the other."""
+    wanted = [need_of(config.cluster, with_teacher=False)] if config.finetune else []
+    return wanted + ([need_of(config.cluster, with_teacher=True)] if config.distill else [])
+
+
+def run_stage(config: Config, stage: str, say: Say) -> dict[str, Any]:
+    """One stage of the chain; the ones before it must have left their results."""
+    from raydistil.cluster import cluster
+    from raydistil.export import export
+
+    run = prepare(config, say)
+    if stage == "export":
+        return {"student_dir": str(export(run, rundir.read_report(run.run_dir)))}
+    work = {"finetune": finetune, "distill": distill, "evaluate": evaluate}[stage]
+    if stage in ("distill", "evaluate") and not Path(run.teacher_dir).exists():
+        raise ConfigError(f"expected a fine-tuned teacher at {run.teacher_dir}, found none: run finetune first")
+    with cluster(config.cluster, needs(config)):
+        return work(run) or {"stage": stage, **(rundir.read_summary(run.run_dir, stage) or {})}

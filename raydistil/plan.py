@@ -1,0 +1,76 @@
+"""What a run needs of the cluster, checked before it starts: Ray waits in silence for what will never come."""
+
+import os
+from dataclasses import dataclass
+
+from raydistil.config import ClusterConfig
+from raydistil.errors import PlanError
+
+READ_CPUS = 0.25  # a task that reads and masks tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Logical resources of one training run, at its smallest."""
+
+    students: int
+    student_cpus: float
+    student_gpus: float
+    teachers: int
+    teacher_cpus: float
+    teacher_gpus: float
+
+    @property
+    def cpus(self) -> float:
+        return self.students * self.student_cpus + self.teachers * self.teacher_cpus + READ_CPUS
+
+    @property
+    def gpus(self) -> float:
+        return self.students * self.student_gpus + self.teachers * self.teacher_gpus
+
+    def arithmetic(self) -> str:
+        """How `cpus` and `gpus` come about."""
+        cpus = f"{self.students} students x {self.student_cpus:g} + {self.teachers} teachers x {self.teacher_cpus:g}"
+        gpus = f"{self.students} x {self.student_gpus:g} + {self.teachers} x {self.teacher_gpus:g}"
+        return f"CPUs: {cpus} + {READ_CPUS:g} to read = {self.cpus:g}; GPUs: {gpus} = {self.gpus:g}"
+
+
+def need_of(cluster: ClusterConfig, with_teacher: bool) -> Need:
+    """What `cluster` asks for, with as few teachers as it allows."""
+    teachers = cluster.teachers[0] if with_teacher else 0
+    return Need(
+        cluster.students, cluster.student_cpus, cluster.student_gpus, teachers, cluster.teacher_cpus,
+        cluster.teacher_gpus,
+    )  # fmt: skip
+
+
+def check_fits(need: Need, cpus: float, gpus: float, largest_cpus: float) -> None:
+    """Raise PlanError, with the arithmetic, where the cluster's totals or its largest node are too small."""
+    if need.cpus > cpus or need.gpus > gpus:
+        raise PlanError(
+            f"expected a cluster that holds the run ({need.arithmetic()}), found {cpus:g} CPUs and {gpus:g} GPUs: "
+            f"lower cluster.students, cluster.teachers or their cpus and gpus, or add nodes"
+        )
+    widest = max(need.student_cpus, need.teacher_cpus if need.teachers else 0)
+    if widest > largest_cpus:
+        raise PlanError(
+            f"expected a node with {widest:g} CPUs for one worker, the largest has {largest_cpus:g}: "
+            f"lower cluster.student_cpus or cluster.teacher_cpus"
+        )
+
+
+def local_cpus() -> int:
+    """Logical CPUs of a local cluster: bookkeeping for Ray, twice the cores so that a small machine holds every part."""
+    return max(8, 2 * cores())
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads(cluster: ClusterConfig, with_teacher: bool) -> tuple[int, int]:
+    """(threads of a student, threads of a teacher): as configured, else the cores shared out evenly."""
+    teachers = cluster.teachers[0] if with_teacher else 0
+    share = max(1, cores() // (cluster.students + teachers))
+    return cluster.student_threads or share, cluster.teacher_threads or share

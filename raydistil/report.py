@@ -1,0 +1,188 @@
+"""What a run says of itself: measured by the student's rank 0, carried by one small actor, shown by the driver.
+
+Shown as one live line in a terminal and as plain lines elsewhere; every step also goes to `metrics.jsonl`.
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+import ray
+from ray.actor import ActorHandle
+from torch import Tensor
+
+from raydistil.types import StepMetrics, TeacherTiming, TrainSummary
+
+Interval = tuple[float, float]
+PUSH_EVERY_S = 0.25
+PLAIN_EVERY_S = 10.0
+
+
+def overlap(first: list[Interval], second: list[Interval]) -> float:
+    """Seconds that lie in an interval of both lists; the intervals of one list may overlap each other."""
+    total, i, j = 0.0, 0, 0
+    left, right = _union(first), _union(second)
+    while i < len(left) and j < len(right):
+        total += max(0.0, min(left[i][1], right[j][1]) - max(left[i][0], right[j][0]))
+        if left[i][1] < right[j][1]:
+            i += 1
+        else:
+            j += 1
+    return total
+
+
+def _union(intervals: list[Interval]) -> list[Interval]:
+    joined: list[Interval] = []
+    for start, end in sorted(intervals):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return joined
+
+
+class Meter:
+    """Where the time of one student worker goes. Rank 0's is pushed to the progress actor."""
+
+    def __init__(self, rank: int, progress: ActorHandle, num_steps: int, first_step: int) -> None:
+        self._rank = rank
+        self._progress = progress
+        self._num_steps = num_steps
+        self._first_step = first_step
+        self._began = self._pushed = time.time()
+        self._student: list[Interval] = []
+        self._teacher: list[Interval] = []
+        self._teachers: set[str] = set()
+        self._wait_s = self._wait_since_push = 0.0
+        self._tokens = self._tokens_since_push = self._teacher_tokens = 0
+        self._bytes = self._micro_batches = 0
+        self._losses: dict[str, float] = {}
+        self._step = first_step
+        self._reply: Any = None
+        self._stop = False
+
+    def micro_step(
+        self, asked: float, started: float, ended: float, tokens: int, timing: TeacherTiming | None, num_bytes: int
+    ) -> None:
+        """One micro-batch: asked for, there, trained on (seconds of the wall clock)."""
+        self._wait_s += started - asked
+        self._wait_since_push += started - asked
+        self._student.append((started, ended))
+        self._tokens += tokens
+        self._tokens_since_push += tokens
+        self._bytes += num_bytes
+        self._micro_batches += 1
+        if timing is not None:
+            self._teachers.add(timing.actor)
+            self._teacher.append((timing.started_s, timing.ended_s))
+            self._teacher_tokens += timing.tokens
+
+    def step(self, step: int, epoch: float, losses: dict[str, Tensor], lr: float) -> None:
+        """One optimizer step is done."""
+        self._step = step
+        now = time.time()
+        if self._rank != 0 or (now - self._pushed < PUSH_EVERY_S and step < self._num_steps):
+            return
+        self._losses = {name: value.item() for name, value in losses.items()}
+        elapsed = max(now - self._pushed, 1e-9)
+        metrics = StepMetrics(
+            step=step, num_steps=self._num_steps, epoch=epoch, losses=self._losses, lr=lr,
+            student_tok_s=self._tokens_since_push / elapsed, teacher_tok_s=self._teacher_rate(),
+            wait_share=self._wait_since_push / elapsed,
+            eta_s=(now - self._began) / max(1, step - self._first_step) * (self._num_steps - step),
+        )  # fmt: skip
+        self._pushed, self._tokens_since_push, self._wait_since_push = now, 0, 0.0
+        self._reply = self._progress.push.remote(asdict(metrics))
+
+    def stop_requested(self) -> bool:
+        """Whether the driver has asked the run to stop, as far as the answers so far say."""
+        if self._reply is not None and ray.wait([self._reply], timeout=0)[0]:
+            self._stop = self._stop or ray.get(self._reply)
+            self._reply = None
+        return self._stop
+
+    def _teacher_rate(self) -> float:
+        """Tokens a second that the teachers make while they work, all of them together."""
+        busy = sum(end - start for start, end in self._teacher)
+        return self._teacher_tokens / busy * len(self._teachers) if busy else 0.0
+
+    def summary(self, interrupted: bool) -> TrainSummary:
+        return TrainSummary(
+            steps=self._step, micro_batches=self._micro_batches, tokens=self._tokens,
+            wall_s=time.time() - self._began, wait_s=self._wait_s,
+            student_busy_s=sum(end - start for start, end in self._student),
+            teacher_busy_s=sum(end - start for start, end in self._teacher),
+            overlap_s=overlap(self._student, self._teacher), teacher_builds=len(self._teachers),
+            wire_bytes=self._bytes, final_losses=self._losses, interrupted=interrupted,
+        )  # fmt: skip
+
+
+@ray.remote(num_cpus=0)
+class Progress:
+    """Step metrics from rank 0 to the driver, and the driver's wish to stop back."""
+
+    def __init__(self) -> None:
+        self._pending: list[dict[str, Any]] = []
+        self._stop = False
+
+    def push(self, metrics: dict[str, Any]) -> bool:
+        """Keep `metrics` for the driver; answers whether to stop."""
+        self._pending.append(metrics)
+        return self._stop
+
+    def drain(self) -> list[dict[str, Any]]:
+        pending, self._pending = self._pending, []
+        return pending
+
+    def stop(self) -> None:
+        self._stop = True
+
+
+class LiveLine:
+    """One line that is rewritten in a terminal; a plain line now and then elsewhere."""
+
+    def __init__(self, stage: str, metrics_file: Path, out: TextIO | None = None) -> None:
+        self._stage = stage
+        self._out = sys.stderr if out is None else out
+        self._terminal = self._out.isatty()
+        self._file = metrics_file
+        self._shown = 0.0
+        self._open = False
+
+    def show(self, metrics: StepMetrics) -> None:
+        """Write to the file, and to the terminal when it is time."""
+        with self._file.open("a") as file:
+            file.write(json.dumps({"stage": self._stage, "time": time.time(), **asdict(metrics)}) + "\n")
+        last = metrics.step == metrics.num_steps
+        if not self._terminal and not last and time.monotonic() - self._shown < PLAIN_EVERY_S:
+            return
+        self._shown = time.monotonic()
+        line = f"{self._stage:<11} {format_step(metrics)}"
+        self._out.write(f"\r\x1b[K{line}" if self._terminal else line + "\n")
+        self._out.flush()
+        self._open = self._terminal
+
+    def close(self) -> None:
+        """End the live line, so that what follows starts on its own."""
+        if self._open:
+            self._out.write("\n")
+            self._out.flush()
+            self._open = False
+
+
+def format_step(metrics: StepMetrics) -> str:
+    """`step 12/480 | loss 1.23 (kd 0.10 task 0.90) | student 3.1k tok/s | ... | ETA 1:20`."""
+    terms = " ".join(f"{name} {value:.3f}" for name, value in metrics.losses.items() if name != "loss")
+    parts = [f"step {metrics.step}/{metrics.num_steps}", f"loss {metrics.losses['loss']:.3f} ({terms})"]
+    parts.append(f"student {_rate(metrics.student_tok_s)}")
+    if metrics.teacher_tok_s:
+        parts.append(f"teacher {_rate(metrics.teacher_tok_s)}")
+    parts += [f"wait {metrics.wait_share:.0%}", f"ETA {int(metrics.eta_s) // 60}:{int(metrics.eta_s) % 60:02d}"]
+    return " | ".join(parts)
+
+
+def _rate(tokens_s: float) -> str:
+    return f"{tokens_s / 1000:.1f}k tok/s"

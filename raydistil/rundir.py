@@ -1,0 +1,75 @@
+"""The directory of a run: which run it belongs to, what each stage left there."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from raydistil.config import Config, flatten, result_hash, result_part
+from raydistil.errors import StorageError
+from raydistil.storage import is_disk_full
+from raydistil.types import TrainSummary
+
+CONFIG = "config.json"
+REPORT = "report.json"
+TEACHER = "teacher"  # fine-tuned
+STUDENT_INIT = "student_init"  # before training
+DISTILLED = "distilled"
+NO_TEACHER = "no_teacher"  # the same student, trained on the labels alone
+STUDENT = "student"  # exported
+
+
+def claim(config: Config) -> Path:
+    """The run's directory, made if need be.
+
+    Raises StorageError if it belongs to a run whose result is defined otherwise.
+    """
+    path = config.run_dir
+    kept = path / CONFIG
+    if kept.exists():
+        before = json.loads(kept.read_text())
+        if before["hash"] != result_hash(config):
+            raise StorageError(
+                f"expected {path} to be this run's, but it holds another one ({_changes(before['config'], config)}): "
+                f"choose another with --set name=..., or remove it"
+            )
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(kept, {"hash": result_hash(config), "config": config.model_dump(mode="json")})
+    return path
+
+
+def _changes(before: dict[str, Any], config: Config) -> str:
+    """The first few keys that define the result and differ."""
+    now = flatten(result_part(config))
+    then = {key: value for key, value in flatten(before).items()}
+    changed = [key for key in now if now[key] != then.get(key)]
+    shown = ", ".join(f"{key}: {then.get(key)!r} there, {now[key]!r} here" for key in changed[:3])
+    return shown + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically. Raises StorageError when the disk is full; the previous file is then intact."""
+    scratch = path.with_suffix(".new")
+    try:
+        scratch.write_text(json.dumps(value, indent=1, default=str) + "\n")
+        scratch.replace(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        if is_disk_full(error):
+            raise StorageError(f"no space left while writing {path}: free some and run again") from error
+        raise
+
+
+def write_summary(run_dir: Path, stage: str, summary: TrainSummary, sizes: dict[str, Any]) -> None:
+    write_json(run_dir / f"{stage}.json", asdict(summary) | sizes)
+
+
+def read_summary(run_dir: Path, stage: str) -> dict[str, Any] | None:
+    path = run_dir / f"{stage}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def read_report(run_dir: Path) -> dict[str, Any]:
+    """The report as far as there is one."""
+    path = run_dir / REPORT
+    return json.loads(path.read_text()) if path.exists() else {}

@@ -1,0 +1,70 @@
+"""Where files go: the cache, and directories that appear whole or not at all."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from raydistil.errors import StorageError
+
+
+def cache_dir() -> Path:
+    """RAYDISTIL_CACHE, else `raydistil` in the user's cache directory."""
+    chosen = os.environ.get("RAYDISTIL_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "raydistil"
+
+
+@contextmanager
+def whole_directory(target: Path) -> Iterator[Path]:
+    """A scratch directory beside `target` that takes its place when the block ends well.
+
+    Whatever stood at `target` before stays untouched until then, and for good if the block raises.
+    Raises StorageError when the disk is full.
+    """
+    scratch = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        yield scratch
+        _replace(scratch, target)
+    except Exception as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if is_disk_full(error):
+            raise _disk_full(target) from error
+        raise
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _replace(scratch: Path, target: Path) -> None:
+    """Put `scratch` in the place of `target`; a reader sees the old one or the new one."""
+    if target.exists():
+        old = target.with_name(f".{target.name}.old.{os.getpid()}")
+        target.rename(old)
+        scratch.rename(target)
+        shutil.rmtree(old)
+    else:
+        scratch.rename(target)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether `error`, or one it came from, says that no space is left (safetensors only says so in words)."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(seen):
+            return True
+        seen = seen.__cause__
+    return False
+
+
+def _disk_full(target: Path) -> StorageError:
+    free = shutil.disk_usage(target.parent).free / 2**20
+    kept = "the previous one is intact" if target.exists() else "nothing was left there"
+    return StorageError(f"no space left while writing {target} ({free:.0f} MiB free); {kept}: free some and run again")

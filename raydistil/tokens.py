@@ -1,0 +1,304 @@
+"""tokens: rows -> token store, written once as memory-mapped Arrow IPC and reused while its inputs are the same.
+
+Language modelling packs texts into full blocks, `[CLS] text [SEP] text [SEP] ... [SEP]`, cut every `length` tokens: no
+padding but in the very last block. Labelled examples stay whole, cut at `length`, and are stored by padded length
+(bucket), so a micro-batch of one bucket wastes little. Nothing is left out silently: the counts are in `meta.json`.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from raydistil.config import TokensConfig, digest
+from raydistil.corpus import Corpus
+from raydistil.errors import DataError, ModelError
+from raydistil.manifest import Ints
+from raydistil.storage import cache_dir, whole_directory
+from raydistil.types import SPLITS, Split, TextRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 1  # raise when the layout of a store changes
+TEXTS_AT_ONCE = 512
+ROWS_PER_BATCH = 4096
+
+
+@dataclass(slots=True)
+class SplitCounts:
+    """What became of the texts of one split."""
+
+    texts: int = 0
+    rows: int = 0
+    tokens: int = 0
+    padding: int = 0
+    truncated: int = 0
+    too_short: int = 0
+    too_unknown: int = 0
+    buckets: dict[int, int] = field(default_factory=dict)  # padded length -> rows
+
+
+@dataclass(frozen=True, slots=True)
+class StoreMeta:
+    """What a token store is; `meta.json` beside its files."""
+
+    vocab_size: int
+    pad_id: int
+    mask_id: int
+    special_ids: tuple[int, ...]
+    labels: tuple[str, ...]  # class names in the order of their ids; empty for packed blocks
+    splits: dict[Split, SplitCounts]
+    notes: tuple[str, ...]
+
+
+def build_store(corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", config: TokensConfig, labelled: bool) -> Path:
+    """The directory of the token store for these inputs; written if it is not in the cache yet.
+
+    Raises DataError when the training split comes out empty or a labelled one has fewer than two classes.
+    """
+    inputs = [FORMAT, corpus.fingerprint, tokenizer_hash(tokenizer), config.model_dump(mode="json"), labelled]
+    path = cache_dir() / "tokens" / digest(inputs)
+    if path.exists():
+        return path
+    with whole_directory(path) as scratch:
+        writer = _Writer(scratch, tokenizer, config, corpus, labelled)
+        writer.write()
+    return path
+
+
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Equal for tokenizers that cut and number texts alike."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else tokenizer.get_vocab()
+    return digest([content, sorted(tokenizer.all_special_ids)])
+
+
+class _Writer:
+    """One pass over a corpus into one directory."""
+
+    def __init__(
+        self, path: Path, tokenizer: "PreTrainedTokenizerBase", config: TokensConfig, corpus: Corpus, labelled: bool
+    ) -> None:
+        self._path = path
+        self._tokenizer = tokenizer
+        self._config = config
+        self._corpus = corpus
+        self._labels = self._class_names() if labelled else ()
+        self._ids = {label: number for number, label in enumerate(self._labels)}
+        self._buckets = tuple(sorted(config.buckets)) + (config.length,) if labelled else (config.length,)
+        self._counts: dict[Split, SplitCounts] = {split: SplitCounts() for split in SPLITS}
+        self._token_counts = np.zeros(len(tokenizer), np.int64)
+        self._files: dict[tuple[Split, int], _BucketFile] = {}
+
+    def write(self) -> None:
+        pack = _Packer(self._tokenizer, self._config.length)
+        for row, ids in self._tokenized():
+            if self._labels:
+                self._add_example(row, ids)
+            else:
+                for block in pack.add(row.split, ids):
+                    self._add(row.split, block, self._config.length, -1)
+        for split, block in pack.rest():
+            self._add(split, block, self._config.length, -1)
+        for file in self._files.values():
+            file.close()
+        if not self._counts["train"].rows:
+            raise DataError(f"expected texts to train on, found none {self._losses()}: the corpus is empty")
+        np.save(self._path / "token_counts.npy", self._token_counts)
+        (self._path / "meta.json").write_text(json.dumps(asdict(self._meta()), indent=1))
+
+    def _class_names(self) -> tuple[str, ...]:
+        names = sorted({str(row.label) for row in self._corpus.rows()})
+        if len(names) < 2:
+            raise DataError(f"expected at least two classes, found {', '.join(names) or 'no rows'}: check the labels")
+        return tuple(names)
+
+    def _tokenized(self) -> Iterator[tuple[TextRow, list[int]]]:
+        """Rows with their tokens, special ones excluded, less those the configuration leaves out (counted)."""
+        rows = self._corpus.rows()
+        while chunk := list(islice(rows, TEXTS_AT_ONCE)):
+            encoded = self._tokenizer([row.text for row in chunk], add_special_tokens=False, verbose=False)
+            for row, ids in zip(chunk, encoded["input_ids"], strict=True):
+                if self._kept(row, ids):
+                    yield row, ids
+
+    def _kept(self, row: TextRow, ids: list[int]) -> bool:
+        counts = self._counts[row.split]
+        counts.texts += 1
+        if len(ids) < max(1, self._config.min_tokens):
+            counts.too_short += 1
+            return False
+        unknown = self._tokenizer.unk_token_id
+        if unknown is not None and ids.count(unknown) > self._config.max_unknown_share * len(ids):
+            counts.too_unknown += 1
+            return False
+        return True
+
+    def _add_example(self, row: TextRow, ids: list[int]) -> None:
+        room = self._config.length - 2
+        self._counts[row.split].truncated += len(ids) > room
+        block = [*_edges(self._tokenizer)[0], *ids[:room], *_edges(self._tokenizer)[1]]
+        bucket = next(length for length in self._buckets if length >= len(block))
+        self._add(row.split, block, bucket, self._ids[str(row.label)])
+
+    def _add(self, split: Split, block: list[int], bucket: int, label: int) -> None:
+        counts = self._counts[split]
+        counts.rows += 1
+        counts.tokens += len(block)
+        counts.padding += bucket - len(block)
+        counts.buckets[bucket] = counts.buckets.get(bucket, 0) + 1
+        if split == "train":
+            np.add.at(self._token_counts, block, 1)
+        if (split, bucket) not in self._files:
+            pad = _pad_id(self._tokenizer)
+            self._files[split, bucket] = _BucketFile(self._path / _file_name(split, bucket), bucket, pad)
+        self._files[split, bucket].add(block, label)
+
+    def _losses(self) -> str:
+        counts = self._counts["train"]
+        return f"({counts.texts} texts, {counts.too_short} too short, {counts.too_unknown} with too many unknown tokens)"
+
+    def _meta(self) -> StoreMeta:
+        tokenizer = self._tokenizer
+        mask = tokenizer.mask_token_id
+        return StoreMeta(
+            vocab_size=len(tokenizer), pad_id=_pad_id(tokenizer), mask_id=-1 if mask is None else mask,
+            special_ids=tuple(sorted(tokenizer.all_special_ids)), labels=self._labels, splits=self._counts,
+            notes=self._corpus.notes,
+        )  # fmt: skip
+
+
+def _edges(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+    """Tokens before and after a single text. Raises ModelError for a tokenizer that has none."""
+    first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
+    if first is None or last is None:
+        raise ModelError("expected an encoder's tokenizer with [CLS] and [SEP], got one without: use an encoder teacher")
+    return [first], [last]
+
+
+def _pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+
+
+class _Packer:
+    """Cuts the stream of texts of each split into full blocks."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", length: int) -> None:
+        self._tokenizer = tokenizer
+        self._room = length - 2
+        self._pending: dict[Split, list[int]] = {split: [] for split in SPLITS}
+
+    def add(self, split: Split, ids: list[int]) -> Iterator[list[int]]:
+        first, last = _edges(self._tokenizer)
+        pending = self._pending[split]
+        pending += ids if not pending else [*last, *ids]
+        while len(pending) >= self._room:
+            yield [*first, *pending[: self._room], *last]
+            del pending[: self._room]
+
+    def rest(self) -> Iterator[tuple[Split, list[int]]]:
+        for split, pending in self._pending.items():
+            if pending:
+                first, last = _edges(self._tokenizer)
+                yield split, [*first, *pending, *last]
+
+
+class _BucketFile:
+    """Rows of one padded length, appended to one Arrow file."""
+
+    def __init__(self, path: Path, length: int, pad_id: int) -> None:
+        self._length = length
+        self._pad_id = pad_id
+        self._schema = pa.schema(
+            [("ids", pa.list_(pa.int32(), length)), ("length", pa.int32()), ("label", pa.int32())]
+        )
+        self._writer = pa.ipc.new_file(path, self._schema)
+        self._rows: list[list[int]] = []
+        self._labels: list[int] = []
+
+    def add(self, block: list[int], label: int) -> None:
+        self._rows.append(block)
+        self._labels.append(label)
+        if len(self._rows) == ROWS_PER_BATCH:
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close()
+
+    def _flush(self) -> None:
+        if not self._rows:
+            return
+        ids = np.full((len(self._rows), self._length), self._pad_id, np.int32)
+        for number, block in enumerate(self._rows):
+            ids[number, : len(block)] = block
+        lengths = np.array([len(block) for block in self._rows], np.int32)
+        column = pa.FixedSizeListArray.from_arrays(pa.array(ids.ravel()), self._length)
+        arrays = [column, pa.array(lengths), pa.array(np.array(self._labels, np.int32))]
+        self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
+        self._rows, self._labels = [], []
+
+
+def _file_name(split: Split, length: int) -> str:
+    return f"{split}-{length:05d}.arrow"
+
+
+class TokenStore:
+    """A written token store, memory-mapped: opening costs a millisecond, reading touches only the rows asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.meta = _read_meta(path)
+        self._maps: dict[tuple[Split, int], list[pa.RecordBatch]] = {}
+
+    def lengths(self, split: Split) -> tuple[int, ...]:
+        """Padded lengths of the buckets of `split`, ascending; a bucket's place here is its number."""
+        return tuple(sorted(self.meta.splits[split].buckets))
+
+    def bucket_rows(self, split: Split) -> tuple[int, ...]:
+        """Rows of each bucket, in the order of `lengths`."""
+        return tuple(self.meta.splits[split].buckets[length] for length in self.lengths(split))
+
+    def read(self, split: Split, bucket: int, rows: Ints) -> tuple[NDArray[np.int32], NDArray[np.int32], Any]:
+        """(ids [B, L], lengths [B], labels [B]), int32, of `rows` of a bucket."""
+        length = self.lengths(split)[bucket]
+        batches = self._mapped(split, length)
+        ids = np.empty((len(rows), length), np.int32)
+        lengths = np.empty(len(rows), np.int32)
+        labels = np.empty(len(rows), np.int32)
+        for place, row in enumerate(rows):
+            batch, inside = batches[row // ROWS_PER_BATCH], int(row % ROWS_PER_BATCH)
+            values = batch.column(0).values.to_numpy()
+            ids[place] = values[inside * length : (inside + 1) * length]
+            lengths[place] = batch.column(1)[inside].as_py()
+            labels[place] = batch.column(2)[inside].as_py()
+        return ids, lengths, labels
+
+    def token_counts(self) -> NDArray[np.int64]:
+        """[V] how often each token occurs in the training split."""
+        counts: NDArray[np.int64] = np.load(self.path / "token_counts.npy")
+        return counts
+
+    def _mapped(self, split: Split, length: int) -> list[pa.RecordBatch]:
+        if (split, length) not in self._maps:
+            reader = pa.ipc.open_file(pa.memory_map(str(self.path / _file_name(split, length))))
+            self._maps[split, length] = [reader.get_batch(n) for n in range(reader.num_record_batches)]
+        return self._maps[split, length]
+
+
+def _read_meta(path: Path) -> StoreMeta:
+    raw = json.loads((path / "meta.json").read_text())
+    splits: dict[Split, SplitCounts] = {}
+    for split in SPLITS:
+        counts = raw["splits"][split]
+        counts["buckets"] = {int(length): rows for length, rows in counts["buckets"].items()}
+        splits[split] = SplitCounts(**counts)
+    raw |= {"splits": splits} | {key: tuple(raw[key]) for key in ("special_ids", "labels", "notes")}
+    return StoreMeta(**raw)

@@ -1,0 +1,160 @@
+"""One training run on Ray Train: the driver's side. Starts it, shows it, stops it when asked, brings its model home."""
+
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import ray
+from ray.train import CheckpointConfig, DataConfig, FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from raydistil.checkpoint import MODEL, latest_ledger
+from raydistil.config import ClusterConfig
+from raydistil.errors import Interrupted, RaydistilError
+from raydistil.report import LiveLine, Progress
+from raydistil.storage import whole_directory
+from raydistil.stream import SourceSpec, build_stream, execution_options
+from raydistil.teacher import TeacherSpec
+from raydistil.types import StepMetrics, TrainSummary
+from raydistil.worker import WorkerSpec, train_worker
+
+POLL_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class TrainRun:
+    """One training run: what flows, who learns from it, and where it is kept."""
+
+    stage: str  # also the directory of its checkpoints
+    source: SourceSpec
+    worker: WorkerSpec
+    teacher: TeacherSpec | None
+    cluster: ClusterConfig
+    run_dir: Path
+
+
+def train(run: TrainRun, target: Path) -> TrainSummary:
+    """Train to the end, going on from the latest checkpoint if there is one; the model is then at `target`.
+
+    Raises Interrupted after a Ctrl-C, with a checkpoint saved.
+    """
+    progress = Progress.remote()
+    trainer = _trainer(run, progress)
+    live = LiveLine(run.stage, run.run_dir / "metrics.jsonl")
+    with _stop_on_signal(progress):
+        result = _fit(trainer, progress, live)
+    summary = TrainSummary(**{key: result.metrics[key] for key in TrainSummary.__slots__})
+    ray.kill(progress)
+    if summary.interrupted:
+        raise Interrupted(f"{run.stage} stopped after step {summary.steps}; the same command goes on from there")
+    assert result.checkpoint is not None
+    with whole_directory(target) as scratch, result.checkpoint.as_directory() as saved:
+        shutil.copytree(Path(saved) / MODEL, scratch, dirs_exist_ok=True)
+    shutil.rmtree(_storage(run) / run.stage)
+    return summary
+
+
+def _storage(run: TrainRun) -> Path:
+    return run.run_dir.resolve() / "checkpoints"
+
+
+def _trainer(run: TrainRun, progress: Any) -> TorchTrainer:
+    cluster = run.cluster
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"spec": run.worker, "progress": progress},
+        datasets={"train": partial(_dataset, run)},
+        dataset_config=DataConfig(execution_options=execution_options(cluster)),
+        torch_config=TorchConfig(backend="nccl" if cluster.student_gpus else "gloo", timeout_s=1800),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.students,
+            use_gpu=cluster.student_gpus > 0,
+            resources_per_worker=_resources(cluster),
+        ),
+        run_config=RunConfig(
+            name=run.stage,
+            storage_path=str(_storage(run)),
+            failure_config=FailureConfig(max_failures=0),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    )
+
+
+def _dataset(run: TrainRun) -> ray.data.Dataset:
+    """Called whenever the workers start: what the checkpoint they start from has not consumed."""
+    ledger = latest_ledger(_storage(run) / run.stage)
+    return build_stream(run.source, run.worker.num_slots, ledger, run.teacher, run.cluster)
+
+
+def _resources(cluster: ClusterConfig) -> dict[str, float]:
+    gpus = {"GPU": cluster.student_gpus} if cluster.student_gpus else {}
+    return {"CPU": cluster.student_cpus, **gpus}
+
+
+def _fit(trainer: TorchTrainer, progress: Any, live: LiveLine) -> Result:
+    """`trainer.fit()` in the background, its progress in the foreground."""
+    outcome: dict[str, Any] = {}
+
+    def fit() -> None:
+        try:
+            outcome["result"] = trainer.fit()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(POLL_S)
+            _drain(progress, live)
+    finally:
+        live.close()
+    if "error" in outcome:
+        raise _root(outcome["error"]) from outcome["error"]
+    result: Result = outcome["result"]
+    return result
+
+
+def _drain(progress: Any, live: LiveLine) -> None:
+    for metrics in ray.get(progress.drain.remote()):
+        live.show(StepMetrics(**metrics))
+
+
+def _root(error: BaseException) -> BaseException:
+    """The user's error inside what Ray wraps around it, else the error itself."""
+    seen: list[BaseException] = [error]
+    for current in seen:
+        if isinstance(current, RaydistilError):
+            return type(current)(str(getattr(current, "cause", current)))
+        inner = [current.__cause__, getattr(current, "cause", None), *getattr(current, "worker_failures", {}).values()]
+        seen += [e for e in inner if isinstance(e, BaseException) and e not in seen]
+    return error
+
+
+@contextmanager
+def _stop_on_signal(progress: Any) -> Iterator[None]:
+    """The first Ctrl-C (or SIGTERM) asks for a checkpoint and an end, the second one ends at once."""
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        sys.stderr.write("\nstopping after a checkpoint; Ctrl-C again to stop at once\n")
+        progress.stop.remote()
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,115 @@
+"""The values that pass between stages.
+
+Shape letters: B rows of a micro-batch, L padded length, T real tokens, D hidden size, C classes, V vocabulary.
+Everything here is frozen, free of torch, and cheap to import: the processes that only move data need no more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+Task = Literal["classification", "mlm"]
+Precision = Literal["float32", "bfloat16"]  # of the matrix products; weights are float32
+IGNORE = -100  # a label no loss looks at, the convention of torch.nn.functional.cross_entropy
+
+
+@dataclass(frozen=True, slots=True)
+class TextRow:
+    """One example as the corpus gives it."""
+
+    text: str
+    label: str | None
+    source: str  # where it came from: "module:qualname" or "file:row"
+    split: Split
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """One micro-batch: the unit that is loaded, masked, labelled by the teacher, shipped and trained on.
+
+    `labels_BL` holds the MLM targets (IGNORE elsewhere); `labels_B` holds class ids. One of the two is None.
+    """
+
+    index: int  # place in the manifest, 0 .. num_micro_batches - 1
+    input_ids_BL: NDArray[np.int32]
+    lengths_B: NDArray[np.int32]  # real tokens of each row; the rest is padding
+    labels_B: NDArray[np.int32] | None
+    labels_BL: NDArray[np.int32] | None
+    num_rows: int  # rows that count; rows beyond are padding with no weight
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens, padding excluded."""
+        return int(self.lengths_B.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherTiming:
+    """When a teacher worked on a micro-batch, in seconds of the wall clock."""
+
+    actor: str  # unique for each construction of a teacher, so a rebuilt one shows
+    started_s: float
+    ended_s: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherTargets:
+    """What the student learns from, on its device. T: real tokens of the micro-batch, row after row."""
+
+    hidden_TD: Tensor  # last hidden state, as the wire rounded it, float32
+    logits_BC: Tensor | None  # class logits, float32; None for masked-LM: the frozen teacher head makes those
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """What one optimizer step did and where its time went (rank 0)."""
+
+    step: int
+    num_steps: int
+    epoch: float
+    losses: dict[str, float]  # every term unweighted, and their weighted sum as "loss"
+    lr: float
+    student_tok_s: float
+    teacher_tok_s: float  # 0 where the run has no teacher
+    wait_share: float  # share of the time since the last report spent waiting for targets
+    eta_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSummary:
+    """What a training run was, as seen from rank 0, since it was last started."""
+
+    steps: int
+    micro_batches: int
+    tokens: int  # real ones, through the student
+    wall_s: float
+    wait_s: float  # the student waited for targets
+    student_busy_s: float
+    teacher_busy_s: float  # summed over the teachers
+    overlap_s: float  # a teacher and the student worked at once
+    teacher_builds: int  # distinct teachers that were constructed
+    wire_bytes: int
+    final_losses: dict[str, float]
+    interrupted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A test score with its 95 % confidence interval."""
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    rows: int

@@ -1,0 +1,204 @@
+"""The student's side of training: what runs on every Ray Train worker.
+
+One loop serves fine-tuning, distillation and the no-teacher baseline; they differ in the stream they read and in the
+weights of the loss. The dropout of a micro-batch is a function of (seed, index), so no random state needs saving.
+"""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.train
+import torch
+from ray.actor import ActorHandle
+from torch import Tensor
+
+from raydistil import wire
+from raydistil.checkpoint import load_state, save_state
+from raydistil.codecs import hidden
+from raydistil.config import LossConfig, TrainConfig
+from raydistil.losses import LossInputs, LossOutputs, combined
+from raydistil.manifest import Ledger, keyed
+from raydistil.models import HeadedEncoder, load_model, mlm_head, on_device
+from raydistil.optim import deepspeed_config, linear_schedule, parameter_groups
+from raydistil.report import Meter
+from raydistil.types import IGNORE, Task, TeacherTargets, TokenBatch
+
+PREFETCH = 2  # micro-batches a worker holds ready
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """What a student worker trains, and how. Every worker gets the same one."""
+
+    task: Task
+    init: str  # directory or name of the model the training starts from
+    tokenizer: str  # directory or name of the tokenizer that is saved beside it
+    teacher: str | None  # directory or name of the teacher; None: no teacher in this run
+    labels: tuple[str, ...]
+    train: TrainConfig
+    loss: LossConfig
+    seed: int
+    threads: int
+    num_slots: int  # micro-batches of the run, with empty ones that make it a multiple of a step's
+    per_epoch: int
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Ray Train calls this on every worker; `config` holds the spec and the progress actor."""
+    StudentWorker(config["spec"], config["progress"]).run()
+
+
+class StudentWorker:
+    """One worker: its engine, its share of the stream and its meter."""
+
+    def __init__(self, spec: WorkerSpec, progress: ActorHandle) -> None:
+        self._spec = spec
+        context = ray.train.get_context()
+        self._rank, self._world = context.get_world_rank(), context.get_world_size()
+        self._num_steps = spec.num_slots // (self._world * spec.train.accumulation)
+        torch.set_num_threads(spec.threads)
+        torch.manual_seed(spec.seed)
+        self._rows = _primed(_rows())  # the teacher loads while the engine is made
+        self._engine = self._make_engine()
+        self._device = torch.device(self._engine.device)
+        self._teacher_head = self._make_teacher_head()
+        checkpoint = ray.train.get_checkpoint()
+        self._ledger = Ledger() if checkpoint is None else load_state(checkpoint, self._engine)
+        self._consumed: list[int] = []
+        self._meter = Meter(self._rank, progress, self._num_steps, self._engine.global_steps)
+
+    def _make_engine(self) -> Any:
+        spec = self._spec
+        model = HeadedEncoder(load_model(spec.init, spec.task, spec.labels), spec.task, spec.train.precision).train()
+        made, *_ = _deepspeed().initialize(
+            model=model,
+            model_parameters=parameter_groups(model, spec.train.weight_decay),
+            lr_scheduler=linear_schedule(self._num_steps, spec.train.warmup_share),
+            config=deepspeed_config(spec.train),
+            dist_init_required=False,
+        )
+        return made
+
+    def _make_teacher_head(self) -> Any:
+        """The frozen map from the teacher's hidden states to vocabulary logits; None where none is needed."""
+        if self._spec.teacher is None or self._spec.task != "mlm" or not self._spec.loss.kd:
+            return None
+        return mlm_head(load_model(self._spec.teacher, "mlm").eval().requires_grad_(False).to(self._device))
+
+    def run(self) -> None:
+        """Train on the whole stream, with checkpoints on the way and one at the end."""
+        saved = time.monotonic()
+        for step in range(self._engine.global_steps + 1, self._num_steps + 1):
+            outs = [self._micro_step() for _ in range(self._spec.train.accumulation)]
+            epoch = step * self._world * self._spec.train.accumulation / self._spec.per_epoch
+            self._meter.step(step, epoch, _mean_metrics(outs), self._engine.get_lr()[0])
+            stop = self._agreed(self._meter.stop_requested())
+            due = self._agreed(time.monotonic() - saved > 60 * self._spec.train.checkpoint_every_min)
+            if stop or due or step == self._num_steps:
+                self._save(interrupted=stop and step < self._num_steps)
+                saved = time.monotonic()
+            if stop:
+                return
+        if self._num_steps == 0 or len(self._ledger) != self._spec.num_slots:
+            raise RuntimeError(f"expected {self._spec.num_slots} micro-batches, consumed {len(self._ledger)}")
+
+    def _micro_step(self) -> LossOutputs:
+        """Forward, backward and, at the end of an accumulation, the optimizer step on the next micro-batch."""
+        asked = time.time()
+        row = next(self._rows, None)
+        started = time.time()
+        if row is None:
+            raise RuntimeError(f"the stream ended after {len(self._consumed)} micro-batches of this worker's share")
+        batch = wire.batch_of(row)
+        columns = wire.targets_of(row)
+        targets = None
+        if columns is not None:
+            targets = hidden.decode(columns, batch.num_tokens, len(batch.lengths_B), self._device)
+        torch.manual_seed(int(keyed(self._spec.seed, batch.index) >> np.uint64(1)))
+        out = self._loss(batch, targets)
+        self._engine.backward(out.loss * (batch.num_rows / self._spec.train.micro_batch_size))
+        self._engine.step()
+        self._consumed.append(batch.index)
+        self._meter.micro_step(asked, started, time.time(), batch.num_tokens, wire.timing_of(row, batch.num_tokens), row.nbytes)
+        return out
+
+    def _loss(self, batch: TokenBatch, targets: TeacherTargets | None) -> LossOutputs:
+        ids_BL, mask_BL = on_device(batch, self._device)
+        labels, at_T = self._labels(batch, mask_BL)
+        hidden_TD, logits = self._engine(ids_BL, mask_BL, at_T)
+        if targets is None:
+            return combined(LossInputs(logits, labels, hidden_TD), self._spec.loss)
+        teacher_logits = targets.logits_BC
+        if self._teacher_head is not None and at_T is not None:
+            with torch.no_grad():
+                teacher_logits = self._teacher_head(targets.hidden_TD[at_T]).float()
+        return combined(LossInputs(logits, labels, hidden_TD, teacher_logits, targets.hidden_TD), self._spec.loss)
+
+    def _labels(self, batch: TokenBatch, mask_BL: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(labels of the compared places, which real tokens are compared); classes are compared row by row."""
+        if batch.labels_BL is None:
+            assert batch.labels_B is not None
+            return torch.from_numpy(batch.labels_B.astype("int64")).to(self._device), None
+        labels_T = torch.from_numpy(batch.labels_BL.astype("int64")).to(self._device)[mask_BL]
+        everywhere = self._spec.loss.kd > 0 and self._spec.loss.kd_positions == "all"
+        at_T = torch.ones_like(labels_T, dtype=torch.bool) if everywhere else labels_T != IGNORE
+        return labels_T[at_T], at_T
+
+    def _agreed(self, flag: bool) -> bool:
+        """Rank 0's opinion, on every worker."""
+        if self._world == 1:
+            return flag
+        tensor = torch.tensor([int(flag)], device=self._device)
+        torch.distributed.broadcast(tensor, src=0)
+        return bool(tensor.item())
+
+    def _save(self, interrupted: bool) -> None:
+        self._ledger = self._ledger.adding(self._gathered(self._consumed))
+        self._consumed = []
+        save_state(self._engine, self._ledger, self._spec.tokenizer, self._meter.summary(interrupted))
+
+    def _gathered(self, indices: list[int]) -> list[int]:
+        if self._world == 1:
+            return indices
+        lists: list[list[int]] = [[] for _ in range(self._world)]
+        torch.distributed.all_gather_object(lists, indices)
+        return [index for part in lists for index in part]
+
+
+def _deepspeed() -> Any:
+    """DeepSpeed, told not to compile its shared-memory collectives: that takes a minute and can hang later runs."""
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _rows() -> Iterator[pa.Table]:
+    """This worker's share of the stream, one micro-batch at a time."""
+    shard = ray.train.get_dataset_shard("train")
+    yield from shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=PREFETCH)
+
+
+def _primed(rows: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """`rows`, with the first one asked for at once in the background."""
+    pool = ThreadPoolExecutor(1)
+    first = pool.submit(next, rows, None)
+
+    def primed() -> Iterator[pa.Table]:
+        row = first.result()
+        pool.shutdown()
+        if row is not None:
+            yield row
+            yield from rows
+
+    return primed()
+
+
+def _mean_metrics(outs: list[LossOutputs]) -> dict[str, Tensor]:
+    return {name: torch.stack([out.metrics[name] for out in outs]).mean() for name in outs[0].metrics}
