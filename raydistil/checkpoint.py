@@ -14,7 +14,6 @@ import ray.train
 from ray.train import Checkpoint
 
 from raydistil.manifest import Ledger
-from raydistil.student import save_model
 from raydistil.types import TrainSummary
 
 TAG = "deepspeed"
@@ -27,6 +26,8 @@ def save_state(engine: Any, ledger: Ledger, tokenizer: str, summary: TrainSummar
     path = Path(tempfile.mkdtemp(prefix="raydistil-"))
     engine.save_checkpoint(str(path), tag=TAG)
     if ray.train.get_context().get_world_rank() == 0:
+        from raydistil.student import save_model  # the controller, which reads ledgers only, is spared torch
+
         save_model(engine.module.model, tokenizer, path / MODEL)
         (path / STATE).write_text(json.dumps({"ledger": ledger.ranges}))
     ray.train.report(

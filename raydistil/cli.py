@@ -76,17 +76,19 @@ def check(
     as_json: Json = False,
 ) -> None:
     """The resolved configuration, a sample of the data and the plan; trains nothing."""
-    from raydistil import check as checking, tables
+    from raydistil import tables
+    from raydistil.check import check as examine
 
-    _emit(lambda: checking.check(config, set_ or [], show), as_json, tables.show_check)
+    _emit(lambda: examine(config, set_ or [], show), as_json, tables.show_check)
 
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """What this machine offers: devices, memory, disk, versions, Ray."""
-    from raydistil import doctor as checkup, tables
+    from raydistil import tables
+    from raydistil.doctor import examine
 
-    _emit(checkup.examine, as_json, tables.show_doctor)
+    _emit(examine, as_json, tables.show_doctor)
 
 
 def _stage(config: Config, name: str, as_json: bool) -> None:

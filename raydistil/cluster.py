@@ -27,20 +27,32 @@ def cluster(config: ClusterConfig, needs: list[Need]) -> Iterator[None]:
     """
     import ray
 
-    if ray.is_initialized():
+    if not ray.is_initialized() and address_of(config) is None:
+        check_local(needs)
+    with connected(config):
         _check(needs)
         yield
+
+
+@contextmanager
+def connected(config: ClusterConfig) -> Iterator[None]:
+    """Connected to Ray: as it is already, to the cluster at the address, or to one started here for the block."""
+    import ray
+
+    if ray.is_initialized():
+        yield
         return
-    address = config.address or os.environ.get("RAY_ADDRESS")
-    if address is None:
-        _check_local(needs)
     _quiet()
     try:
-        _start(config, address)
-        _check(needs)
+        _start(config, address_of(config))
         yield
     finally:
         ray.shutdown()
+
+
+def address_of(config: ClusterConfig) -> str | None:
+    """Of the cluster to join; None: one is started here."""
+    return config.address or os.environ.get("RAY_ADDRESS") or None
 
 
 def _start(config: ClusterConfig, address: str | None) -> None:
@@ -58,8 +70,8 @@ def _start(config: ClusterConfig, address: str | None) -> None:
             raise PlanError(f"expected a Ray cluster at {address}, could not connect: {error}") from error
         return
     ray.init(
-        num_cpus=local_cpus(), object_store_memory=config.object_store_bytes, include_dashboard=False,
-        runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR,
+        address="local", num_cpus=local_cpus(), object_store_memory=config.object_store_bytes,
+        include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
     )  # fmt: skip
 
 
@@ -69,7 +81,7 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _check_local(needs: list[Need]) -> None:
+def check_local(needs: list[Need]) -> None:
     import torch
 
     for need in needs:

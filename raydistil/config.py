@@ -5,6 +5,7 @@ error that names the nearest known one. `result_hash` covers what defines the re
 batch sizes) and leaves out what does not (placement, worker counts, serving).
 """
 
+import copy
 import difflib
 import hashlib
 import json
@@ -12,7 +13,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from raydistil.errors import ConfigError
@@ -20,12 +21,22 @@ from raydistil.types import Precision, Task
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _ascending(ends: tuple[int, int]) -> tuple[int, int]:
+    if ends[0] > ends[1]:
+        raise ValueError("expected the fewest, then the most")
+    return ends
+
+
+FewestMost = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
 
 
 class Section(BaseModel):
     """Frozen; no unknown keys; docstrings stand under the fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class CorpusConfig(Section):
@@ -46,6 +57,7 @@ class CorpusConfig(Section):
     libraries: tuple[str, ...] = ()
     """`python-docs` only: top-level import names to read; empty: all that are installed, and the standard library."""
     max_rows: Positive | None = None
+    """Of each of `source`, `validation_source` and `test_source`; so is `max_rows_per_label`."""
     max_rows_per_label: Positive | None = None
     max_rows_per_module: Positive | None = None
     """`python-docs` only: so that one long module does not stand for a whole library."""
@@ -81,7 +93,7 @@ class StudentConfig(Section):
     @model_validator(mode="after")
     def _one_start(self) -> "StudentConfig":
         if bool(self.layers) == bool(self.model):
-            raise ValueError("student needs either layers (of the teacher) or model (a checkpoint of its own)")
+            raise ValueError("expected either layers (of the teacher) or model (a checkpoint of its own)")
         return self
 
 
@@ -99,7 +111,7 @@ class TrainConfig(Section):
     lr: Annotated[float, Field(gt=0)] = 5e-5
     warmup_share: Share = 0.05
     """Share of the steps over which the learning rate rises; it then falls linearly to 0."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip: Annotated[float, Field(gt=0)] = 1.0
@@ -134,6 +146,12 @@ class LossConfig(Section):
     kd_positions: Literal["masked", "all"] = "masked"
     """Where the MLM soft labels are compared: the masked tokens, or every token that is not padding (DistilBERT)."""
 
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "LossConfig":
+        if not (self.kd or self.task or self.cosine):
+            raise ValueError("expected at least one of kd, task and cosine above 0")
+        return self
+
 
 class DistillConfig(TrainConfig):
     loss: LossConfig = LossConfig()
@@ -158,7 +176,7 @@ class ExportConfig(Section):
 class ServeConfig(Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    replicas: tuple[Positive, Positive] = (1, 2)
+    replicas: FewestMost = (1, 2)
     """Fewest and most replicas; Serve scales between them."""
     max_batch: Positive = 64
     """Most inputs of one request."""
@@ -176,7 +194,7 @@ class ClusterConfig(Section):
     student_gpus: Annotated[float, Field(ge=0)] = 0
     student_threads: Positive | None = None
     """Threads of torch; None: the cores, shared out between teachers and students."""
-    teachers: tuple[Positive, Positive] = (1, 1)
+    teachers: FewestMost = (1, 1)
     """Fewest and most teacher actors."""
     teacher_cpus: Annotated[float, Field(gt=0)] = 1
     teacher_gpus: Annotated[float, Field(ge=0)] = 0
@@ -233,19 +251,20 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"expected a TOML file, found none at {path}: check the path (jobs/ holds examples)")
     try:
         return tomllib.loads(path.read_text(encoding="utf8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # not UTF-8, not TOML, or a number with thousands of digits
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
 
 
 def merged(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """`tree` with every override written into a copy of it."""
-    result = json.loads(json.dumps(tree, default=str))
+    """`tree` with every override written into a copy of it, as plain JSON values (dates become strings)."""
+    result = copy.deepcopy(tree)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"--set expects section.key=value, got {override!r}: write for example --set seed=1")
         _write(result, key.strip().split("."), _value(text.strip()), override)
-    return result
+    plain: dict[str, Any] = json.loads(json.dumps(result, default=str))
+    return plain
 
 
 def _write(tree: dict[str, Any], path: list[str], value: Any, override: str) -> None:
@@ -257,18 +276,20 @@ def _write(tree: dict[str, Any], path: list[str], value: Any, override: str) -> 
 
 
 def _value(text: str) -> Any:
-    """The TOML value `text` stands for; a bare word is a string."""
+    """The TOML value `text` stands for; anything else, such as a bare word, is a string."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = tomllib.loads(f"value = {text}")
+    except ValueError:
         return text
+    return parsed["value"] if len(parsed) == 1 else text
 
 
 def _validate(tree: dict[str, Any]) -> Config:
+    """Strictly: `true` is no number and `"3"` no integer. JSON mode lets a list stand for a tuple."""
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a typo explains what is missing
         more = "" if error.error_count() == 1 else f" (and {error.error_count() - 1} more)"
         raise ConfigError(_explain(first) + more) from error
 
@@ -279,10 +300,15 @@ def _explain(error: ErrorDetails) -> str:
     if error["type"] == "extra_forbidden":
         return f"unknown key {path}{_nearest(path)}"
     if error["type"] == "missing":
-        return f"{path} is missing: set it in the file or with --set {path}=..."
-    message = error["msg"][0].lower() + error["msg"][1:]
-    where = f"{path}: " if path else ""
-    return f"{where}{message}, got {_short(error['input'])}" if path else f"{where}{message}"
+        return f"{path} is missing: {_how_to_set(path)}"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    return f"{path}: {message}, got {_short(error['input'])}" if path else message
+
+
+def _how_to_set(path: str) -> str:
+    is_section = any(key.startswith(f"{path}.") for key in all_keys(Config))
+    return f"add a section [{path}] to the file" if is_section else f"set it in the file or with --set {path}=..."
 
 
 def _short(value: Any) -> str:
@@ -291,13 +317,18 @@ def _short(value: Any) -> str:
 
 
 def _nearest(path: str) -> str:
-    """`, did you mean X?` for the known key most like `path`, or the keys of its section."""
+    """`: did you mean X?` for the key of the same section most like `path`, else for one of that name elsewhere.
+
+    Without either, the keys of the section.
+    """
+    section, _, name = path.rpartition(".")
     known = sorted(all_keys(Config))
-    matches = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
-    if matches:
-        return f": did you mean {matches[0]}?"
-    section = path.rpartition(".")[0]
-    siblings = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == section]
+    siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
+    namesakes = [key for key in known if key.rpartition(".")[2] == name]
+    similar = [siblings[match] for match in difflib.get_close_matches(name, siblings, n=1)]
+    elsewhere = difflib.get_close_matches(path, namesakes, n=1, cutoff=0)
+    for key in similar + elsewhere:
+        return f": did you mean {key}?"
     return f": {section or 'the top level'} has {', '.join(siblings)}"
 
 
@@ -347,10 +378,6 @@ def digest(value: Any) -> str:
 
 def explain(config: Config, tree: dict[str, Any], overrides: list[str]) -> list[tuple[str, Any, str]]:
     """(key, value, origin) for every resolved value; origin is `--set`, `file` or `default`."""
-    set_keys = {override.partition("=")[0].strip() for override in overrides}
-    file_keys = set(flatten(tree))
-    rows = []
-    for key, value in flatten(config.model_dump(mode="json", exclude_none=True)).items():
-        origin = "--set" if key in set_keys else "file" if key in file_keys else "default"
-        rows.append((key, value, origin))
-    return rows
+    origins = dict.fromkeys(flatten(tree), "file") | dict.fromkeys(flatten(merged({}, overrides)), "--set")
+    values = flatten(config.model_dump(mode="json", exclude_none=True))
+    return [(key, value, origins.get(key, "default")) for key, value in values.items()]

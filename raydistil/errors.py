@@ -16,6 +16,9 @@ Anything else that escapes is a defect or a failure of the machine: exit code 1 
 class RaydistilError(Exception):
     """A condition the user can act on; its text is the single line that is shown."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__(" ".join(line.strip() for line in text.splitlines()))
+
 
 class ConfigError(RaydistilError):
     """The configuration is wrong."""

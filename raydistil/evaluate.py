@@ -9,8 +9,6 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,50 +16,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from sklearn.metrics import f1_score
 
-from raydistil.config import EvaluateConfig, MaskingConfig
 from raydistil.manifest import Manifest
 from raydistil.models import HeadedEncoder, load_model, num_parameters, on_device
-from raydistil.stream import MicroBatches, SourceSpec
-from raydistil.types import IGNORE, Precision, Score, Split, Task, TokenBatch
+from raydistil.source import MicroBatches
+from raydistil.specs import Candidate, EvaluateSpec, ModelReport, SourceSpec
+from raydistil.tokens import TokenStore
+from raydistil.types import IGNORE, Score, TokenBatch
 
 Z95 = 1.959964
 MASK_SEED = 20_191_008  # fixed: a score must not change with the seed of the training
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A model to be scored."""
-
-    name: str
-    model: str  # directory or hub name
-    timed: bool  # whether its latency belongs in the table
-
-
-@dataclass(frozen=True, slots=True)
-class ModelReport:
-    """One row of the table."""
-
-    name: str
-    parameters: int
-    size_bytes: int  # of the weights on disk, float32
-    score: Score
-    macro_f1: float | None
-    mlm_loss: float | None  # nats per masked token
-    latency_p50_ms: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class EvaluateSpec:
-    """What the models are scored on."""
-
-    task: Task
-    store: Path
-    split: Split
-    masking: MaskingConfig | None
-    labels: tuple[str, ...]
-    precision: Precision
-    config: EvaluateConfig
-    threads: int
 
 
 def evaluate(spec: EvaluateSpec, candidates: list[Candidate]) -> list[ModelReport]:
@@ -92,8 +55,6 @@ def _scored(
 
 def batches(spec: EvaluateSpec) -> Iterator[TokenBatch]:
     """Every row of the split once."""
-    from raydistil.tokens import TokenStore
-
     rows = TokenStore(spec.store).bucket_rows(spec.split)
     source = SourceSpec(spec.store, spec.split, Manifest(rows, 1, spec.config.batch_size, MASK_SEED), spec.masking)
     maker = MicroBatches(source)
@@ -141,7 +102,7 @@ def wilson(metric: str, hits: NDArray[np.bool_]) -> Score:
 def latencies_ms(spec: EvaluateSpec, candidates: list[Candidate]) -> list[float]:
     """Median milliseconds of a one-row forward pass of each, the rounds interleaved so that noise hits all alike."""
     torch.set_num_threads(1)
-    models = [load_model(candidate.model, spec.task, spec.labels).eval() for candidate in candidates]
+    models = [load_model(candidate.model, spec.task, spec.labels).train(False) for candidate in candidates]
     length = spec.config.latency_length
     ids = torch.arange(1000, 1000 + length)[None, :] % min((m.config.vocab_size for m in models), default=1)
     times: list[list[float]] = [[] for _ in models]

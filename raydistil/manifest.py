@@ -43,7 +43,7 @@ def keyed(*parts: int) -> np.uint64:
 
 
 def permute(indices: Ints, size: int, key: np.uint64) -> Ints:
-    """Where a keyed bijection of 0 .. size-1 takes each of `indices` (int64, any shape)."""
+    """Where a keyed bijection of 0 .. size-1 takes each of `indices` (an int64 array)."""
     if size <= 1:
         return np.asarray(indices, np.int64).copy()
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
@@ -189,13 +189,18 @@ class Ledger:
 
     def missing(self, total: int) -> int:
         """How many of the indices below `total` are not consumed."""
-        return total - len(self)
+        return total - len(self._below(total))
 
     def select(self, ordinals: Ints, total: int) -> Ints:
         """The `ordinals`-th (from 0, ascending) of the indices below `total` that are not consumed."""
-        gap_starts = np.array([0, *(end for _, end in self.ranges)], np.int64)
-        gap_ends = np.array([*(start for start, _ in self.ranges), total], np.int64)
+        ranges = self._below(total).ranges
+        gap_starts = np.array([0, *(end for _, end in ranges)], np.int64)
+        gap_ends = np.array([*(start for start, _ in ranges), total], np.int64)
         before = np.concatenate([[0], np.cumsum(gap_ends - gap_starts)])
         gaps = np.searchsorted(before, ordinals, side="right") - 1
         selected: Ints = gap_starts[gaps] + ordinals - before[gaps]
         return selected
+
+    def _below(self, total: int) -> "Ledger":
+        """The part below `total`: more workers may have consumed padding that fewer have no need of."""
+        return Ledger(tuple((start, min(end, total)) for start, end in self.ranges if start < total))

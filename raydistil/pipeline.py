@@ -1,24 +1,24 @@
 """The chain: prepare -> finetune -> distill -> evaluate -> export. Each stage leaves its result in the run's directory
 and is skipped where that is there already, so a run goes on where it stopped."""
 
-import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from raydistil import rundir
-from raydistil.config import Config, LossConfig, TrainConfig, result_hash
+from raydistil.config import Config, EvaluateConfig, LossConfig, TrainConfig, result_hash
 from raydistil.corpus import open_corpus
 from raydistil.errors import ConfigError, ModelError
 from raydistil.manifest import Manifest
 from raydistil.models import load_model, load_tokenizer, quiet_transformers, resolve
 from raydistil.plan import Need, cores, need_of, threads
+from raydistil.specs import Candidate, EvaluateSpec, ModelReport, SourceSpec, TeacherSpec, TrainRun, WorkerSpec
 from raydistil.storage import whole_directory
-from raydistil.stream import SourceSpec
 from raydistil.student import build_student, check_layers, check_vocabularies, save_model
-from raydistil.teacher import TeacherSpec
 from raydistil.tokens import TokenStore, build_store
 
 LABELS_ONLY = LossConfig(kd=0, task=1, cosine=0)
@@ -123,14 +123,18 @@ def distill(run: Prepared) -> None:
     _train(run, "distill", config, config.loss, _student_init(run), rundir.DISTILLED, with_teacher=True)
 
 
-def train_baseline(run: Prepared) -> None:
+def _score(spec: EvaluateSpec, candidates: list[Candidate]) -> list[ModelReport]:
+    """Runs as a Ray task, where the accelerators are."""
+    from raydistil.evaluate import evaluate as score
+
+    return score(spec, candidates)
+
+
+def train_baseline(run: Prepared, lr: float | None) -> None:
     """The same student (same start, batches, masks, steps) on the labels alone: run_dir/no_teacher."""
-    assert run.config.distill is not None and run.config.evaluate is not None
-    lr = run.config.evaluate.baseline_lr or run.config.distill.lr
-    config = run.config.distill.model_copy(update={"lr": lr})
-    name = f"{rundir.NO_TEACHER}-{lr:g}"
-    _train(run, "no-teacher", config, LABELS_ONLY, _student_init(run), name, with_teacher=False)
-    shutil.copytree(run.run_dir / name, run.run_dir / rundir.NO_TEACHER, dirs_exist_ok=True)
+    assert run.config.distill is not None
+    config = run.config.distill.model_copy(update={"lr": lr} if lr else {})
+    _train(run, "no-teacher", config, LABELS_ONLY, _student_init(run), rundir.NO_TEACHER, with_teacher=False)
 
 
 def _student_init(run: Prepared) -> str:
@@ -150,8 +154,7 @@ def _train(
     run: Prepared, stage: str, train_config: TrainConfig, loss: LossConfig, init: str, target: str, with_teacher: bool
 ) -> None:
     """One training run, unless its model is there already."""
-    from raydistil.train import TrainRun, train
-    from raydistil.worker import WorkerSpec
+    from raydistil.train import train
 
     if (run.run_dir / target).exists():
         run.say(f"{stage}: done before, kept in {run.run_dir / target}")
@@ -191,40 +194,40 @@ def _describe(stage: str, summary: Any) -> str:
 
 def evaluate(run: Prepared) -> dict[str, Any]:
     """Score teacher, student and whatever was asked to stand beside them; returns the report and writes it."""
-    import ray
-
-    from raydistil.evaluate import EvaluateSpec, evaluate as score
-
-    assert run.config.evaluate is not None
     config = run.config
-    if config.evaluate.no_teacher_baseline:
-        train_baseline(run)
+    wanted = config.evaluate or EvaluateConfig()
+    if wanted.no_teacher_baseline:
+        train_baseline(run, wanted.baseline_lr)
     spec = EvaluateSpec(
         config.task, run.store.path, "test", config.masking if config.task == "mlm" else None, run.labels,
-        config.teacher.precision, config.evaluate, cores(),
+        config.teacher.precision, wanted, cores(),
     )  # fmt: skip
-    remote = ray.remote(num_cpus=1, num_gpus=config.cluster.student_gpus)(score)
-    rows = ray.get(remote.remote(spec, _candidates(run)))
+    score = ray.remote(num_cpus=1, num_gpus=config.cluster.student_gpus)(_score)
+    rows = ray.get(score.remote(spec, _candidates(run, wanted)))
     report = build_report(run, {row.name: row for row in rows})
     rundir.write_json(run.run_dir / rundir.REPORT, report)
     return report
 
 
-def _candidates(run: Prepared) -> list[Any]:
-    from raydistil.evaluate import Candidate
-
-    found = [Candidate("teacher", run.teacher_dir, True), Candidate("student", str(run.run_dir / rundir.DISTILLED), True)]
+def _candidates(run: Prepared, config: EvaluateConfig) -> list[Candidate]:
+    """What stands in the table: teacher and student, and what the configuration wants beside them."""
+    found = [Candidate("teacher", run.teacher_dir, True), _candidate(run, "student", rundir.DISTILLED, True)]
     if run.config.task == "mlm":
-        found.append(Candidate("untrained", str(run.run_dir / rundir.STUDENT_INIT), False))
-    if run.config.evaluate is not None and run.config.evaluate.no_teacher_baseline:
-        found.append(Candidate("no_teacher", str(run.run_dir / rundir.NO_TEACHER), False))
+        found.append(_candidate(run, "untrained", rundir.STUDENT_INIT, False))
+    if config.no_teacher_baseline:
+        found.append(_candidate(run, "no_teacher", rundir.NO_TEACHER, False))
     return found
+
+
+def _candidate(run: Prepared, name: str, folder: str, timed: bool) -> Candidate:
+    path = run.run_dir / folder
+    if not path.exists():
+        raise ConfigError(f"expected a model at {path}, found none: run distill first")
+    return Candidate(name, str(path), timed)
 
 
 def build_report(run: Prepared, rows: dict[str, Any]) -> dict[str, Any]:
     """The one JSON object of a run: flat figures first, then what they were made from."""
-    from dataclasses import asdict
-
     teacher, student = rows["teacher"], rows["student"]
     report: dict[str, Any] = {f"{name}_score": row.score.value for name, row in rows.items()}
     report |= {f"{name}_mlm_loss": row.mlm_loss for name, row in rows.items() if row.mlm_loss is not None}

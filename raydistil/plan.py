@@ -60,7 +60,7 @@ def check_fits(need: Need, cpus: float, gpus: float, largest_cpus: float) -> Non
 
 
 def local_cpus() -> int:
-    """Logical CPUs of a local cluster: bookkeeping for Ray, twice the cores so that a small machine holds every part."""
+    """Logical CPUs of a local cluster, bookkeeping for Ray: twice the cores, so that a small machine holds it all."""
     return max(8, 2 * cores())
 
 

@@ -8,13 +8,15 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import ray
 from ray.actor import ActorHandle
-from torch import Tensor
 
 from raydistil.types import StepMetrics, TeacherTiming, TrainSummary
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Interval = tuple[float, float]
 PUSH_EVERY_S = 0.25
@@ -47,7 +49,7 @@ def _union(intervals: list[Interval]) -> list[Interval]:
 class Meter:
     """Where the time of one student worker goes. Rank 0's is pushed to the progress actor."""
 
-    def __init__(self, rank: int, progress: ActorHandle, num_steps: int, first_step: int) -> None:
+    def __init__(self, rank: int, progress: "ActorHandle[Any]", num_steps: int, first_step: int) -> None:
         self._rank = rank
         self._progress = progress
         self._num_steps = num_steps
@@ -80,7 +82,7 @@ class Meter:
             self._teacher.append((timing.started_s, timing.ended_s))
             self._teacher_tokens += timing.tokens
 
-    def step(self, step: int, epoch: float, losses: dict[str, Tensor], lr: float) -> None:
+    def step(self, step: int, epoch: float, losses: "dict[str, Tensor]", lr: float) -> None:
         """One optimizer step is done."""
         self._step = step
         now = time.time()

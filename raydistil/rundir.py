@@ -41,7 +41,7 @@ def claim(config: Config) -> Path:
 def _changes(before: dict[str, Any], config: Config) -> str:
     """The first few keys that define the result and differ."""
     now = flatten(result_part(config))
-    then = {key: value for key, value in flatten(before).items()}
+    then = flatten(before)
     changed = [key for key in now if now[key] != then.get(key)]
     shown = ", ".join(f"{key}: {then.get(key)!r} there, {now[key]!r} here" for key in changed[:3])
     return shown + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")

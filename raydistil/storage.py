@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +10,16 @@ from pathlib import Path
 
 from raydistil.errors import StorageError
 
+# What safetensors, numpy.save and torch.save say of a full disk, none of which sets errno.
+DISK_FULL = re.compile(r"No space left on device|\d+ requested and \d+ written|unexpected pos \d+ vs \d+")
+
 
 def cache_dir() -> Path:
     """RAYDISTIL_CACHE, else `raydistil` in the user's cache directory."""
     chosen = os.environ.get("RAYDISTIL_CACHE")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "raydistil"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raydistil"
 
 
 @contextmanager
@@ -23,12 +27,11 @@ def whole_directory(target: Path) -> Iterator[Path]:
     """A scratch directory beside `target` that takes its place when the block ends well.
 
     Whatever stood at `target` before stays untouched until then, and for good if the block raises.
-    Raises StorageError when the disk is full.
+    Raises StorageError when the disk is full or nothing can be written there.
     """
     scratch = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
+        _make(scratch, target)
         yield scratch
         _replace(scratch, target)
     except Exception as error:
@@ -41,30 +44,45 @@ def whole_directory(target: Path) -> Iterator[Path]:
         raise
 
 
+def _make(scratch: Path, target: Path) -> None:
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        raise StorageError(f"expected a place to write {target}, got {error}: choose another directory") from error
+
+
 def _replace(scratch: Path, target: Path) -> None:
-    """Put `scratch` in the place of `target`; a reader sees the old one or the new one."""
-    if target.exists():
-        old = target.with_name(f".{target.name}.old.{os.getpid()}")
-        target.rename(old)
+    """Put `scratch` in the place of `target`, or leave `target` as it is."""
+    if not target.exists():
         scratch.rename(target)
-        shutil.rmtree(old)
-    else:
+        return
+    old = target.with_name(f".{target.name}.old.{os.getpid()}")
+    target.rename(old)
+    try:
         scratch.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether `error`, or one it came from, says that no space is left (safetensors only says so in words)."""
+    """Whether `error`, or one it came from, says that no space is left (some only say so in words)."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if "No space left on device" in str(seen):
+        if DISK_FULL.search(str(seen)):
             return True
         seen = seen.__cause__
     return False
 
 
 def _disk_full(target: Path) -> StorageError:
-    free = shutil.disk_usage(target.parent).free / 2**20
+    existing = next(path for path in target.absolute().parents if path.exists())
+    free = shutil.disk_usage(existing).free / 2**20
     kept = "the previous one is intact" if target.exists() else "nothing was left there"
     return StorageError(f"no space left while writing {target} ({free:.0f} MiB free); {kept}: free some and run again")

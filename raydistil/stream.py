@@ -5,97 +5,24 @@ but (seed, index); the teacher adds its targets; Ray Train splits the rows over 
 and counters pass through the driver. How much may wait in the object store is bounded here and nowhere else.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pyarrow as pa
 import ray.data
+import ray.train
 from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionOptions, ExecutionResources
-from ray.data.block import BlockMetadata
-from ray.data.datasource import Datasource, ReadTask
 
-from raydistil import wire
-from raydistil.config import ClusterConfig, MaskingConfig
-from raydistil.manifest import Ledger, Manifest, Slot
-from raydistil.masking import Vocabulary, mask_tokens
+from raydistil.config import ClusterConfig
+from raydistil.manifest import Ledger
 from raydistil.plan import READ_CPUS
-from raydistil.teacher import Teacher, TeacherSpec
-from raydistil.tokens import TokenStore
-from raydistil.types import Split, TokenBatch
+from raydistil.source import ManifestSource
+from raydistil.specs import SourceSpec, TeacherSpec
+from raydistil.teacher import Teacher
 
 MICRO_BATCHES_PER_BLOCK = 4
+PREFETCH = 2  # micro-batches a student worker holds ready
 MOST_BLOCKS = 20_000  # read tasks are made up front, so a long run gets longer blocks
-
-
-@dataclass(frozen=True, slots=True)
-class SourceSpec:
-    """Everything the content of the micro-batches depends on."""
-
-    store: Path
-    split: Split
-    manifest: Manifest
-    masking: MaskingConfig | None  # None: labelled examples
-
-
-class MicroBatches:
-    """Micro-batches by index, out of the token store; a pure function of the spec and the index."""
-
-    def __init__(self, spec: SourceSpec) -> None:
-        self._spec = spec
-        self._store = TokenStore(spec.store)
-        meta = self._store.meta
-        counts = self._store.token_counts() if spec.masking and spec.masking.kind == "frequency" else None
-        self._vocabulary = Vocabulary(meta.vocab_size, meta.mask_id, meta.special_ids, counts)
-
-    def make(self, index: int) -> TokenBatch:
-        """Micro-batch `index`; past the end of the manifest one that holds a single row of no weight."""
-        slot = self._spec.manifest.slot(index)
-        if not len(slot.rows):
-            return self._empty(slot)
-        ids, lengths, labels = self._store.read(self._spec.split, slot.bucket, slot.rows)
-        if self._spec.masking is None:
-            return TokenBatch(index, ids, lengths, labels, None, len(slot.rows))
-        masked, token_labels = mask_tokens(
-            ids, lengths, self._spec.masking, self._vocabulary, self._spec.manifest.seed, index, slot.positions
-        )
-        return TokenBatch(index, masked, lengths, None, token_labels, len(slot.rows))
-
-    def _empty(self, slot: Slot) -> TokenBatch:
-        ids, lengths, labels = self._store.read(self._spec.split, slot.bucket, np.zeros(1, np.int64))
-        token_labels = None if self._spec.masking is None else np.full_like(ids, -100)
-        return TokenBatch(slot.index, ids, lengths, None if self._spec.masking else labels, token_labels, 0)
-
-
-class ManifestSource(Datasource):
-    """The micro-batches of `spec` that `ledger` does not hold, ascending, as a Ray Data source."""
-
-    def __init__(self, spec: SourceSpec, total: int, ledger: Ledger) -> None:
-        self._spec = spec
-        self._total = total
-        self._ledger = ledger
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
-    ) -> list[ReadTask]:
-        missing = self._ledger.missing(self._total)
-        edges = np.linspace(0, missing, min(parallelism, missing) + 1, dtype=np.int64)
-        return [self._task(int(first), int(end)) for first, end in zip(edges[:-1], edges[1:], strict=True)]
-
-    def _task(self, first: int, end: int) -> ReadTask:
-        indices = self._ledger.select(np.arange(first, end), self._total)
-        metadata = BlockMetadata(num_rows=end - first, size_bytes=None, input_files=None, exec_stats=None)
-        return ReadTask(partial(_read, self._spec, indices.tolist()), metadata, schema=wire.BATCH)
-
-
-def _read(spec: SourceSpec, indices: list[int]) -> Iterable[pa.Table]:
-    source = MicroBatches(spec)
-    yield wire.table_of([source.make(index) for index in indices])
 
 
 def build_stream(
@@ -105,13 +32,16 @@ def build_stream(
     _configure(DataContext.get_current())
     missing = ledger.missing(total)
     blocks = max(1, min(MOST_BLOCKS, missing // MICRO_BATCHES_PER_BLOCK))
-    source = ray.data.read_datasource(
+    source: Dataset = ray.data.read_datasource(
         ManifestSource(spec, total, ledger), num_cpus=READ_CPUS, override_num_blocks=blocks, concurrency=1
     )
-    if teacher is None:
-        return source
+    return source if teacher is None else _taught(source, teacher, cluster)
+
+
+def _taught(source: Dataset, teacher: TeacherSpec, cluster: ClusterConfig) -> Dataset:
+    """`source` with the teacher's targets."""
     fewest, most = cluster.teachers
-    return source.map_batches(
+    taught: Dataset = source.map_batches(
         Teacher,
         fn_constructor_args=(teacher,),
         batch_size=1 if cluster.teacher_gpus else None,
@@ -121,6 +51,7 @@ def build_stream(
         num_gpus=cluster.teacher_gpus or None,
         udf_modifying_row_count=False,
     )
+    return taught
 
 
 def _configure(context: DataContext) -> None:
@@ -136,3 +67,27 @@ def execution_options(cluster: ClusterConfig) -> ExecutionOptions:
     """In manifest order, and never more than the bound in the object store."""
     limits = ExecutionResources(object_store_memory=cluster.max_bytes_in_flight)
     return ExecutionOptions(preserve_order=True, resource_limits=limits)
+
+
+def shard_rows() -> Iterator[pa.Table]:
+    """This student worker's share of the stream, one micro-batch at a time.
+
+    The first one is asked for at once, in the background: the teacher loads while the student is made.
+    """
+    rows = _shard_rows()
+    pool = ThreadPoolExecutor(1)
+    first = pool.submit(next, rows, None)
+
+    def primed() -> Iterator[pa.Table]:
+        row = first.result()
+        pool.shutdown()
+        if row is not None:
+            yield row
+            yield from rows
+
+    return primed()
+
+
+def _shard_rows() -> Iterator[pa.Table]:
+    shard = ray.train.get_dataset_shard("train")
+    yield from shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=PREFETCH)

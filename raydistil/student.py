@@ -7,15 +7,21 @@ with a masked-LM head into a DistilBertForMaskedLM, without token types and pool
 import copy
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, DistilBertConfig, PreTrainedModel
-from transformers import DistilBertForMaskedLM
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    PreTrainedModel,
+)
 
 from raydistil.config import StudentConfig
 from raydistil.errors import ModelError
-from raydistil.models import load_model, load_tokenizer
+from raydistil.models import load_model, load_tokenizer, mlm_head
 from raydistil.tokens import tokenizer_hash
 from raydistil.types import Task
 
@@ -70,8 +76,17 @@ def build_student(teacher: PreTrainedModel, config: StudentConfig, task: Task) -
     Raises ModelError for layers out of range, or a teacher that the family cannot be made from.
     """
     if config.model is not None:
-        return load_model(config.model, task, tuple(teacher.config.id2label.values()))
-    check_layers(config.layers, teacher.config.num_hidden_layers)
+        student = load_model(config.model, task, tuple((teacher.config.id2label or {}).values()))
+    else:
+        check_layers(config.layers, teacher.config.num_hidden_layers)
+        student = _from_layers(teacher, config, task)
+    if task == "mlm":
+        mlm_head(student)
+    _set_dropout(student, config.dropout)
+    return student
+
+
+def _from_layers(teacher: PreTrainedModel, config: StudentConfig, task: Task) -> PreTrainedModel:
     if config.family == "distilbert":
         student, weights = _distilbert(teacher, config.layers)
     else:
@@ -79,8 +94,10 @@ def build_student(teacher: PreTrainedModel, config: StudentConfig, task: Task) -
     missing, unexpected = student.load_state_dict(weights, strict=False)
     loose = [name for name in missing if name not in _tied(student)]
     if loose or unexpected:
-        raise ModelError(f"{type(teacher).__name__}: weights without a place: {(loose + unexpected)[:3]}: use another family")
-    _set_dropout(student, config.dropout)
+        names = ", ".join((loose + unexpected)[:3])
+        raise ModelError(
+            f"{type(teacher).__name__}: expected a place for every weight, none for {names}: choose others"
+        )
     return student
 
 
@@ -98,7 +115,9 @@ def _shallower(
 ) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     config = copy.deepcopy(teacher.config)
     config.num_hidden_layers = len(layers)
-    maker = AutoModelForMaskedLM if task == "mlm" else AutoModelForSequenceClassification
+    if getattr(config, "layer_types", None) is not None:  # ModernBERT: which layers attend far
+        config.layer_types = [config.layer_types[layer] for layer in layers]
+    maker: Any = AutoModelForMaskedLM if task == "mlm" else AutoModelForSequenceClassification
     student: PreTrainedModel = maker.from_config(config, dtype=torch.float32)
     prefix = re.escape(_layer_list(teacher))
     places = {layer: place for place, layer in enumerate(layers)}
@@ -121,7 +140,7 @@ def _layer_list(model: PreTrainedModel) -> str:
             f"{type(model).__name__}: expected its {depth} layers in one list, found {len(names)} such lists: "
             f"use a teacher such as BERT, RoBERTa, MPNet or ELECTRA"
         )
-    return names[0]
+    return str(names[0])
 
 
 def _distilbert(teacher: PreTrainedModel, layers: tuple[int, ...]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
@@ -153,6 +172,7 @@ def _distilbert_config(teacher: PreTrainedModel, num_layers: int) -> DistilBertC
         n_heads=bert.num_attention_heads, dim=bert.hidden_size, hidden_dim=bert.intermediate_size,
         dropout=bert.hidden_dropout_prob, attention_dropout=bert.attention_probs_dropout_prob,
         activation=bert.hidden_act, initializer_range=bert.initializer_range, pad_token_id=bert.pad_token_id,
+        tie_word_embeddings=bert.tie_word_embeddings,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ padding but in the very last block. Labelled examples stay whole, cut at `length
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -74,9 +75,12 @@ def build_store(corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", config: To
 
 
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Equal for tokenizers that cut and number texts alike."""
+    """Equal for tokenizers that cut and number texts alike, whatever else (padding, truncation) they are set to do."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else tokenizer.get_vocab()
+    if backend is None:
+        return digest([tokenizer.get_vocab(), sorted(tokenizer.all_special_ids)])
+    parts = json.loads(backend.to_str())
+    content = [parts[name] for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")]
     return digest([content, sorted(tokenizer.all_special_ids)])
 
 
@@ -92,7 +96,7 @@ class _Writer:
         self._corpus = corpus
         self._labels = self._class_names() if labelled else ()
         self._ids = {label: number for number, label in enumerate(self._labels)}
-        self._buckets = tuple(sorted(config.buckets)) + (config.length,) if labelled else (config.length,)
+        self._buckets = (*sorted(config.buckets), config.length) if labelled else (config.length,)
         self._counts: dict[Split, SplitCounts] = {split: SplitCounts() for split in SPLITS}
         self._token_counts = np.zeros(len(tokenizer), np.int64)
         self._files: dict[tuple[Split, int], _BucketFile] = {}
@@ -115,10 +119,12 @@ class _Writer:
         (self._path / "meta.json").write_text(json.dumps(asdict(self._meta()), indent=1))
 
     def _class_names(self) -> tuple[str, ...]:
-        names = sorted({str(row.label) for row in self._corpus.rows()})
+        """In the order of their ids: whole numbers by value, so that they are ids where they already were."""
+        names = {str(row.label) for row in self._corpus.rows()}
         if len(names) < 2:
             raise DataError(f"expected at least two classes, found {', '.join(names) or 'no rows'}: check the labels")
-        return tuple(names)
+        numbers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names)
+        return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))
 
     def _tokenized(self) -> Iterator[tuple[TextRow, list[int]]]:
         """Rows with their tokens, special ones excluded, less those the configuration leaves out (counted)."""
@@ -163,7 +169,7 @@ class _Writer:
 
     def _losses(self) -> str:
         counts = self._counts["train"]
-        return f"({counts.texts} texts, {counts.too_short} too short, {counts.too_unknown} with too many unknown tokens)"
+        return f"({counts.texts} texts, {counts.too_short} too short, {counts.too_unknown} with too many unknown)"
 
     def _meta(self) -> StoreMeta:
         tokenizer = self._tokenizer
@@ -179,7 +185,7 @@ def _edges(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
     """Tokens before and after a single text. Raises ModelError for a tokenizer that has none."""
     first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
     if first is None or last is None:
-        raise ModelError("expected an encoder's tokenizer with [CLS] and [SEP], got one without: use an encoder teacher")
+        raise ModelError("expected an encoder's tokenizer, with [CLS] and [SEP], got one without: use an encoder")
     return [first], [last]
 
 
@@ -216,9 +222,7 @@ class _BucketFile:
     def __init__(self, path: Path, length: int, pad_id: int) -> None:
         self._length = length
         self._pad_id = pad_id
-        self._schema = pa.schema(
-            [("ids", pa.list_(pa.int32(), length)), ("length", pa.int32()), ("label", pa.int32())]
-        )
+        self._schema = pa.schema([("ids", pa.list_(pa.int32(), length)), ("length", pa.int32()), ("label", pa.int32())])
         self._writer = pa.ipc.new_file(path, self._schema)
         self._rows: list[list[int]] = []
         self._labels: list[int] = []
@@ -273,8 +277,8 @@ class TokenStore:
         ids = np.empty((len(rows), length), np.int32)
         lengths = np.empty(len(rows), np.int32)
         labels = np.empty(len(rows), np.int32)
-        for place, row in enumerate(rows):
-            batch, inside = batches[row // ROWS_PER_BATCH], int(row % ROWS_PER_BATCH)
+        for place, row in enumerate(rows.tolist()):
+            batch, inside = batches[row // ROWS_PER_BATCH], row % ROWS_PER_BATCH
             values = batch.column(0).values.to_numpy()
             ids[place] = values[inside * length : (inside + 1) * length]
             lengths[place] = batch.column(1)[inside].as_py()

@@ -6,7 +6,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -20,25 +19,12 @@ from raydistil.checkpoint import MODEL, latest_ledger
 from raydistil.config import ClusterConfig
 from raydistil.errors import Interrupted, RaydistilError
 from raydistil.report import LiveLine, Progress
+from raydistil.specs import TrainRun
 from raydistil.storage import whole_directory
-from raydistil.stream import SourceSpec, build_stream, execution_options
-from raydistil.teacher import TeacherSpec
+from raydistil.stream import build_stream, execution_options, shard_rows
 from raydistil.types import StepMetrics, TrainSummary
-from raydistil.worker import WorkerSpec, train_worker
 
 POLL_S = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class TrainRun:
-    """One training run: what flows, who learns from it, and where it is kept."""
-
-    stage: str  # also the directory of its checkpoints
-    source: SourceSpec
-    worker: WorkerSpec
-    teacher: TeacherSpec | None
-    cluster: ClusterConfig
-    run_dir: Path
 
 
 def train(run: TrainRun, target: Path) -> TrainSummary:
@@ -46,16 +32,16 @@ def train(run: TrainRun, target: Path) -> TrainSummary:
 
     Raises Interrupted after a Ctrl-C, with a checkpoint saved.
     """
-    progress = Progress.remote()
+    progress: Any = Progress.remote()  # type: ignore[attr-defined]
     trainer = _trainer(run, progress)
     live = LiveLine(run.stage, run.run_dir / "metrics.jsonl")
     with _stop_on_signal(progress):
         result = _fit(trainer, progress, live)
-    summary = TrainSummary(**{key: result.metrics[key] for key in TrainSummary.__slots__})
     ray.kill(progress)
+    assert result.metrics is not None and result.checkpoint is not None
+    summary = TrainSummary(**{key: result.metrics[key] for key in TrainSummary.__slots__})
     if summary.interrupted:
         raise Interrupted(f"{run.stage} stopped after step {summary.steps}; the same command goes on from there")
-    assert result.checkpoint is not None
     with whole_directory(target) as scratch, result.checkpoint.as_directory() as saved:
         shutil.copytree(Path(saved) / MODEL, scratch, dirs_exist_ok=True)
     shutil.rmtree(_storage(run) / run.stage)
@@ -69,7 +55,7 @@ def _storage(run: TrainRun) -> Path:
 def _trainer(run: TrainRun, progress: Any) -> TorchTrainer:
     cluster = run.cluster
     return TorchTrainer(
-        train_worker,
+        _work,
         train_loop_config={"spec": run.worker, "progress": progress},
         datasets={"train": partial(_dataset, run)},
         dataset_config=DataConfig(execution_options=execution_options(cluster)),
@@ -86,6 +72,14 @@ def _trainer(run: TrainRun, progress: Any) -> TorchTrainer:
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What runs on every worker. The stream starts first, then torch and DeepSpeed are imported, here alone."""
+    rows = shard_rows()
+    from raydistil.worker import StudentWorker
+
+    StudentWorker(config["spec"], config["progress"], rows).run()
 
 
 def _dataset(run: TrainRun) -> ray.data.Dataset:

@@ -84,6 +84,4 @@ def timing_of(row: pa.Table, tokens: int) -> TeacherTiming | None:
     """When the teacher worked on this micro-batch, or None where none was asked."""
     if "teacher" not in row.column_names:
         return None
-    return TeacherTiming(
-        row["teacher"][0].as_py(), row["started_s"][0].as_py(), row["ended_s"][0].as_py(), tokens
-    )
+    return TeacherTiming(row["teacher"][0].as_py(), row["started_s"][0].as_py(), row["ended_s"][0].as_py(), tokens)

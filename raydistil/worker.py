@@ -6,64 +6,37 @@ weights of the loss. The dropout of a micro-batch is a function of (seed, index)
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray.train
 import torch
-from ray.actor import ActorHandle
 from torch import Tensor
 
 from raydistil import wire
 from raydistil.checkpoint import load_state, save_state
 from raydistil.codecs import hidden
-from raydistil.config import LossConfig, TrainConfig
 from raydistil.losses import LossInputs, LossOutputs, combined
 from raydistil.manifest import Ledger, keyed
 from raydistil.models import HeadedEncoder, load_model, mlm_head, on_device
 from raydistil.optim import deepspeed_config, linear_schedule, parameter_groups
 from raydistil.report import Meter
-from raydistil.types import IGNORE, Task, TeacherTargets, TokenBatch
-
-PREFETCH = 2  # micro-batches a worker holds ready
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSpec:
-    """What a student worker trains, and how. Every worker gets the same one."""
-
-    task: Task
-    init: str  # directory or name of the model the training starts from
-    tokenizer: str  # directory or name of the tokenizer that is saved beside it
-    teacher: str | None  # directory or name of the teacher; None: no teacher in this run
-    labels: tuple[str, ...]
-    train: TrainConfig
-    loss: LossConfig
-    seed: int
-    threads: int
-    num_slots: int  # micro-batches of the run, with empty ones that make it a multiple of a step's
-    per_epoch: int
-
-
-def train_worker(config: dict[str, Any]) -> None:
-    """Ray Train calls this on every worker; `config` holds the spec and the progress actor."""
-    StudentWorker(config["spec"], config["progress"]).run()
+from raydistil.specs import WorkerSpec
+from raydistil.types import IGNORE, TeacherTargets, TokenBatch
 
 
 class StudentWorker:
     """One worker: its engine, its share of the stream and its meter."""
 
-    def __init__(self, spec: WorkerSpec, progress: ActorHandle) -> None:
+    def __init__(self, spec: WorkerSpec, progress: Any, rows: Iterator[pa.Table]) -> None:
         self._spec = spec
         context = ray.train.get_context()
         self._rank, self._world = context.get_world_rank(), context.get_world_size()
         self._num_steps = spec.num_slots // (self._world * spec.train.accumulation)
         torch.set_num_threads(spec.threads)
         torch.manual_seed(spec.seed)
-        self._rows = _primed(_rows())  # the teacher loads while the engine is made
+        self._rows = rows
         self._engine = self._make_engine()
         self._device = torch.device(self._engine.device)
         self._teacher_head = self._make_teacher_head()
@@ -88,7 +61,8 @@ class StudentWorker:
         """The frozen map from the teacher's hidden states to vocabulary logits; None where none is needed."""
         if self._spec.teacher is None or self._spec.task != "mlm" or not self._spec.loss.kd:
             return None
-        return mlm_head(load_model(self._spec.teacher, "mlm").eval().requires_grad_(False).to(self._device))
+        teacher = load_model(self._spec.teacher, "mlm").requires_grad_(False).train(False)
+        return mlm_head(teacher.to(self._device))
 
     def run(self) -> None:
         """Train on the whole stream, with checkpoints on the way and one at the end."""
@@ -124,7 +98,8 @@ class StudentWorker:
         self._engine.backward(out.loss * (batch.num_rows / self._spec.train.micro_batch_size))
         self._engine.step()
         self._consumed.append(batch.index)
-        self._meter.micro_step(asked, started, time.time(), batch.num_tokens, wire.timing_of(row, batch.num_tokens), row.nbytes)
+        timing = wire.timing_of(row, batch.num_tokens)
+        self._meter.micro_step(asked, started, time.time(), batch.num_tokens, timing, row.nbytes)
         return out
 
     def _loss(self, batch: TokenBatch, targets: TeacherTargets | None) -> LossOutputs:
@@ -177,27 +152,6 @@ def _deepspeed() -> Any:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def _rows() -> Iterator[pa.Table]:
-    """This worker's share of the stream, one micro-batch at a time."""
-    shard = ray.train.get_dataset_shard("train")
-    yield from shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=PREFETCH)
-
-
-def _primed(rows: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """`rows`, with the first one asked for at once in the background."""
-    pool = ThreadPoolExecutor(1)
-    first = pool.submit(next, rows, None)
-
-    def primed() -> Iterator[pa.Table]:
-        row = first.result()
-        pool.shutdown()
-        if row is not None:
-            yield row
-            yield from rows
-
-    return primed()
 
 
 def _mean_metrics(outs: list[LossOutputs]) -> dict[str, Tensor]:

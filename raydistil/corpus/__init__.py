@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from raydistil.corpus import python_docs
 from raydistil.corpus.caps import Caps
 from raydistil.corpus.files import expand, is_file_pattern, read_records
 from raydistil.corpus.split import split_of
-from raydistil.errors import DataError
+from raydistil.errors import ConfigError, DataError
 from raydistil.storage import cache_dir, whole_directory
-from raydistil.types import Split, TextRow
+from raydistil.types import SPLITS, Split, TextRow
 
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "review", "question")
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
@@ -37,12 +38,18 @@ class Corpus:
 
 
 def open_corpus(config: CorpusConfig, labelled: bool) -> Corpus:
-    """The corpus `config` names. Raises DataError, naming file and row, for anything that cannot be used."""
-    if config.source == "python-docs":
-        return _open_python_docs(config)
-    if is_file_pattern(config.source):
+    """The corpus `config` names.
+
+    Raises DataError, naming file and row, for what cannot be used, ConfigError for keys that do not go together.
+    """
+    if config.source != "python-docs" and is_file_pattern(config.source):
         return _open_files(config, labelled)
-    return _open_hub(config, labelled)
+    if config.validation_source or config.test_source:
+        raise ConfigError(
+            f"corpus.validation_source and corpus.test_source go with files as corpus.source, got {config.source!r}: "
+            f"leave them out"
+        )
+    return _open_python_docs(config) if config.source == "python-docs" else _open_hub(config, labelled)
 
 
 # ---- python-docs
@@ -50,7 +57,8 @@ def open_corpus(config: CorpusConfig, labelled: bool) -> Corpus:
 
 def _open_python_docs(config: CorpusConfig) -> Corpus:
     files = python_docs.list_files(config.libraries)
-    shape = [config.model_dump(mode="json"), [(file.module, file.path.stat().st_size) for file in files]]
+    sizes = [(file.module, file.path.stat().st_size) for file in files]
+    shape = [python_docs.FORMAT, config.model_dump(mode="json"), sizes]
     path = cache_dir() / "corpus" / digest(shape)
     rows = _cached(path, files)
     if rows is None:
@@ -83,24 +91,33 @@ def _cached(path: Path, files: list[python_docs.SourceFile]) -> list[TextRow] | 
 
 
 def _open_files(config: CorpusConfig, labelled: bool) -> Corpus:
-    sources = {
+    sources: dict[Split, tuple[str | None, str]] = {
         "train": (config.source, "corpus.source"),
         "validation": (config.validation_source, "corpus.validation_source"),
         "test": (config.test_source, "corpus.test_source"),
     }
     paths = {split: expand(pattern, key) for split, (pattern, key) in sources.items() if pattern}
+    _check_disjoint(paths)
     first_number, first = _first_record(paths["train"])
     columns, notes = _choose_columns(config, first, f"{paths['train'][0]}:{first_number}", labelled)
 
     def rows() -> Iterator[TextRow]:
-        caps = Caps(config)
         for split, group in paths.items():
-            given = None if split == "train" else split
             records = ((f"{path}:{n}", record) for path in group for n, record in read_records(path))
-            yield from _to_rows(records, columns, config, caps, given)  # type: ignore[arg-type]
+            yield from _to_rows(records, columns, config, None if split == "train" else split)
 
-    every = [path for group in paths.values() for path in group]
-    return Corpus(rows, _hash_files(every, [columns, config.model_dump(mode="json")]), notes)
+    return Corpus(rows, _hash_files(paths, [columns, config.model_dump(mode="json")]), notes)
+
+
+def _check_disjoint(paths: dict[Split, list[Path]]) -> None:
+    """Raise DataError where a file would be in two splits."""
+    for (_, first), (split, second) in combinations(paths.items(), 2):
+        both = {path.resolve() for path in first} & {path.resolve() for path in second}
+        if both:
+            raise DataError(
+                f"corpus.{split}_source: expected files of its own, but {min(both)} is in another split too: "
+                f"name the files apart"
+            )
 
 
 def _first_record(paths: list[Path]) -> tuple[int, dict[str, Any]]:
@@ -110,9 +127,11 @@ def _first_record(paths: list[Path]) -> tuple[int, dict[str, Any]]:
     raise DataError(f"{paths[0]}: expected at least one row, found none: the corpus is empty")
 
 
-def _hash_files(paths: list[Path], settings: Any) -> str:
-    state = blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=8)
-    for path in paths:
+def _hash_files(paths: dict[Split, list[Path]], settings: Any) -> str:
+    """16 hex digits over the settings, and over which bytes are in which file of which split."""
+    sizes = {split: [path.stat().st_size for path in group] for split, group in paths.items()}
+    state = blake2b(json.dumps([settings, sizes], sort_keys=True, default=str).encode(), digest_size=8)
+    for path in chain.from_iterable(paths.values()):
         with path.open("rb") as file:
             while chunk := file.read(1 << 20):
                 state.update(chunk)
@@ -133,15 +152,16 @@ def _open_hub(config: CorpusConfig, labelled: bool) -> Corpus:
             f"corpus.source: expected python-docs, a file, a glob or the name of a hub data set, got "
             f"{config.source!r}, which the hub client cannot load: {reason}"
         ) from error
-    train = loaded["train"]
-    columns, notes = _choose_columns(config, train[0] if len(train) else {}, f"{config.source}[train]", labelled)
+    if not len(loaded.get("train", ())):
+        raise DataError(f"{config.source}: expected rows in a split named train, found {dict(loaded.num_rows)}")
+    columns, notes = _choose_columns(config, loaded["train"][0], f"{config.source}[train]", labelled)
+    shares = {f"{split}_share": 0.0 for split in ("validation", "test") if split in loaded}
+    shared = config.model_copy(update=shares)  # a split of its own needs no share of the training rows
 
     def rows() -> Iterator[TextRow]:
-        caps = Caps(config)
-        for split in ("train", "validation", "test"):
-            if split in loaded:
-                records = ((f"{config.source}[{split}]:{n}", row) for n, row in enumerate(loaded[split], 1))
-                yield from _to_rows(records, columns, config, caps, None if split == "train" else split)
+        for split in SPLITS:
+            records = ((f"{config.source}[{split}]:{n}", row) for n, row in enumerate(loaded.get(split, ()), 1))
+            yield from _to_rows(records, columns, shared, None if split == "train" else split)
 
     fingerprints = {split: part._fingerprint for split, part in loaded.items()}
     return Corpus(rows, digest([fingerprints, columns, config.model_dump(mode="json")]), notes)
@@ -182,17 +202,15 @@ def _choose(
 
 
 def _to_rows(
-    records: Iterator[tuple[str, dict[str, Any]]], columns: Columns, config: CorpusConfig, caps: Caps,
-    split: Split | None,
-) -> Iterator[TextRow]:  # fmt: skip
+    records: Iterator[tuple[str, dict[str, Any]]], columns: Columns, config: CorpusConfig, split: Split | None
+) -> Iterator[TextRow]:
     """Typed rows of the records, as far as the caps want them; `split` None: by a hash of the text."""
+    caps = Caps(config)
     for where, record in records:
         if caps.full:
             return
-        text = _cell(record, columns.text, where, "text")
-        label = None if columns.label is None else _label(_cell(record, columns.label, where, "label"), where)
-        if not isinstance(text, str):
-            raise DataError(f"{where}: expected text in column {columns.text!r}, got {type(text).__name__}")
+        text = _text(_cell(record, columns.text, where, "text"), columns.text, where)
+        label = None if columns.label is None else _label(record, columns.label, where)
         if caps.open(label):
             caps.count(label)
             yield TextRow(text, label, where, split or split_of(text, config))
@@ -207,7 +225,18 @@ def _cell(record: dict[str, Any], column: str, where: str, role: str) -> Any:
     return record[column]
 
 
-def _label(value: Any, where: str) -> str:
+def _text(value: Any, column: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: expected text in column {column!r}, got {type(value).__name__}: mend the row")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: half a surrogate pair in column {column!r} is no text: mend the row") from error
+    return value
+
+
+def _label(record: dict[str, Any], column: str, where: str) -> str:
+    value = _cell(record, column, where, "label")
     if isinstance(value, bool | int | str) and value != "":
-        return str(value)
+        return _text(str(value), column, where)
     raise DataError(f"{where}: expected a class as text or whole number, got {value!r}: mend the row")

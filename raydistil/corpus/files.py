@@ -1,4 +1,7 @@
-"""Files of rows: .jsonl, .csv, .parquet and .txt (one text a line). Every complaint names the file and the row."""
+"""Files of rows: .jsonl, .csv, .parquet and .txt (one text a line). Blank lines are no rows.
+
+Every complaint names the file and the row.
+"""
 
 import csv
 import glob
@@ -17,7 +20,9 @@ Record = tuple[int, dict[str, Any]]  # 1-based line or row number, columns
 
 def expand(pattern: str, key: str) -> list[Path]:
     """The files `pattern` (a path or a glob) stands for, sorted. Raises DataError where there are none."""
-    paths = sorted(Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file())
+    whole = Path(pattern).is_file()  # a file whose name looks like a glob
+    matches = [pattern] if whole else glob.glob(pattern, recursive=True)  # noqa: PTH207 (Path.glob: relative ones only)
+    paths = sorted(path for path in map(Path, matches) if path.is_file())
     if not paths:
         raise DataError(f"{key}: expected a file or a glob that matches some, found nothing at {pattern}")
     for path in paths:
@@ -28,7 +33,7 @@ def expand(pattern: str, key: str) -> list[Path]:
 
 def is_file_pattern(source: str) -> bool:
     """Whether `source` names files rather than a hub data set."""
-    return Path(source).suffix in READERS or any(sign in source for sign in "*?[") or Path(source).exists()
+    return Path(source).suffix in READERS or any(sign in source for sign in "*?[") or Path(source).is_file()
 
 
 def read_records(path: Path) -> Iterator[Record]:
@@ -36,13 +41,14 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines, decoded one by one so that a bad byte has a line number."""
+    """Numbered lines, decoded one by one so that a bad byte has a line number; a byte order mark is left out."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield number, line.decode("utf8").removesuffix("\n").removesuffix("\r")
+                text = line.decode("utf-8-sig" if number == 1 else "utf8")
+                yield number, text.removesuffix("\n").removesuffix("\r")
             except UnicodeDecodeError as error:
-                bad = line[error.start]
+                bad = error.object[error.start]
                 raise DataError(
                     f"{path}:{number}: expected UTF-8 text, got byte 0x{bad:02x} at column {error.start + 1}: "
                     f"convert the file, for example with iconv -t UTF-8"
@@ -55,7 +61,7 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
             continue
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # beside bad JSON: a number too long, a list too deep
             raise DataError(f"{path}:{number}: expected one JSON object a line, got {line[:40]!r}: {error}") from error
         if not isinstance(value, dict):
             raise DataError(f"{path}:{number}: expected a JSON object, got {type(value).__name__}: write one a line")
@@ -63,20 +69,29 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
 
 
 def _read_csv(path: Path) -> Iterator[Record]:
-    reader = csv.reader(line + "\n" for _, line in _lines(path))
-    header = next(reader, None)
-    if not header:
-        return
+    header: list[str] = []
+    for start, row in _csv_rows(path):
+        if not header:
+            header = row
+        elif len(row) != len(header):
+            raise DataError(f"{path}:{start}: expected {len(header)} columns as in the header, got {len(row)}: mend it")
+        else:
+            yield start, dict(zip(header, row, strict=True))
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(first line, fields) of every row that is not blank. Strict: a quote that never ends would swallow the rest."""
+    reader = csv.reader((line + "\n" for _, line in _lines(path)), strict=True)
     while True:
         start = reader.line_num + 1
-        row = next(reader, None)
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise DataError(f"{path}:{start}: expected a row of CSV, got a bad one: {error}: mend the row") from error
         if row is None:
             return
-        if not row:
-            continue
-        if len(row) != len(header):
-            raise DataError(f"{path}:{start}: expected {len(header)} columns as in the header, got {len(row)}")
-        yield start, dict(zip(header, row, strict=True))
+        if row:
+            yield start, row
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
@@ -87,13 +102,14 @@ def _read_parquet(path: Path) -> Iterator[Record]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file after row {number}: {error}") from error
 
 
 def _read_txt(path: Path) -> Iterator[Record]:
     for number, line in _lines(path):
-        yield number, {"text": line}
+        if line.strip():
+            yield number, {"text": line}
 
 
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import islice
 from multiprocessing import get_context
 from os import cpu_count
 from pathlib import Path
@@ -27,8 +28,12 @@ SKIPPED_FOLDERS = {
     "test", "tests", "testing", "_vendor", "vendor", "vendored", "_distutils", "third_party", "thirdparty_files",
     "site-packages", "idlelib", "lib2to3", "__pycache__", "node_modules",
 }  # fmt: skip
+FORMAT = 1  # raise when other rows come out of the same files
 MIN_WORDS = 6
 WAVE = 96  # files in work at a time
+CHUNK = 8  # files that a process is given at once
+FEW = 32  # files that are parsed here, sooner than processes start
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no file can hold
 ENGLISH = re.compile(r"\b(the|a|an|of|to|and|is|in|for|if|with|this|return|returns|that|or|by)\b", re.IGNORECASE)
 
 
@@ -98,16 +103,13 @@ def _parsed(files: list[SourceFile], caps: Caps) -> Iterator[tuple[SourceFile, P
 
     A wave of files is in work at a time; the rows depend on the order of the files alone, never on the cores.
     """
-    workers = cpu_count() or 1
+    workers = min(cpu_count() or 1, -(-WAVE // CHUNK))
+    rest = iter(files)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        start = 0
-        while start < len(files) and not caps.full:
-            wave: list[SourceFile] = []
-            while start < len(files) and len(wave) < WAVE:
-                if caps.open(files[start].label):
-                    wave.append(files[start])
-                start += 1
-            yield from zip(wave, pool.map(parse, [file.path for file in wave], chunksize=8), strict=True)
+        while wave := list(islice((file for file in rest if caps.open(file.label)), WAVE)):
+            paths = [file.path for file in wave]
+            parsed = map(parse, paths) if len(wave) <= FEW else pool.map(parse, paths, chunksize=CHUNK)
+            yield from zip(wave, parsed, strict=True)
 
 
 def parse(path: Path) -> ParsedFile:
@@ -118,10 +120,10 @@ def parse(path: Path) -> ParsedFile:
     content = path.read_bytes()
     try:
         with warnings.catch_warnings(action="ignore"):
-            tree = ast.parse(content)
-    except (SyntaxError, ValueError, RecursionError):
-        return ParsedFile(content_hash(content), [])
-    return ParsedFile(content_hash(content), [(name, text) for name, text in _walk(tree, "") if is_english(text)])
+            texts = list(_walk(ast.parse(content), ""))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        texts = []
+    return ParsedFile(content_hash(content), [(name, text) for name, text in texts if is_english(text)])
 
 
 def content_hash(content: bytes) -> str:
@@ -143,12 +145,13 @@ def is_english(text: str) -> bool:
     """At least six words, two of them English function words, and nearly all characters ASCII."""
     words = len(text.split())
     ascii_share = sum(character < "\x80" for character in text) / len(text)
-    return words >= MIN_WORDS and ascii_share > 0.95 and len(ENGLISH.findall(text, 0, 2000)) >= 2
+    plain = ascii_share > 0.95 and not SURROGATE.search(text)
+    return words >= MIN_WORDS and plain and len(ENGLISH.findall(text, 0, 2000)) >= 2
 
 
 def _fingerprint(text: str) -> bytes:
     """Equal for texts that differ in case, digits, space or punctuation only."""
-    return blake2b(re.sub(r"[\W\d_]+", " ", text.lower()).encode(), digest_size=12).digest()
+    return blake2b(re.sub(r"[\W\d_]+", " ", text.lower()).strip().encode(), digest_size=12).digest()
 
 
 def _hash(name: str) -> bytes:
@@ -157,7 +160,8 @@ def _hash(name: str) -> bytes:
 
 def _roots() -> list[Path]:
     paths = sysconfig.get_paths()
-    return [Path(path) for path in dict.fromkeys((paths["stdlib"], paths["purelib"], paths["platlib"]))]
+    roots = dict.fromkeys(Path(paths[name]).resolve() for name in ("stdlib", "purelib", "platlib"))
+    return [root for root in roots if root.is_dir()]
 
 
 def _top_level(root: Path) -> list[str]:
@@ -171,7 +175,7 @@ def _top_level(root: Path) -> list[str]:
 def _files_of(root: Path, name: str) -> list[SourceFile]:
     single = root / f"{name}.py"
     paths = [single] if single.is_file() else sorted((root / name).rglob("*.py"))
-    return [SourceFile(path, _module(root, path), name) for path in paths if _wanted(root, path)]
+    return [SourceFile(path, _module(root, path), name) for path in paths if path.is_file() and _wanted(root, path)]
 
 
 def _wanted(root: Path, path: Path) -> bool:

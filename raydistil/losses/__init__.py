@@ -1,5 +1,7 @@
 """Losses: (LossInputs) -> LossOutputs, combined as a weighted sum whose terms are logged apart."""
 
+from torch import Tensor
+
 from raydistil.config import LossConfig
 from raydistil.losses.terms import LossInputs, LossOutputs, cosine, kd, task
 
@@ -9,7 +11,7 @@ __all__ = ["LossInputs", "LossOutputs", "combined", "cosine", "kd", "task"]
 def combined(inputs: LossInputs, config: LossConfig) -> LossOutputs:
     """Weighted sum of the terms whose weight is not 0; the metrics hold each of them unweighted."""
     loss = inputs.student_logits_NC.new_zeros(())
-    metrics = {}
+    metrics: dict[str, Tensor] = {}
     if config.kd:
         out = kd(inputs, config.temperature)
         loss, metrics = loss + config.kd * out.loss, metrics | out.metrics

@@ -1,0 +1,1 @@
+"""Serving: the exported student on Ray Serve, over HTTP."""

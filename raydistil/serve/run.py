@@ -1,0 +1,278 @@
+"""serve: find the model, check what can be checked, then run the app on Ray Serve until the user stops it.
+
+Only the replicas load the model.
+"""
+
+import json
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from raydistil import rundir
+from raydistil.cluster import address_of, connected
+from raydistil.config import ClusterConfig
+from raydistil.errors import ModelError, PlanError, RaydistilError, StorageError
+from raydistil.serve.schema import ROUTES, Info, Source
+from raydistil.types import Task
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from ray.serve import Application
+
+TOKENIZER, WEIGHTS, REPORT = "tokenizer.json", "model.safetensors", "raydistil.json"
+HEADS: dict[str, Task] = {"ForSequenceClassification": "classification", "ForMaskedLM": "mlm"}
+APP, DEPLOYMENT = "raydistil", "student"
+OBJECT_STORE_BYTES = 256 << 20  # of a local cluster; requests and replies are small
+STOP = (signal.SIGINT, signal.SIGTERM)
+MAX_ONGOING = 64  # requests of one replica, waiting ones included
+TARGET_ONGOING = 8  # a replica works on one at a time; more than this waiting asks for another replica
+
+
+def serve_forever(run_dir: Path, host: str, port: int, replicas: int, say: Callable[[str], None]) -> None:
+    """Serve the student of `run_dir` until SIGINT or SIGTERM, then stop everything this started.
+
+    Raises StorageError for a missing or broken model and RaydistilError for a port that cannot be had, both before
+    Ray starts; PlanError for a cluster that cannot hold `replicas`; ModelError where a replica cannot load the model.
+    """
+    source = find(run_dir)
+    cluster = ClusterConfig(object_store_bytes=OBJECT_STORE_BYTES)
+    if port == 0 or address_of(cluster) is None:
+        port = free_port(host, port)
+    # SystemExit: what Ray's own handler makes of a SIGTERM that comes before ours is in place.
+    with suppress(KeyboardInterrupt, SystemExit), connected(cluster):
+        _stop_on_signals()
+        check_cluster(replicas)
+        with _serve_ended(address_of(cluster)), serving(source, host, port, replicas) as info:
+            url = url_of(host, port)
+            say(f"serving {source.name} at {url} (try: {example(info, url)})")
+            _wait()
+            say("stopping: requests under way are answered first")
+    say(f"stopped serving {source.name}")
+
+
+# ---- before Ray starts
+
+
+def find(run_dir: Path) -> Source:
+    """The model of a run's directory, or in a directory of its own. Raises StorageError: none, incomplete, no task."""
+    student = run_dir / rundir.STUDENT
+    directory = student if student.is_dir() else run_dir
+    if not run_dir.is_dir():
+        raise StorageError(f"expected the directory of a run or a model, found none at {run_dir}: check the path")
+    if directory == run_dir and "hash" in _json(run_dir, rundir.CONFIG):
+        raise StorageError(f"expected an exported student at {student}, found none: run raydistil export first")
+    config = _json(directory, "config.json")
+    _json(directory, TOKENIZER)
+    _check_weights(directory)
+    report = _json(directory, REPORT) if (directory / REPORT).exists() else None
+    return Source(run_dir.resolve().name, str(directory.resolve()), _task(directory, config), report or None)
+
+
+def _json(directory: Path, name: str) -> dict[str, Any]:
+    """Raises StorageError where the file is missing or broken."""
+    path = directory / name
+    try:
+        value: Any = json.loads(path.read_text(encoding="utf8"))
+    except FileNotFoundError as error:
+        raise _incomplete(directory, name, "is not there") from error
+    except ValueError as error:
+        raise _incomplete(directory, name, f"is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise _incomplete(directory, name, "is not a JSON object")
+    return value
+
+
+def _check_weights(directory: Path) -> None:
+    """Raises StorageError where the file is missing or shorter than its header says."""
+    path = directory / WEIGHTS
+    if not path.is_file():
+        raise _incomplete(directory, WEIGHTS, "is not there")
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise _incomplete(directory, WEIGHTS, f"is broken ({error})") from error
+
+
+def _incomplete(directory: Path, name: str, what: str) -> StorageError:
+    return StorageError(
+        f"expected a whole model in {directory} (config.json, {WEIGHTS}, {TOKENIZER}), but {name} {what}: "
+        f"run raydistil export again, or check the path"
+    )
+
+
+def _task(directory: Path, config: dict[str, Any]) -> Task:
+    """By the model's head. Raises StorageError for one that no route answers for."""
+    names = config.get("architectures") or []
+    tasks = [task for name in names for head, task in HEADS.items() if name.endswith(head)]
+    if not tasks:
+        raise StorageError(
+            f"expected a model {' or '.join(HEADS)} in {directory}, its architecture is "
+            f"{', '.join(names) or 'not given'}: serve the exported student of a run"
+        )
+    if config.get("problem_type") not in (None, "single_label_classification"):
+        raise StorageError(
+            f"expected a model that chooses one label in {directory}, its problem_type is {config['problem_type']}: "
+            f"its scores would mean something else"
+        )
+    return tasks[0]
+
+
+def free_port(host: str, port: int) -> int:
+    """`port`, or any free one for 0. Raises RaydistilError where it cannot be listened on."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just left is free
+            probe.bind(address)
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise RaydistilError(
+            f"expected a free port to listen on, {host}:{port} is not ({error.strerror}): choose another with --port, "
+            f"or --port 0 for any free one"
+        ) from error
+
+
+def url_of(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def example(info: Info, url: str) -> str:
+    """A request to paste into a shell."""
+    text = "How do I open a file?" if info.mask_token is None else f"Paris is the {info.mask_token} of France."
+    return f"""curl {url}{ROUTES[info.task]} -H 'content-type: application/json' -d '{{"inputs": "{text}"}}'"""
+
+
+# ---- on Ray
+
+
+class Student:
+    """One replica: the model and the app around it. Serve itself asks for the app."""
+
+    def __init__(self, source: Source) -> None:
+        import torch
+
+        from raydistil.serve.app import load
+
+        torch.set_num_threads(1)  # a replica is one CPU to Ray
+        self._model = load(source)
+
+    def __serve_build_asgi_app__(self) -> "FastAPI":
+        from raydistil.serve.app import build_api
+
+        return build_api(self._model)
+
+    async def info(self) -> Info:
+        return self._model.info()
+
+
+def application(source: Source, replicas: int) -> "Application":
+    """The Serve application: one deployment, one to `replicas` replicas."""
+    from ray import serve
+
+    deployment: Any = serve.deployment(
+        serve.ingress()(Student),
+        name=DEPLOYMENT,
+        ray_actor_options={"num_cpus": 1},
+        max_ongoing_requests=MAX_ONGOING,
+        autoscaling_config={
+            "min_replicas": 1, "max_replicas": replicas, "target_ongoing_requests": TARGET_ONGOING,
+        },
+        health_check_period_s=10,
+        health_check_timeout_s=60,
+    )  # fmt: skip
+    bound: Application = deployment.bind(source)
+    return bound
+
+
+def check_cluster(replicas: int) -> None:
+    """Raises PlanError where the cluster is too small for `replicas`, or Serve is in use on it."""
+    import ray
+    from ray import serve
+
+    cpus = ray.cluster_resources().get("CPU", 0)
+    if replicas > cpus:
+        raise PlanError(f"expected a CPU for each of {replicas} replicas, found {cpus:g}: lower --replicas")
+    if serve.status().proxies:
+        raise PlanError("expected a cluster without Ray Serve, it runs there already: end it with serve shutdown")
+
+
+@contextmanager
+def serving(source: Source, host: str, port: int, replicas: int) -> Iterator[Info]:
+    """The app answers at host:port inside the block, and is deleted after it. Ray must be connected; Serve is started.
+
+    Raises ModelError where the model does not load, RaydistilError where the cluster cannot listen there.
+    """
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # its import sets the level to INFO
+    try:
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+    except RuntimeError as error:
+        raise RaydistilError(f"expected a port to listen on: {_cause(str(error))} Choose one with --port") from error
+    info = _deploy(source, replicas)
+    try:
+        yield info
+    finally:
+        serve.delete(APP)
+
+
+@contextmanager
+def _serve_ended(address: str | None) -> Iterator[None]:
+    """Serve is shut down after the block, unless the cluster was started here and so ends with it anyway."""
+    from ray import serve
+
+    try:
+        yield
+    finally:
+        if address is not None:
+            serve.shutdown()
+
+
+def _deploy(source: Source, replicas: int) -> Info:
+    """What the first replica says of itself."""
+    from ray import serve
+
+    try:
+        handle = serve.run(application(source, replicas), name=APP, route_prefix="/")
+    except RuntimeError as error:
+        reason = _cause(serve.status().applications[APP].deployments[DEPLOYMENT].message)
+        raise ModelError(f"expected a replica to load {source.directory}, it failed: {reason}") from error
+    info: Info = handle.info.remote().result()
+    return info
+
+
+def _cause(traceback: str) -> str:
+    """The last line: what went wrong on another process, without the way it came."""
+    return traceback.strip().rpartition("\n")[2]
+
+
+# ---- until the user stops it
+
+
+def _stop_on_signals() -> None:
+    """SIGINT and SIGTERM raise KeyboardInterrupt, once.
+
+    To be called after Ray is connected: Ray's own handler of SIGTERM kills the cluster under a Serve that still runs.
+    """
+    for number in STOP:
+        signal.signal(number, _stop)
+
+
+def _stop(_: int, __: FrameType | None) -> None:
+    for number in STOP:
+        signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would leave processes behind
+    raise KeyboardInterrupt
+
+
+def _wait() -> None:
+    with suppress(KeyboardInterrupt):
+        threading.Event().wait()

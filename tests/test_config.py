@@ -1,0 +1,285 @@
+"""The configuration: TOML, --set, messages, hashes and origins."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raydistil import config as configuration
+from raydistil.config import Config, all_keys, explain, flatten, load_config, merged, read_toml, result_hash
+from raydistil.errors import ConfigError
+
+BASE: dict[str, Any] = {
+    "task": "classification",
+    "corpus.source": "rows.jsonl",
+    "teacher.model": "teacher",
+    "student.layers": [0, 2],
+    "finetune.epochs": 3,
+    "distill.epochs": 3,
+    "evaluate.batch_size": 32,
+    "export.license": "MIT",
+}
+TRAIN: dict[str, Any] = {
+    "epochs": 4, "lr": 1e-3, "warmup_share": 0.5, "betas": [0.5, 0.5], "eps": 1e-6, "weight_decay": 0.5, "clip": 2.0,
+    "micro_batch_size": 5, "accumulation": 2, "precision": "bfloat16", "checkpoint_every_min": 1.5, "zero_stage": 2,
+    "deepspeed": {"zero_optimization": {"overlap_comm": True}},
+}  # fmt: skip
+DEFINING: dict[str, Any] = {
+    "seed": 7, "task": "mlm",
+    "corpus.source": "others.csv", "corpus.validation_source": "v.csv", "corpus.test_source": "t.csv",
+    "corpus.validation_share": 0.25, "corpus.test_share": 0.5, "corpus.text_column": "body",
+    "corpus.label_column": "kind", "corpus.hub_config": "20231101.en", "corpus.libraries": ["json", "email"],
+    "corpus.max_rows": 10, "corpus.max_rows_per_label": 11, "corpus.max_rows_per_module": 12,
+    "tokens.length": 64, "tokens.buckets": [16, 32], "tokens.min_tokens": 3, "tokens.max_unknown_share": 0.5,
+    "masking.kind": "frequency", "masking.share": 0.3, "masking.smoothing": 0.5,
+    "teacher.model": "another", "teacher.precision": "bfloat16",
+    "student.layers": [1], "student.model": "small", "student.family": "distilbert", "student.dropout": 0.2,
+    **{f"finetune.{key}": value for key, value in TRAIN.items()}, "finetune.model": "student",
+    **{f"distill.{key}": value for key, value in TRAIN.items()},
+    "distill.loss.kd": 1.0, "distill.loss.temperature": 4.0, "distill.loss.task": 0.5, "distill.loss.cosine": 0.0,
+    "distill.loss.kd_positions": "all",
+}  # fmt: skip
+PLACING: dict[str, Any] = {
+    "name": "other", "output_dir": "elsewhere",
+    "evaluate.batch_size": 8, "evaluate.no_teacher_baseline": True, "evaluate.baseline_lr": 0.5,
+    "evaluate.latency_length": 8, "evaluate.latency_rounds": 3, "export.license": "Apache-2.0",
+    "serve.host": "0.0.0.0", "serve.port": 80, "serve.replicas": [2, 3], "serve.max_batch": 8,
+    "cluster.address": "auto", "cluster.object_store_bytes": 1 << 30, "cluster.students": 2,
+    "cluster.student_cpus": 2.0, "cluster.student_gpus": 1.0, "cluster.student_threads": 3,
+    "cluster.teachers": [2, 4], "cluster.teacher_cpus": 0.5, "cluster.teacher_gpus": 0.5,
+    "cluster.teacher_threads": 1, "cluster.max_bytes_in_flight": 1 << 21,
+}  # fmt: skip
+LEAVES = DEFINING | PLACING
+
+JSON_VALUES = st.recursive(
+    st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def toml(value: Any) -> str:
+    """`value` as TOML writes it on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {toml(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def write(path: Path, flat: dict[str, Any]) -> Path:
+    """A TOML file with one dotted key a line."""
+    path.write_text("".join(f"{key} = {toml(value)}\n" for key, value in flat.items()), encoding="utf8")
+    return path
+
+
+def changed(key: str) -> dict[str, Any]:
+    """BASE with another value for `key`."""
+    flat = BASE | {key: LEAVES[key]}
+    if key == "student.model":
+        del flat["student.layers"]
+    return flat
+
+
+def complaint(folder: Path, flat: dict[str, Any], *overrides: str) -> str:
+    """What load_config says of a bad configuration, on its one line."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(folder / "c.toml", flat), list(overrides))
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+@pytest.fixture(scope="module")
+def base_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("config") / "base.toml", BASE)
+
+
+@pytest.fixture(scope="module")
+def base(base_file: Path) -> Config:
+    return load_config(base_file, [])
+
+
+def test_the_tables_above_name_every_leaf() -> None:
+    keys = all_keys(Config)
+    assert {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)} == set(LEAVES)
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("jobs/*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_job_loads(path: Path) -> None:
+    assert len(result_hash(load_config(path, []))) == 16
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("distill.epochz", "distill.epochs"),
+        ("finetune.epochz", "finetune.epochs"),
+        ("corpuss.max_rows", "corpus"),
+        ("tokens.lenght", "tokens.length"),
+        ("distill.loss.temprature", "distill.loss.temperature"),
+        ("nmae", "name"),
+        ("distill.temperature", "distill.loss.temperature"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_one(tmp_path: Path, key: str, nearest: str) -> None:
+    written = key.partition(".")[0] if key.startswith("corpuss") else key
+    assert complaint(tmp_path, BASE | {key: 5}) == f"unknown key {written}: did you mean {nearest}?"
+
+
+def test_an_unknown_key_far_from_all_lists_its_section(tmp_path: Path) -> None:
+    assert (
+        complaint(tmp_path, BASE | {"masking.zzz": 1}) == "unknown key masking.zzz: masking has kind, share, smoothing"
+    )
+
+
+def test_a_typo_of_a_required_key_is_named_before_the_missing_key(tmp_path: Path) -> None:
+    flat = {key.replace("corpus.source", "corpus.sorce"): value for key, value in BASE.items()}
+    assert complaint(tmp_path, flat) == "unknown key corpus.sorce: did you mean corpus.source? (and 1 more)"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("distill.epochs", "three", "distill.epochs: input should be a valid integer, got 'three'"),
+        ("distill.epochs", "3", "distill.epochs: input should be a valid integer, got '3'"),
+        ("distill.epochs", True, "distill.epochs: input should be a valid integer, got True"),
+        ("distill.epochs", 0, "distill.epochs: input should be greater than or equal to 1, got 0"),
+        ("name", 5, "name: input should be a valid string, got 5"),
+        ("name", "a/b", "name: string should match pattern"),
+        ("evaluate.no_teacher_baseline", "yes", "evaluate.no_teacher_baseline: input should be a valid boolean"),
+        ("student.layers", [0, -1], "student.layers.1: input should be greater than or equal to 0, got -1"),
+        ("corpus", "x" * 100, "corpus: input should be an object, got 'xxx"),
+        ("cluster.teachers", [2, 1], "cluster.teachers: expected the fewest, then the most, got [2, 1]"),
+        ("serve.replicas", [1, 2, 3], "serve.replicas: "),
+        ("distill.betas", [0.9, 1.0], "distill.betas.1: input should be less than 1, got 1.0"),
+        ("task", "qa", "task: input should be 'classification' or 'mlm', got 'qa'"),
+        ("tokens.buckets", [128], "tokens.buckets must lie below tokens.length = 128"),
+        ("student.model", "small", "student: expected either layers (of the teacher) or model"),
+        (
+            "distill.loss",
+            {"kd": 0, "task": 0, "cosine": 0},
+            "distill.loss: expected at least one of kd, task and cosine",
+        ),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_came(tmp_path: Path, key: str, value: Any, expected: str) -> None:
+    flat = {name: kept for name, kept in BASE.items() if not name.startswith(f"{key}.")}
+    assert complaint(tmp_path, flat | {key: value}).startswith(expected)
+
+
+@pytest.mark.parametrize("text", ["inf", "nan", "-inf"])
+def test_no_number_is_infinite_or_undefined(tmp_path: Path, text: str) -> None:
+    assert complaint(tmp_path, BASE, f"distill.lr={text}").startswith("distill.lr: input should be ")
+
+
+def test_a_missing_section_and_a_missing_key(tmp_path: Path) -> None:
+    without_teacher = {key: value for key, value in BASE.items() if key != "teacher.model"}
+    assert complaint(tmp_path, without_teacher) == "teacher is missing: add a section [teacher] to the file"
+    expected = "teacher.model is missing: set it in the file or with --set teacher.model=..."
+    assert complaint(tmp_path, without_teacher | {"teacher.precision": "float32"}) == expected
+
+
+def test_a_file_that_is_not_there_or_no_toml(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected a TOML file, found none at"):
+        load_config(tmp_path / "none.toml", [])
+    (tmp_path / "bad.toml").write_text("a = = 1")
+    with pytest.raises(ConfigError, match=r"bad\.toml is not valid TOML: .* line 1"):
+        load_config(tmp_path / "bad.toml", [])
+    (tmp_path / "latin.toml").write_bytes(b'name = "caf\xe9"')
+    with pytest.raises(ConfigError, match="0xe9"):
+        load_config(tmp_path / "latin.toml", [])
+
+
+@pytest.mark.parametrize("override", ["seed", "=1", " = 1", ""])
+def test_an_override_without_key_or_value(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"--set expects section\.key=value, got"):
+        merged({}, [override])
+
+
+def test_an_override_below_a_value(tmp_path: Path) -> None:
+    message = complaint(tmp_path, BASE, "corpus.source.x=1")
+    assert message == "--set corpus.source.x=1: source is a value, not a section"
+
+
+@pytest.mark.parametrize("key", sorted(LEAVES))
+def test_set_equals_the_file(tmp_path: Path, key: str) -> None:
+    in_file = load_config(write(tmp_path / "changed.toml", changed(key)), [])
+    start = {name: value for name, value in changed(key).items() if name != key}
+    start |= {key: BASE[key]} if key in BASE else {}
+    assert load_config(write(tmp_path / "start.toml", start), [f"{key}={toml(LEAVES[key])}"]) == in_file
+
+
+@given(st.sampled_from(sorted(LEAVES)), JSON_VALUES)
+def test_set_parses_what_the_file_would(key: str, value: Any) -> None:
+    assert merged({}, [f"{key}={toml(value)}"]) == tomllib.loads(f"{key} = {toml(value)}")
+
+
+@given(st.from_regex(r"[A-Za-z_./-][A-Za-z0-9_./:-]*", fullmatch=True))
+def test_a_bare_word_is_a_string(word: str) -> None:
+    known = {"true": True, "false": False}
+    value = merged({}, [f"corpus.source={word}"])["corpus"]["source"]
+    assert value == known.get(word, word) or word.lstrip("-") in ("inf", "nan")
+
+
+@given(st.text())
+def test_any_override_is_taken_or_refused_on_one_line(base_file: Path, override: str) -> None:
+    try:
+        load_config(base_file, [override])
+    except ConfigError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert "=" in override
+
+
+def test_the_last_override_counts_and_dates_are_words(base_file: Path) -> None:
+    config = load_config(base_file, ["seed=1", "seed=2", "name=2026-01-31", "output_dir=a=b"])
+    assert (config.seed, config.name, config.output_dir) == (2, "2026-01-31", Path("a=b"))
+
+
+def test_overrides_leave_the_tree_alone() -> None:
+    tree = {"corpus": {"source": "x"}}
+    merged(tree, ["corpus.source=y"])
+    assert tree == {"corpus": {"source": "x"}}
+
+
+@pytest.mark.parametrize("key", sorted(PLACING))
+def test_placement_leaves_the_hash(tmp_path: Path, base: Config, key: str) -> None:
+    config = load_config(write(tmp_path / "c.toml", changed(key)), [])
+    assert config != base
+    assert result_hash(config) == result_hash(base)
+
+
+@pytest.mark.parametrize("key", sorted(DEFINING))
+def test_everything_else_changes_the_hash(tmp_path: Path, base: Config, key: str) -> None:
+    assert result_hash(load_config(write(tmp_path / "c.toml", changed(key)), [])) != result_hash(base)
+
+
+def test_the_hash_is_the_same_in_every_process(base: Config) -> None:
+    assert result_hash(base) == result_hash(Config.model_validate(base.model_dump()))
+    assert configuration.digest({"b": [1, 2], "a": None}) == configuration.digest({"a": None, "b": (1, 2)})
+    assert configuration.digest({"a": 1}) == "165b44bb3d3e0923"
+
+
+def test_explain_tells_every_origin(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.toml", BASE | {"distill.deepspeed": {"a": {"b": 1}}})
+    overrides = ["distill.lr=0.5", "finetune.deepspeed={c = 2}", "distill.epochs=9"]
+    rows = explain(load_config(path, overrides), read_toml(path), overrides)
+    origins = {key: (value, origin) for key, value, origin in rows}
+    assert origins["distill.lr"] == (0.5, "--set")
+    assert origins["distill.epochs"] == (9, "--set")
+    assert origins["finetune.deepspeed.c"] == (2, "--set")
+    assert origins["distill.deepspeed.a.b"] == (1, "file")
+    assert origins["finetune.epochs"] == (3, "file")
+    assert origins["finetune.lr"] == (5e-5, "default")
+    assert origins["cluster.students"] == (1, "default")
+
+
+def test_explain_has_every_value_that_is_set(base: Config, base_file: Path) -> None:
+    rows = explain(base, read_toml(base_file), [])
+    assert {key: value for key, value, _ in rows} == flatten(base.model_dump(mode="json", exclude_none=True))
+    assert {key for key, _, origin in rows if origin == "file"} == set(BASE)

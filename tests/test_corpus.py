@@ -1,0 +1,515 @@
+"""Sources -> rows: files, the docstrings of installed libraries, hub data sets; columns, caps and splits."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raydistil.config import CorpusConfig
+from raydistil.corpus import open_corpus, python_docs
+from raydistil.corpus.split import split_of
+from raydistil.errors import ConfigError, DataError
+from raydistil.types import TextRow
+
+
+def read(source: Path | str, labelled: bool = False, **keys: Any) -> list[TextRow]:
+    return list(open_corpus(CorpusConfig(source=str(source), **keys), labelled).rows())
+
+
+def fingerprint(source: Path | str, **keys: Any) -> str:
+    return open_corpus(CorpusConfig(source=str(source), **keys), labelled=False).fingerprint
+
+
+def complaint(source: Path | str, labelled: bool = False, **keys: Any) -> str:
+    """What is said of a bad corpus, on its one line."""
+    with pytest.raises(DataError) as caught:
+        read(source, labelled, **keys)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def jsonl(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def texts(rows: list[TextRow]) -> list[str]:
+    return [row.text for row in rows]
+
+
+# ---- files
+
+
+def test_jsonl_rows_have_text_label_and_place(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "one", "label": "a"}\n\n{"text": "two", "label": 2}\n')
+    rows = read(path, labelled=True, validation_share=0, test_share=0)
+    assert rows == [TextRow("one", "a", f"{path}:1", "train"), TextRow("two", "2", f"{path}:3", "train")]
+    assert [row.label for row in read(path)] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (b'{"body": "b"}', "expected the text column 'text', found body: mend the row or name another"),
+        (b'{"text": 5}', "expected text in column 'text', got int: mend the row"),
+        (b'{"text": "half \\ud800"}', "half a surrogate pair in column 'text' is no text"),
+        (b"{text: 1}", "expected one JSON object a line, got '{text: 1}'"),
+        (b'["text"]', "expected a JSON object, got list"),
+        (b"[" * 5000, "expected one JSON object a line, got '[[[["),
+        (b'{"text": ' + b"1" * 5000 + b"}", "expected one JSON object a line"),
+        (b'{"text": "caf\xe9"}', "expected UTF-8 text, got byte 0xe9 at column 14: convert the file"),
+    ],
+)
+def test_a_bad_line_of_jsonl_is_named(tmp_path: Path, line: bytes, expected: str) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"text": "good"}\n' + line + b"\n")
+    message = complaint(path)
+    assert message.startswith(f"{path}:2: {expected}")
+
+
+@pytest.mark.parametrize("value", [None, 1.5, "", ["a"]])
+def test_a_label_is_text_or_a_whole_number(tmp_path: Path, value: Any) -> None:
+    path = jsonl(tmp_path / "x.jsonl", {"text": "one", "label": "a"}, {"text": "two", "label": value})
+    expected = f"{path}:2: expected a class as text or whole number, got {value!r}: mend the row"
+    assert complaint(path, labelled=True) == expected
+
+
+def test_csv_keeps_newlines_in_quotes_and_numbers_the_rows(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text('\ntext,label\n"one\ntwo",a\n\n"say ""hi"", you",b\n')
+    rows = read(path, labelled=True)
+    assert [(row.text, row.label, row.source) for row in rows] == [
+        ("one\ntwo", "a", f"{path}:3"),
+        ('say "hi", you', "b", f"{path}:6"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ("one,a\ntwo\n", ":3: expected 2 columns as in the header, got 1"),
+        ("one,a\ntwo,b,c\n", ":3: expected 2 columns as in the header, got 3"),
+        ('"one\nrest",a\ntwo\n', ":4: expected 2 columns as in the header, got 1"),
+        ('one,a\ntwo,"b\nthree,c\n', ":3: expected a row of CSV, got a bad one: unexpected end of data"),
+        (f"{'x' * 200_000},a\n", ":2: expected a row of CSV, got a bad one: field larger than field limit"),
+        ("one\rtwo,a\n", ":2: expected a row of CSV, got a bad one: new-line character"),
+    ],
+)
+def test_a_bad_row_of_csv_is_named(tmp_path: Path, rows: str, expected: str) -> None:
+    path = tmp_path / "x.csv"
+    path.write_bytes(b"text,label\n" + rows.encode())
+    assert complaint(path).startswith(f"{path}{expected}")
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.jsonl", "x.txt"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
+    content = {"x.csv": "text\nfirst\n", "x.jsonl": '{"text": "first"}\n', "x.txt": "first\n"}[name]
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+    assert texts(read(tmp_path / name)) == ["first"]
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbfab\xe9\n")
+    assert complaint(tmp_path / name).startswith(f"{tmp_path / name}:1: expected UTF-8 text, got byte 0xe9 at column 3")
+
+
+def test_parquet_rows(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": [f"text {n}" for n in range(2500)], "label": list(range(2500))}), path)
+    rows = read(path, labelled=True)
+    assert [(row.text, row.label, row.source) for row in rows] == [
+        (f"text {n}", str(n), f"{path}:{n + 1}") for n in range(2500)
+    ]
+
+
+def test_a_parquet_file_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_text("no parquet at all, but long enough")
+    assert complaint(tmp_path / "x.parquet").startswith(f"{tmp_path / 'x.parquet'}: not a readable Parquet file")
+
+
+def test_txt_is_one_text_a_line(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes("one\r\n\n  \ntwo\u2028still two\n".encode())
+    assert texts(read(tmp_path / "x.txt")) == ["one", "two\u2028still two"]
+
+
+def test_a_glob_reads_its_files_in_order(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("b.txt", "a.txt", "deep/c.txt"):
+        (tmp_path / name).write_text(name)
+    assert texts(read(tmp_path / "*.txt")) == ["a.txt", "b.txt"]
+    assert texts(read(tmp_path / "**" / "*.txt")) == ["a.txt", "b.txt", "deep/c.txt"]
+
+
+def test_a_file_whose_name_looks_like_a_glob(tmp_path: Path) -> None:
+    (tmp_path / "part[1].txt").write_text("one")
+    assert texts(read(tmp_path / "part[1].txt")) == ["one"]
+
+
+def test_a_missing_file_an_empty_one_and_one_of_no_known_kind(tmp_path: Path) -> None:
+    expected = f"corpus.source: expected a file or a glob that matches some, found nothing at {tmp_path}/none.jsonl"
+    assert complaint(tmp_path / "none.jsonl") == expected
+    (tmp_path / "data.xml").write_text("<a/>")
+    message = complaint(tmp_path / "data.xml")
+    assert message == f"corpus.source: {tmp_path}/data.xml is of no known kind: use .csv, .jsonl, .parquet, .txt"
+    (tmp_path / "x.jsonl").write_text("\n")
+    assert complaint(tmp_path / "x.jsonl").endswith("expected at least one row, found none: the corpus is empty")
+    good = jsonl(tmp_path / "good.jsonl", {"text": "a"})
+    message = complaint(good, test_source=str(tmp_path / "none.csv"))
+    assert message.startswith("corpus.test_source: expected a file")
+
+
+# ---- columns
+
+
+def test_guessed_columns_are_noted_and_named_ones_are_not(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "x.jsonl", {"title": "t", "review": "good", "category": "a"})
+    corpus = open_corpus(CorpusConfig(source=str(path)), labelled=True)
+    assert corpus.notes == (
+        "text column guessed: 'review' (corpus.text_column names another)",
+        "label column guessed: 'category' (corpus.label_column names another)",
+    )
+    named = CorpusConfig(source=str(path), text_column="title", label_column="review")
+    assert open_corpus(named, labelled=True).notes == ()
+    assert [(row.text, row.label) for row in open_corpus(named, labelled=True).rows()] == [("t", "good")]
+
+
+def test_no_column_to_guess_and_a_named_one_that_is_not_there(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "x.jsonl", {"title": "t", "stars": 5})
+    assert complaint(path).startswith(f"{path}:1: expected a text column (text, sentence, ")
+    assert complaint(path).endswith("found title, stars: name it with corpus.text_column")
+    assert "name it with corpus.label_column" in complaint(path, labelled=True, text_column="title")
+    assert complaint(path, text_column="body").startswith(f"{path}:1: expected the text column 'body', found title")
+
+
+# ---- caps and splits
+
+
+def test_caps_on_all_rows_and_on_each_label(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "x.jsonl", *({"text": f"t{n}", "label": "ab"[n % 2]} for n in range(20)))
+    assert texts(read(path, max_rows=3)) == ["t0", "t1", "t2"]
+    rows = read(path, labelled=True, max_rows_per_label=2)
+    assert [(row.text, row.label) for row in rows] == [("t0", "a"), ("t1", "b"), ("t2", "a"), ("t3", "b")]
+    assert len(read(path, labelled=True, max_rows_per_label=9, max_rows=4)) == 4
+
+
+def test_sources_of_their_own_make_their_splits(tmp_path: Path) -> None:
+    train = jsonl(tmp_path / "train.jsonl", *({"text": f"train {n}"} for n in range(40)))
+    held = jsonl(tmp_path / "held.jsonl", *({"text": f"held {n}"} for n in range(5)))
+    rows = read(train, test_source=str(held), validation_share=0)
+    assert Counter(row.split for row in rows) == {"train": 40, "test": 5}
+    rows = read(train, validation_source=str(held), test_share=0)
+    assert Counter(row.split for row in rows) == {"train": 40, "validation": 5}
+    rows = read(train, test_source=str(held), max_rows=4)
+    assert sum(row.split == "test" for row in rows) == 4
+    assert len(rows) == 8
+
+
+def test_a_file_in_two_splits_is_refused(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        jsonl(tmp_path / f"{name}.jsonl", {"text": name})
+    message = complaint(tmp_path / "*.jsonl", test_source=str(tmp_path / "test.jsonl"))
+    assert message.startswith(
+        f"corpus.test_source: expected files of its own, but {tmp_path.resolve()}/test.jsonl is in"
+    )
+
+
+def test_files_of_their_own_do_not_go_with_other_sources(tmp_path: Path) -> None:
+    held = str(jsonl(tmp_path / "held.jsonl", {"text": "a"}))
+    with pytest.raises(ConfigError, match=r"go with files as corpus\.source, got 'python-docs'"):
+        read("python-docs", test_source=held)
+    with pytest.raises(ConfigError, match=r"go with files as corpus\.source, got 'imdb'"):
+        read("imdb", validation_source=held)
+
+
+def test_a_split_is_a_function_of_the_key_alone() -> None:
+    config = CorpusConfig(source="x", validation_share=0.25, test_share=0.5)
+    expected = ["validation", "test", "validation", "train", "test", "test"]  # points .69 .48 .64 .99 .38 .43 of 0 to 1
+    assert [split_of(key, config) for key in "abcdef"] == expected
+
+
+def test_the_shares_are_kept() -> None:
+    config = CorpusConfig(source="x", validation_share=0.05, test_share=0.15)
+    counts = Counter(split_of(f"key {n}", config) for n in range(20_000))
+    for split, share in (("validation", 0.05), ("test", 0.15)):
+        assert abs(counts[split] - 20_000 * share) < 5 * (20_000 * share * (1 - share)) ** 0.5
+
+
+@given(st.text(), st.floats(0, 0.5), st.floats(0, 0.5))
+def test_a_larger_test_share_only_adds_to_the_test_split(key: str, first: float, second: float) -> None:
+    small, large = sorted((first, second))
+    before = split_of(key, CorpusConfig(source="x", test_share=small))
+    after = split_of(key, CorpusConfig(source="x", test_share=large))
+    assert after == "test" if before == "test" else True
+
+
+# ---- fingerprints
+
+
+def test_the_fingerprint_follows_content_and_settings(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "x.jsonl", {"text": "one"}, {"text": "two"})
+    before = fingerprint(path)
+    assert fingerprint(path) == before
+    assert fingerprint(path, max_rows=1) != before
+    jsonl(path, {"text": "one"}, {"text": "too"})
+    assert fingerprint(path) != before
+
+
+def test_the_fingerprint_knows_which_file_holds_a_row(tmp_path: Path) -> None:
+    a, b, c = ({"text": text} for text in "abc")
+    train, held = jsonl(tmp_path / "train.jsonl", a, b), jsonl(tmp_path / "held.jsonl", c)
+    before = fingerprint(train, test_source=str(held))
+    jsonl(train, a), jsonl(held, b, c)
+    assert fingerprint(train, test_source=str(held)) != before
+
+
+def test_rows_can_be_read_again(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "x.jsonl", *({"text": f"t{n}"} for n in range(9)))
+    corpus = open_corpus(CorpusConfig(source=str(path), max_rows=5), labelled=False)
+    assert list(corpus.rows()) == list(corpus.rows())
+    assert len(list(corpus.rows())) == 5
+
+
+# ---- hub
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hub_cache"))
+
+
+def test_a_hub_name_that_cannot_be_had(hub_cache: None) -> None:
+    message = complaint("nobody/no-such-data-set")
+    assert message.startswith("corpus.source: expected python-docs, a file, a glob or the name of a hub data set, got")
+    assert "'nobody/no-such-data-set', which the hub client cannot load: " in message
+
+
+def test_a_data_set_with_a_test_split_keeps_its_training_rows(tmp_path: Path, hub_cache: None) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    jsonl(folder / "train.jsonl", *({"text": f"train {n}", "label": n % 2} for n in range(60)))
+    jsonl(folder / "test.jsonl", *({"text": f"test {n}", "label": n % 2} for n in range(5)))
+    rows = read(folder, labelled=True, test_share=0.5, validation_share=0.3)
+    assert {row.text for row in rows if row.split == "test"} == {f"test {n}" for n in range(5)}
+    assert len(rows) == 65
+    assert {row.split for row in rows} == {"train", "validation", "test"}
+    assert rows[0].source == f"{folder}[train]:1"
+    assert rows[0].label == "0"
+
+
+def test_a_data_set_without_training_rows(tmp_path: Path, hub_cache: None) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    jsonl(folder / "test.jsonl", {"text": "a"})
+    assert complaint(folder) == f"{folder}: expected rows in a split named train, found {{'test': 1}}"
+
+
+# ---- python-docs
+
+Library = Callable[[dict[str, str]], Path]
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
+    """Makes the installed libraries: module path -> source."""
+    root = tmp_path / "site"
+    root.mkdir()
+    monkeypatch.setattr(python_docs, "_roots", lambda: [root])
+    monkeypatch.setenv("RAYDISTIL_CACHE", str(tmp_path / "cache"))
+
+    def make(sources: dict[str, str]) -> Path:
+        for name, source in sources.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(source)
+        return root
+
+    return make
+
+
+def documented(*texts: str) -> str:
+    """A module with one function for each docstring."""
+    return "\n".join(f'def f{n}():\n    """{text}"""' for n, text in enumerate(texts))
+
+
+def sentence(number: int) -> str:
+    """Distinct English with no digits."""
+    return "This is the word " + " ".join("abcdefghij"[int(digit)] * 3 for digit in str(number)) + " of that list."
+
+
+def many(modules: int, each: int = 3) -> dict[str, str]:
+    """Two libraries of `modules` modules in all, every docstring distinct."""
+    return {
+        f"{('lib_a', 'lib_b')[m % 2]}/m{m}.py": documented(*(sentence(m * each + n) for n in range(each)))
+        for m in range(modules)
+    } | {"lib_a/__init__.py": "", "lib_b/__init__.py": ""}
+
+
+def docs(**keys: Any) -> list[TextRow]:
+    return read("python-docs", labelled=True, **keys)
+
+
+SAMPLE = '''
+"""The docstring of the module, in a few words."""
+
+class Thing:
+    """The docstring of a class, in a few words."""
+
+    async def act(self):
+        """The docstring of a method, in a few words."""
+        def inner():
+            """The docstring of an inner function, in a few words."""
+
+if True:
+    def late():
+        """The docstring of a function in a branch, in words."""
+'''
+
+
+def test_rows_are_labelled_by_library_and_named_by_place(library: Library) -> None:
+    library(
+        {"pkg/__init__.py": "", "pkg/sub/mod.py": SAMPLE, "single.py": documented("The only text of a lone module.")}
+    )
+    found = {row.source: (row.label, row.text) for row in docs()}
+    assert set(found) == {
+        "pkg.sub.mod:module", "pkg.sub.mod:Thing", "pkg.sub.mod:Thing.act", "pkg.sub.mod:Thing.act.inner",
+        "pkg.sub.mod:late", "single:f0",
+    }  # fmt: skip
+    assert found["pkg.sub.mod:Thing"] == ("pkg", "The docstring of a class, in a few words.")
+    assert found["single:f0"] == ("single", "The only text of a lone module.")
+
+
+def test_what_is_not_english_text_is_left_out(library: Library) -> None:
+    library({
+        "pkg/__init__.py": documented(
+            "Cette fonction rend la valeur du champ choisi",
+            "Too short, this is.",
+            "Это строка документации to the function, and that is all of it",
+            "Half a character \\ud800 in the middle of the text, and that is no text.",
+            "This one is in English and so it is kept.",
+        ),
+        "pkg/broken.py": "def f(:\n",
+        "pkg/deep.py": '"""The text of a file that is too deep for Python to read."""\nx = ' + "-" * 100_000 + "1",
+        "pkg/null.py": '"""The text of a file that holds a null byte."""\0',
+        "pkg/tests/test_x.py": documented("The docstring of a test is not that of the library."),
+    })  # fmt: skip
+    assert texts(docs()) == ["This one is in English and so it is kept."]
+
+
+def test_a_link_to_nowhere_is_no_file(library: Library) -> None:
+    root = library({"pkg/__init__.py": documented("The one text that is in this library.")})
+    (root / "pkg" / "lost.py").symlink_to(root / "nowhere.py")
+    assert len(docs()) == 1
+
+
+def test_rows_are_the_same_twice_and_from_the_cache(library: Library, tmp_path: Path) -> None:
+    library(many(12))
+    first = open_corpus(CorpusConfig(source="python-docs"), labelled=True)
+    kept = list((tmp_path / "cache" / "corpus").iterdir())
+    second = open_corpus(CorpusConfig(source="python-docs"), labelled=True)
+    assert len(kept) == 1
+    assert list(first.rows()) == list(second.rows()) == list(first.rows())
+    assert first.fingerprint == second.fingerprint
+    assert len(list(first.rows())) == 36
+
+
+def test_rows_do_not_depend_on_the_processes(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    library(many(6))
+    config = CorpusConfig(source="python-docs", max_rows_per_label=7)
+    here = python_docs.read(config, python_docs.list_files(()))
+    monkeypatch.setattr(python_docs, "FEW", 0)
+    monkeypatch.setattr(python_docs, "CHUNK", 1)
+    for processes in (1, 2):
+        monkeypatch.setattr(python_docs, "cpu_count", lambda number=processes: number)
+        assert python_docs.read(config, python_docs.list_files(())) == here
+    assert len(here.rows) == 14
+
+
+def test_near_twins_are_kept_once(library: Library) -> None:
+    library({
+        "pkg/__init__.py": documented("Return the value of x, or 1 if it is not set.", "A text of its own is in here."),
+        "pkg/twin.py": documented("return the value of X or 22 if it is not set"),
+    })  # fmt: skip
+    assert len(docs()) == 2
+
+
+@given(st.lists(st.sampled_from(["the", "value", "of", "it"]), min_size=1, max_size=5), st.data())
+def test_twins_differ_in_case_digits_space_and_punctuation_only(words: list[str], data: st.DataObject) -> None:
+    gap = st.sampled_from([" ", "\n", ", ", " - ", " 12 ", ". "])
+    twin = data.draw(st.sampled_from(["", "(", "1. "]))
+    for word in words:
+        twin += data.draw(st.sampled_from([word, word.upper(), word.title()])) + data.draw(gap)
+    assert python_docs._fingerprint(twin) == python_docs._fingerprint(" ".join(words))
+    assert python_docs._fingerprint(twin + "else") != python_docs._fingerprint(" ".join(words))
+
+
+def test_no_module_is_in_two_splits(library: Library) -> None:
+    library(many(60, each=2))
+    splits: dict[str, set[str]] = {}
+    for row in docs(validation_share=0.3, test_share=0.3):
+        splits.setdefault(row.source.partition(":")[0], set()).add(row.split)
+    assert len(splits) == 60
+    assert all(len(found) == 1 for found in splits.values())
+    assert set.union(*splits.values()) == {"train", "validation", "test"}
+
+
+def test_caps_and_how_much_is_read_for_them(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    library(many(20))
+    assert Counter(row.label for row in docs(max_rows_per_label=5)) == {"lib_a": 5, "lib_b": 5}
+    per_module = Counter(row.source.partition(":")[0] for row in docs(max_rows_per_module=2))
+    assert set(per_module.values()) == {2}
+    monkeypatch.setattr(python_docs, "WAVE", 4)
+    files = python_docs.list_files(())
+    reading = python_docs.read(CorpusConfig(source="python-docs", max_rows=5), files)
+    assert len(reading.rows) == 5
+    assert list(reading.hashes) == [file.module for file in files[:4]]
+    reading = python_docs.read(CorpusConfig(source="python-docs", libraries=("lib_a",), max_rows_per_label=1), files)
+    assert len(reading.hashes) < len(files)
+
+
+def test_only_the_libraries_asked_for(library: Library) -> None:
+    library(many(4))
+    assert {row.label for row in docs(libraries=("lib_b",))} == {"lib_b"}
+    assert complaint("python-docs", libraries=("lib_b", "lib_z")) == (
+        "corpus.libraries: 'lib_z' is not installed here: install it or leave it out"
+    )
+
+
+def test_the_cache_is_left_when_a_file_changes(library: Library) -> None:
+    root = library(many(6))
+    config = CorpusConfig(source="python-docs")
+    before = open_corpus(config, labelled=True)
+    changed = root / "lib_a" / "m0.py"
+    changed.write_text(changed.read_text().replace("list", "tree"))
+    after = open_corpus(config, labelled=True)
+    assert after.fingerprint != before.fingerprint
+    assert sum("tree" in row.text for row in after.rows()) == 3
+
+
+def test_the_cache_stays_when_a_file_changes_that_was_not_needed(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = library(many(20))
+    monkeypatch.setattr(python_docs, "WAVE", 4)
+    config = CorpusConfig(source="python-docs", max_rows=5)
+    before = open_corpus(config, labelled=True).fingerprint
+    (kept,) = (tmp_path / "cache" / "corpus").iterdir()
+    written = (kept / "rows.parquet").stat().st_mtime_ns
+    last = root / (python_docs.list_files(())[-1].module.replace(".", "/") + ".py")
+    last.write_text(last.read_text().replace("list", "tree"))
+    assert open_corpus(config, labelled=True).fingerprint == before
+    assert (kept / "rows.parquet").stat().st_mtime_ns == written
+
+
+def test_the_standard_library_is_there() -> None:
+    files = python_docs.list_files(("json",))
+    assert {file.module for file in files} >= {"json", "json.decoder"}
+    (decoder,) = (file for file in files if file.module == "json.decoder")
+    found = dict(python_docs.parse(decoder.path).texts)
+    assert re.match(r"Decode a JSON document from", found["JSONDecoder.raw_decode"])

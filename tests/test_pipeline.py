@@ -1,0 +1,171 @@
+"""The chain end to end on a tiny teacher: real Ray Data, Ray Train and DeepSpeed, made data."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_jsonl
+
+from raydistil import pipeline, rundir
+from raydistil.config import Config
+from raydistil.errors import Interrupted, StorageError
+from raydistil.types import StepMetrics
+
+TRAIN = {"micro_batch_size": 8, "lr": 1e-3}
+
+
+def config_for(folder: Path, teacher: str, corpus: Path, **changes: Any) -> Config:
+    tree: dict[str, Any] = {
+        "name": "tiny",
+        "output_dir": str(folder),
+        "task": "classification",
+        "corpus": {"source": str(corpus), "test_share": 0.3},
+        "tokens": {"length": 32, "buckets": [16]},
+        "teacher": {"model": teacher},
+        "student": {"layers": [0, 2]},
+        "finetune": {**TRAIN, "epochs": 6},
+        "distill": {**TRAIN, "epochs": 2},
+        "evaluate": {"latency_rounds": 3, "latency_length": 16},
+    }
+    for key, value in changes.items():
+        tree[key] = {**tree[key], **value} if isinstance(value, dict) and key in tree else value
+    return Config.model_validate(tree)
+
+
+def quiet(line: str) -> None:
+    """Takes what the run says and keeps none of it."""
+
+
+def losses(run_dir: Path, stage: str) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["losses"]["loss"]) for line in lines if line["stage"] == stage]
+
+
+@pytest.fixture(scope="session")
+def finished(
+    ray_cluster: None, tiny_teacher: str, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Config, dict[str, Any]]:
+    """A whole run with every stage, and its report."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = config_for(folder, tiny_teacher, corpus_file, evaluate={"no_teacher_baseline": True})
+    return config, pipeline.run_all(config, quiet)
+
+
+def test_the_report_holds_what_was_promised(finished: tuple[Config, dict[str, Any]]) -> None:
+    config, report = finished
+    assert report["teacher_score"] > 0.9
+    assert report["retention"] == report["student_score"] / report["teacher_score"]
+    assert report["student_params"] < report["teacher_params"]
+    assert {"no_teacher_score", "speedup", "wall_s", "student_dir"} <= report.keys()
+    written = json.loads((config.run_dir / rundir.REPORT).read_text())
+    assert written == json.loads(json.dumps(report, default=str))
+
+
+def test_the_teacher_was_built_once_and_every_position_trained(finished: tuple[Config, dict[str, Any]]) -> None:
+    config, report = finished
+    distill = report["stages"]["distill"]
+    assert distill["teacher_builds"] == 1
+    assert distill["micro_batches"] == distill["steps"]
+    assert distill["positions"] % config.distill.epochs == 0 if config.distill else False
+    assert not (config.run_dir / "checkpoints" / "distill").exists()
+
+
+def test_the_student_loads_with_transformers_alone(finished: tuple[Config, dict[str, Any]]) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    _, report = finished
+    model = AutoModelForSequenceClassification.from_pretrained(report["student_dir"])
+    tokenizer = AutoTokenizer.from_pretrained(report["student_dir"])
+    logits = model(**tokenizer("item 3 is iron and tin", return_tensors="pt")).logits
+    assert model.config.id2label[int(logits.argmax())] == "metal"
+
+
+def test_a_finished_run_is_not_trained_again(finished: tuple[Config, dict[str, Any]]) -> None:
+    config, report = finished
+    said: list[str] = []
+    again = pipeline.run_all(config, said.append)
+    assert again["student_score"] == report["student_score"]
+    assert sum("done before" in line for line in said) == 3
+
+
+def test_another_runs_directory_is_refused(finished: tuple[Config, dict[str, Any]]) -> None:
+    config, _ = finished
+    with pytest.raises(StorageError, match="seed: 0 there, 1 here"):
+        pipeline.prepare(config.model_copy(update={"seed": 1}), quiet)
+    placed = config.model_copy(update={"cluster": config.cluster.model_copy(update={"teachers": (1, 2)})})
+    pipeline.prepare(placed, quiet)
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(
+    ray_cluster: None, tiny_teacher: str, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit-identical weights, with dropout on: nothing random hangs on how often the run was started."""
+    from safetensors.torch import load_file
+
+    shape: dict[str, Any] = {"finetune": None, "evaluate": None, "student": {"layers": [0, 2], "dropout": 0.1}}
+    whole = config_for(tmp_path, tiny_teacher, corpus_file, name="whole", **shape)
+    broken = config_for(tmp_path, tiny_teacher, corpus_file, name="broken", **shape)
+    pipeline.run_all(whole, quiet)
+    _stop_at_step(monkeypatch, 5)
+    with pytest.raises(Interrupted, match="stopped after step"):
+        pipeline.run_all(broken, quiet)
+    monkeypatch.undo()
+    steps_before = rundir_steps(broken.run_dir)
+    pipeline.run_all(broken, quiet)
+    first, second = (load_file(c.run_dir / rundir.STUDENT / "model.safetensors") for c in (whole, broken))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert 5 <= steps_before < rundir_steps(broken.run_dir)
+
+
+def rundir_steps(run_dir: Path) -> int:
+    return max(step for step, _ in losses(run_dir, "distill"))
+
+
+def _stop_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ask the run to stop as a Ctrl-C does, once it has shown `step`."""
+    from raydistil import train
+    from raydistil.report import LiveLine
+
+    actors: list[Any] = []
+    show, make = LiveLine.show, train.Progress.remote
+
+    def showing(line: LiveLine, metrics: StepMetrics) -> None:
+        show(line, metrics)
+        if metrics.step >= step:
+            actors[-1].stop.remote()
+
+    def making() -> Any:
+        actors.append(make())
+        return actors[-1]
+
+    monkeypatch.setattr(LiveLine, "show", showing)
+    monkeypatch.setattr(train.Progress, "remote", making)
+
+
+@pytest.mark.slow
+def test_two_workers_under_zero_2_train_every_position_once(
+    ray_cluster: None, tiny_teacher: str, corpus_file: Path, tmp_path: Path
+) -> None:
+    config = config_for(
+        tmp_path, tiny_teacher, corpus_file, finetune=None, evaluate=None, cluster={"students": 2},
+        distill={"zero_stage": 2, "accumulation": 2},
+    )  # fmt: skip
+    pipeline.run_all(config, quiet)
+    summary = rundir.read_summary(config.run_dir, "distill")
+    assert summary is not None
+    assert summary["steps"] * 2 == summary["micro_batches"]
+    assert summary["teacher_builds"] == 1
+
+
+def test_masked_lm_distillation(ray_cluster: None, tiny_teacher: str, corpus_file: Path, tmp_path: Path) -> None:
+    config = config_for(
+        tmp_path, tiny_teacher, write_jsonl(tmp_path / "c.jsonl", [json.loads(x) for x in corpus_file.open()]),
+        task="mlm", tokens={"length": 32, "buckets": []}, finetune=None,
+        student={"layers": [0, 2], "family": "distilbert"}, distill={"epochs": 8},
+    )  # fmt: skip
+    report = pipeline.run_all(config, quiet)
+    assert report["student_mlm_loss"] < report["untrained_mlm_loss"]
+    shape = json.loads((Path(report["student_dir"]) / "config.json").read_text())
+    assert shape["architectures"] == ["DistilBertForMaskedLM"]
