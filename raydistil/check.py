@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from raydistil.cluster import check_local
+from raydistil.cluster import check_before_start
 from raydistil.config import Config, explain, load_config, read_toml
 from raydistil.corpus import open_corpus
 from raydistil.errors import DataError
@@ -26,9 +26,8 @@ def check(path: Path, overrides: list[str], show: int) -> dict[str, Any]:
     quiet_transformers()
     config = load_config(path, overrides)
     check_models(config)
+    check_before_start(config.cluster, needs(config))
     rows, notes = _sample(config)
-    if config.cluster.address is None:
-        check_local(needs(config))
     origins = explain(config, read_toml(path), overrides)
     return {
         "config": [{"key": key, "value": value, "origin": origin} for key, value, origin in origins],

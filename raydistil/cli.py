@@ -10,24 +10,29 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import click
-import typer
 
 from raydistil.config import Config, load_config
 from raydistil.errors import Interrupted, RaydistilError
 
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-    help="Distil a transformer: teacher on Ray Data, student on Ray Train with DeepSpeed, endpoint on Ray Serve.",
-)  # fmt: skip
-
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file; jobs/ holds examples.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the file.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
-
 Result = dict[str, Any]
+Command = Callable[..., None]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def app() -> None:
+    """Distil a transformer: teacher on Ray Data, student on Ray Train with DeepSpeed, endpoint on Ray Serve."""
+
+
+def _on_config(command: Command) -> Command:
+    """The argument and the option of every command that works on a configuration."""
+    command = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value.")(command)
+    return click.argument("config", type=click.Path(path_type=Path))(command)
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else.")
 
 
 @contextmanager
@@ -60,30 +65,31 @@ def _emit(work: Callable[[], Result], as_json: bool, table: Callable[[Result], N
 
 
 @app.command()
-def run(config: ConfigPath, set_: Set = None, as_json: Json = False) -> None:
+@_on_config
+@_json
+def run(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """The whole chain, as the configuration has it."""
     from raydistil import pipeline, tables
 
-    loaded = load_config(config, set_ or [])
+    loaded = load_config(config, list(overrides))
     _emit(lambda: pipeline.run_all(loaded, _say), as_json, tables.show_report)
 
 
 @app.command()
-def check(
-    config: ConfigPath,
-    set_: Set = None,
-    show: Annotated[int, typer.Option(help="Examples to show.")] = 3,
-    as_json: Json = False,
-) -> None:
+@_on_config
+@click.option("--show", default=3, show_default=True, type=click.IntRange(min=0), help="Examples to show.")
+@_json
+def check(config: Path, overrides: tuple[str, ...], show: int, as_json: bool) -> None:
     """The resolved configuration, a sample of the data and the plan; trains nothing."""
     from raydistil import tables
     from raydistil.check import check as examine
 
-    _emit(lambda: examine(config, set_ or [], show), as_json, tables.show_check)
+    _emit(lambda: examine(config, list(overrides), show), as_json, tables.show_check)
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+@_json
+def doctor(as_json: bool) -> None:
     """What this machine offers: devices, memory, disk, versions, Ray."""
     from raydistil import tables
     from raydistil.doctor import examine
@@ -98,37 +104,44 @@ def _stage(config: Config, name: str, as_json: bool) -> None:
 
 
 @app.command()
-def finetune(config: ConfigPath, set_: Set = None, as_json: Json = False) -> None:
+@_on_config
+@_json
+def finetune(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Teach the teacher the task."""
-    _stage(load_config(config, set_ or []), "finetune", as_json)
+    _stage(load_config(config, list(overrides)), "finetune", as_json)
 
 
 @app.command()
-def distill(config: ConfigPath, set_: Set = None, as_json: Json = False) -> None:
+@_on_config
+@_json
+def distill(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Teach the student what the teacher says."""
-    _stage(load_config(config, set_ or []), "distill", as_json)
+    _stage(load_config(config, list(overrides)), "distill", as_json)
 
 
 @app.command()
-def evaluate(config: ConfigPath, set_: Set = None, as_json: Json = False) -> None:
+@_on_config
+@_json
+def evaluate(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Score teacher and student."""
-    _stage(load_config(config, set_ or []), "evaluate", as_json)
+    _stage(load_config(config, list(overrides)), "evaluate", as_json)
 
 
 @app.command()
-def export(config: ConfigPath, set_: Set = None, as_json: Json = False) -> None:
+@_on_config
+@_json
+def export(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Write the student as a Hugging Face directory."""
-    _stage(load_config(config, set_ or []), "export", as_json)
+    _stage(load_config(config, list(overrides)), "export", as_json)
 
 
 @app.command()
-def serve(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a finished run, or of a model.")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.", min=0, max=65535)] = 8000,
-    replicas: Annotated[int, typer.Option(help="Most replicas; Serve scales between 1 and this.", min=1)] = 2,
-) -> None:
-    """Answer over HTTP on Ray Serve until Ctrl-C."""
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
+@click.option("--replicas", default=2, show_default=True, type=click.IntRange(min=1), help="Most replicas.")
+def serve(run_dir: Path, host: str, port: int, replicas: int) -> None:
+    """Answer over HTTP on Ray Serve until Ctrl-C. RUN_DIR: a finished run, or a model directory."""
     from raydistil.serve.run import serve_forever
 
     serve_forever(run_dir, host, port, replicas, _say)
@@ -141,10 +154,10 @@ def main() -> None:
 
 def _guarded(arguments: list[str]) -> int:
     try:
-        code = app(arguments, standalone_mode=False)
-        return int(code or 0)
-    except click.exceptions.Exit as error:
-        return int(error.exit_code)
+        return int(app.main(arguments, prog_name="raydistil", standalone_mode=False) or 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        _say(error.format_message())
+        return 2
     except click.ClickException as error:
         _say(f"error: {error.format_message()} (see raydistil --help)")
         return 2

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,12 +25,8 @@ ENVIRONMENT = {
 def cluster(config: ClusterConfig, needs: list[Need]) -> Iterator[None]:
     """Connected to a cluster that can hold every one of `needs`, in turn. A cluster started here ends with the block.
 
-    Raises PlanError where the cluster is too small, before it is started where that can be known.
+    Raises PlanError where the cluster is too small.
     """
-    import ray
-
-    if not ray.is_initialized() and address_of(config) is None:
-        check_local(needs)
     with connected(config):
         _check(needs)
         yield
@@ -58,32 +56,43 @@ def address_of(config: ClusterConfig) -> str | None:
 def _start(config: ClusterConfig, address: str | None) -> None:
     import ray
 
-    variables = dict(ENVIRONMENT)
-    if not _has_gpu():
-        variables["DS_ACCELERATOR"] = "cpu"
-    os.environ.update({key: value for key, value in variables.items() if key not in os.environ})
-    runtime_env = {"env_vars": variables}
+    os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
     if address is not None:
         try:
-            ray.init(address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address, runtime_env={"env_vars": ENVIRONMENT}, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise PlanError(f"expected a Ray cluster at {address}, could not connect: {error}") from error
         return
-    ray.init(
-        address="local", num_cpus=local_cpus(), object_store_memory=config.object_store_bytes,
-        include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
-    )  # fmt: skip
+    with _uninterrupted():
+        ray.init(
+            address="local", num_cpus=local_cpus(), object_store_memory=config.object_store_bytes,
+            include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
+        )  # fmt: skip
 
 
-def _has_gpu() -> bool:
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C takes effect after the block: a Ray stopped halfway into its start leaves processes behind for a while."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+def check_before_start(config: ClusterConfig, needs: list[Need]) -> None:
+    """Raise PlanError where a cluster that would be started here cannot hold one of `needs`."""
+    import ray
     import torch
 
-    return torch.cuda.is_available()
-
-
-def check_local(needs: list[Need]) -> None:
-    import torch
-
+    if ray.is_initialized() or address_of(config) is not None:
+        return
     for need in needs:
         check_fits(need, local_cpus(), torch.cuda.device_count(), local_cpus())
 

@@ -173,15 +173,6 @@ class ExportConfig(Section):
     """SPDX name for the model card."""
 
 
-class ServeConfig(Section):
-    host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    replicas: FewestMost = (1, 2)
-    """Fewest and most replicas; Serve scales between them."""
-    max_batch: Positive = 64
-    """Most inputs of one request."""
-
-
 class ClusterConfig(Section):
     """Placement: none of it changes the result."""
 
@@ -220,7 +211,6 @@ class Config(Section):
     distill: DistillConfig | None = None
     evaluate: EvaluateConfig | None = None
     export: ExportConfig | None = None
-    serve: ServeConfig = ServeConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @property
@@ -235,7 +225,7 @@ class Config(Section):
 
 
 # What does not define the result, and so may differ between a run and its continuation.
-PLACEMENT = ("name", "output_dir", "evaluate", "export", "serve", "cluster")
+PLACEMENT = ("name", "output_dir", "evaluate", "export", "cluster")
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:

@@ -42,3 +42,15 @@ class StorageError(RaydistilError):
 
 class Interrupted(Exception):
     """The user stopped the run; the text says where it can go on from."""
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """The user's error inside what Ray wraps around the failures of other processes, else `error` itself."""
+    seen: list[BaseException] = [error]
+    for current in seen:
+        cause = getattr(current, "cause", None)
+        if isinstance(current, RaydistilError) and cause is None:
+            return current
+        inner = [current.__cause__, cause, *getattr(current, "worker_failures", {}).values()]
+        seen += [e for e in inner if isinstance(e, BaseException) and e not in seen]
+    return error

@@ -10,9 +10,10 @@ from typing import Any
 import ray
 
 from raydistil import rundir
+from raydistil.cluster import check_before_start, cluster
 from raydistil.config import Config, EvaluateConfig, LossConfig, TrainConfig, result_hash
 from raydistil.corpus import open_corpus
-from raydistil.errors import ConfigError, ModelError
+from raydistil.errors import ConfigError, ModelError, unwrapped
 from raydistil.manifest import Manifest
 from raydistil.models import load_model, load_tokenizer, quiet_transformers, resolve
 from raydistil.plan import Need, cores, need_of, threads
@@ -48,6 +49,7 @@ def prepare(config: Config, say: Say) -> Prepared:
     """Everything that can be wrong with the input shows here, before any Ray process starts."""
     quiet_transformers()
     check_models(config)
+    check_before_start(config.cluster, needs(config))
     run_dir = rundir.claim(config)
     store = TokenStore(make_store(config))
     for line in describe_store(store):
@@ -203,7 +205,10 @@ def evaluate(run: Prepared) -> dict[str, Any]:
         config.teacher.precision, wanted, cores(),
     )  # fmt: skip
     score = ray.remote(num_cpus=1, num_gpus=config.cluster.student_gpus)(_score)
-    rows = ray.get(score.remote(spec, _candidates(run, wanted)))
+    try:
+        rows = ray.get(score.remote(spec, _candidates(run, wanted)))
+    except ray.exceptions.RayTaskError as error:
+        raise unwrapped(error) from error
     report = build_report(run, {row.name: row for row in rows})
     rundir.write_json(run.run_dir / rundir.REPORT, report)
     return report
@@ -248,7 +253,6 @@ def build_report(run: Prepared, rows: dict[str, Any]) -> dict[str, Any]:
 
 def run_all(config: Config, say: Say) -> dict[str, Any]:
     """The whole chain as the configuration has it. Returns the report, with `wall_s`."""
-    from raydistil.cluster import cluster
     from raydistil.export import export
 
     started = time.time()
@@ -277,7 +281,6 @@ def needs(config: Config) -> list[Need]:
 
 def run_stage(config: Config, stage: str, say: Say) -> dict[str, Any]:
     """One stage of the chain; the ones before it must have left their results."""
-    from raydistil.cluster import cluster
     from raydistil.export import export
 
     run = prepare(config, say)

@@ -176,7 +176,10 @@ def _distilbert_config(teacher: PreTrainedModel, num_layers: int) -> DistilBertC
     )  # fmt: skip
 
 
-DROPOUT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
+DROPOUT_KEYS = (
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "classifier_dropout",
+    "seq_classif_dropout",
+)  # fmt: skip
 
 
 def _set_dropout(model: PreTrainedModel, share: float | None) -> None:

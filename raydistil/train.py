@@ -17,10 +17,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from raydistil.checkpoint import MODEL, latest_ledger
 from raydistil.config import ClusterConfig
-from raydistil.errors import Interrupted, RaydistilError
+from raydistil.errors import Interrupted, StorageError, unwrapped
 from raydistil.report import LiveLine, Progress
 from raydistil.specs import TrainRun
-from raydistil.storage import whole_directory
+from raydistil.storage import is_disk_full, whole_directory
 from raydistil.stream import build_stream, execution_options, shard_rows
 from raydistil.types import StepMetrics, TrainSummary
 
@@ -112,25 +112,21 @@ def _fit(trainer: TorchTrainer, progress: Any, live: LiveLine) -> Result:
     finally:
         live.close()
     if "error" in outcome:
-        raise _root(outcome["error"]) from outcome["error"]
+        raise _explained(outcome["error"]) from outcome["error"]
     result: Result = outcome["result"]
     return result
+
+
+def _explained(error: BaseException) -> BaseException:
+    """`error` as the user should meet it."""
+    if is_disk_full(error):
+        return StorageError("no space left while saving a checkpoint; the previous one is intact: free some, run again")
+    return unwrapped(error)
 
 
 def _drain(progress: Any, live: LiveLine) -> None:
     for metrics in ray.get(progress.drain.remote()):
         live.show(StepMetrics(**metrics))
-
-
-def _root(error: BaseException) -> BaseException:
-    """The user's error inside what Ray wraps around it, else the error itself."""
-    seen: list[BaseException] = [error]
-    for current in seen:
-        if isinstance(current, RaydistilError):
-            return type(current)(str(getattr(current, "cause", current)))
-        inner = [current.__cause__, getattr(current, "cause", None), *getattr(current, "worker_failures", {}).values()]
-        seen += [e for e in inner if isinstance(e, BaseException) and e not in seen]
-    return error
 
 
 @contextmanager

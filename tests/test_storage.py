@@ -123,7 +123,9 @@ def write_safetensors(path: Path) -> None:
 @pytest.mark.parametrize("write", [write_text, write_array, write_arrow, write_tensor, write_safetensors])
 def test_a_full_disk_is_said_and_costs_nothing(small_disk: Path, write: Callable[[Path], None]) -> None:
     target = small_disk / "target"
-    expected = r"no space left while writing .*/target \([01] MiB free\); nothing was left there: free some and run again"
+    expected = (
+        r"no space left while writing .*/target \([01] MiB free\); nothing was left there: free some and run again"
+    )
     with pytest.raises(StorageError, match=expected), whole_directory(target) as scratch:
         write(scratch / "a.npy")
     with whole_directory(target) as scratch:

@@ -1,0 +1,177 @@
+"""Bad input ends with exit code 2 and one line that says what was expected, what came and what to do."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import sentences, write_jsonl
+
+from raydistil.cli import _guarded
+
+CONFIG = """
+name = "cli"
+output_dir = {runs}
+task = "classification"
+[corpus]
+source = {corpus}
+test_share = 0.3
+[tokens]
+length = 32
+[teacher]
+model = {teacher}
+[student]
+layers = [0, 2]
+[finetune]
+epochs = 2
+micro_batch_size = 8
+[distill]
+epochs = 40
+micro_batch_size = 8
+[evaluate]
+latency_rounds = 3
+latency_length = 16
+"""
+
+
+def write_config(folder: Path, teacher: str, corpus: Path) -> Path:
+    path = folder / "run.toml"
+    values = {"runs": str(folder / "runs"), "corpus": str(corpus), "teacher": teacher}
+    path.write_text(CONFIG.format(**{key: json.dumps(value) for key, value in values.items()}))
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_teacher: str, corpus_file: Path) -> Path:
+    return write_config(tmp_path, tiny_teacher, corpus_file)
+
+
+def complaint(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line a command that must fail with exit code 2 leaves on stderr."""
+    assert _guarded(list(arguments)) == 2
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("distill.epochz=3", "unknown key distill.epochz: did you mean distill.epochs?"),
+        ("distill.epochs=many", "distill.epochs"),
+        ("distill.epochs=0", "distill.epochs"),
+        ("corpus.source=nowhere.jsonl", "found nothing at nowhere.jsonl"),
+        ("teacher.model=./nowhere", "found none at ./nowhere"),
+        ("teacher.model=package:no_such_package/model", "no_such_package is not installed"),
+        ("student.layers=[0, 4]", "expected distinct layers from 0 to 3"),
+        ("student.layers=[0, 0]", "expected distinct layers"),
+        ("tokens.length=4096", "expected at most the teacher's 64 positions, got 4096"),
+        ("cluster.students=1000", "1000 students x 1"),
+        ("cluster.teacher_gpus=1", "GPUs"),
+        ("nonsense", "--set expects section.key=value"),
+    ],
+)
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_a_wrong_value_is_named(
+    capfd: pytest.CaptureFixture[str], config: Path, command: str, override: str, expected: str
+) -> None:
+    assert expected in complaint(capfd, command, str(config), "--set", override)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "the corpus is empty"),
+        (b'{"text": "a", "label": "x"}\n{"txt": "b", "label": "y"}\n', "bad.jsonl:2: expected the text column 'text'"),
+        (b'{"text": "a", "label": "x"}\n{"text": "\xff", "label": "y"}\n', "bad.jsonl:2: expected UTF-8 text"),
+        (b'{"text": "a", "label": "x"}\nnot json\n', "bad.jsonl:2: expected one JSON object a line"),
+        (b'{"words": "a"}\n', "bad.jsonl:1: expected a text column"),
+    ],
+)
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_bad_data_is_named_by_file_and_row(
+    capfd: pytest.CaptureFixture[str], config: Path, tmp_path: Path, command: str, content: bytes, expected: str
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    assert expected in complaint(capfd, command, str(config), "--set", f"corpus.source={path}")
+
+
+def test_a_student_with_another_vocabulary_is_refused(
+    capfd: pytest.CaptureFixture[str], config: Path, tiny_teacher: str, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    other = tmp_path / "other"
+    AutoModelForMaskedLM.from_pretrained(tiny_teacher).save_pretrained(other)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
+    tokenizer.add_tokens(["onemoretoken"])
+    tokenizer.save_pretrained(other)
+    overrides = ["--set", "student.layers=[]", "--set", f"student.model={other}"]
+    assert "expected one vocabulary, got 30522 tokens" in complaint(capfd, "check", str(config), *overrides)
+
+
+def test_unknown_commands_and_missing_files(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "No such command" in complaint(capfd, "distil")
+    assert "expected a TOML file, found none" in complaint(capfd, "run", str(tmp_path / "none.toml"))
+
+
+def test_check_and_doctor_print_one_json_object(capfd: pytest.CaptureFixture[str], config: Path) -> None:
+    for arguments in (["check", str(config), "--json"], ["doctor", "--json"]):
+        assert _guarded(arguments) == 0
+        assert isinstance(json.loads(capfd.readouterr().out), dict)
+
+
+def test_check_shows_where_values_come_from(capfd: pytest.CaptureFixture[str], config: Path) -> None:
+    assert _guarded(["check", str(config), "--json", "--set", "seed=7"]) == 0
+    rows = {row["key"]: row for row in json.loads(capfd.readouterr().out)["config"]}
+    assert rows["seed"] == {"key": "seed", "value": 7, "origin": "--set"}
+    assert rows["distill.epochs"]["origin"] == "file"
+    assert rows["distill.lr"]["origin"] == "default"
+
+
+def _start(config: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", "from raydistil.cli import main; main()", "run", str(config), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def _session_members(leader: int) -> list[int]:
+    """Living processes of the session a command started with."""
+    members = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and entry.name != str(leader):
+            try:
+                if os.getsid(int(entry.name)) == leader:
+                    members.append(int(entry.name))
+            except ProcessLookupError:
+                continue
+    return members
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_after_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path, tiny_teacher: str) -> None:
+    config = write_config(tmp_path, tiny_teacher, write_jsonl(tmp_path / "items.jsonl", sentences(240)))
+    process = _start(config, "--json")
+    metrics = tmp_path / "runs" / "cli" / "metrics.jsonl"
+    while '"distill"' not in (metrics.read_text() if metrics.exists() else ""):
+        assert process.poll() is None
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert out == ""
+    assert err.splitlines()[-1].startswith("interrupted: distill stopped after step")
+    assert _session_members(process.pid) == []
+    again = _start(config, "--json")
+    out, err = again.communicate(timeout=300)
+    assert again.returncode == 0, err
+    report = json.loads(out)
+    assert {"teacher_score", "student_score", "retention", "speedup", "wall_s", "student_dir"} <= report.keys()
+    distill = report["stages"]["distill"]
+    assert 0 < distill["micro_batches"] < distill["steps"]

@@ -1,0 +1,66 @@
+"""Imports run one way: a module may import those before it in this list, and none after it."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import raydistil
+
+ORDER = (
+    "errors", "types", "config", "storage", "corpus", "manifest", "masking", "tokens", "specs", "models", "codecs",
+    "wire", "source", "plan", "losses", "student", "optim", "teacher", "stream", "report", "checkpoint", "worker",
+    "cluster", "train", "evaluate", "rundir", "pipeline", "export", "check", "doctor", "tables", "serve", "cli",
+)  # fmt: skip
+ROOT = Path(raydistil.__file__).parent
+FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def stage(path: Path) -> str:
+    """The module or folder of raydistil that `path` belongs to."""
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Full names of everything of raydistil that is imported, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "raydistil")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are written in full"
+            if (node.module or "").split(".")[0] == "raydistil":
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_names_are_found_however_they_are_imported() -> None:
+    tree = ast.parse("""
+import os, raydistil.plan
+from raydistil import wire, rundir
+def late():
+    from raydistil.corpus.files import expand
+    from raydistilled import other
+""")
+    assert set(imported(tree)) == {
+        "raydistil.plan",
+        "raydistil.wire",
+        "raydistil.rundir",
+        "raydistil.corpus.files.expand",
+    }
+
+
+def test_every_module_is_in_the_list() -> None:
+    assert {stage(path) for path in FILES} == set(ORDER)
+    assert len(set(ORDER)) == len(ORDER)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_imports_only_earlier_ones(path: Path) -> None:
+    own = stage(path)
+    names = {name.split(".")[1] for name in imported(ast.parse(path.read_text(encoding="utf8"))) if "." in name}
+    later = [name for name in names - {own} if ORDER.index(name) > ORDER.index(own)]
+    assert later == []
+
+
+def test_the_package_itself_imports_nothing() -> None:
+    assert list(imported(ast.parse((ROOT / "__init__.py").read_text(encoding="utf8")))) == []

@@ -1,0 +1,105 @@
+"""What a run says of itself."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raydistil.report import Interval, LiveLine, Meter, format_step, overlap
+from raydistil.types import StepMetrics, TeacherTiming
+
+INTERVALS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 15)).map(lambda p: (p[0], p[0] + p[1])), max_size=12)
+
+
+def metrics(step: int = 12, **changes: Any) -> StepMetrics:
+    values = {
+        "step": step, "num_steps": 480, "epoch": 0.5, "losses": {"loss": 1.2345, "kd": 0.1, "task": 0.9}, "lr": 1e-4,
+        "student_tok_s": 3100.0, "teacher_tok_s": 12_000.0, "wait_share": 0.254, "eta_s": 80.9,
+    }  # fmt: skip
+    return StepMetrics(**{**values, **changes})
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+# ---- overlap
+
+
+@given(INTERVALS, INTERVALS)
+def test_overlap_is_the_time_in_both(first: list[Interval], second: list[Interval]) -> None:
+    seconds = [{s for start, end in some for s in range(int(start), int(end))} for some in (first, second)]
+    assert overlap(first, second) == len(seconds[0] & seconds[1])
+    assert overlap(second, first) == overlap(first, second)
+
+
+def test_overlap_by_hand() -> None:
+    assert overlap([(0.0, 1.5), (1.0, 2.0), (5.0, 6.0)], [(1.75, 5.25), (1.9, 5.5)]) == pytest.approx(0.25 + 0.5)
+
+
+# ---- the meter
+
+
+def test_the_meter_adds_up_what_a_worker_did() -> None:
+    meter = Meter(1, None, num_steps=2, first_step=0)  # type: ignore[arg-type]  # only rank 0 reports on the way
+    meter.micro_step(0.0, 1.0, 3.0, 100, TeacherTiming("a", 0.5, 2.0, 100), 1000)
+    meter.micro_step(3.0, 3.5, 5.0, 50, TeacherTiming("b", 1.5, 4.0, 50), 500)
+    meter.step(1, 0.5, {}, 1e-3)
+    summary = meter.summary(interrupted=True)
+    assert (summary.steps, summary.micro_batches, summary.tokens, summary.wire_bytes) == (1, 2, 150, 1500)
+    assert (summary.wait_s, summary.student_busy_s, summary.teacher_busy_s) == (1.5, 3.5, 4.0)
+    assert summary.overlap_s == 2.5  # 1 to 3 and 3.5 to 4
+    assert (summary.teacher_builds, summary.interrupted) == (2, True)
+    assert not meter.stop_requested()
+
+
+# ---- lines
+
+
+def test_a_step_on_one_line() -> None:
+    assert format_step(metrics()) == (
+        "step 12/480 | loss 1.234 (kd 0.100 task 0.900) | student 3.1k tok/s | teacher 12.0k tok/s | wait 25% | ETA 1:20"
+    )
+
+
+def test_a_step_without_teacher_and_with_hours_to_go() -> None:
+    line = format_step(metrics(teacher_tok_s=0.0, eta_s=3600.0, losses={"loss": 2.0, "task": 2.0}))
+    assert line == "step 12/480 | loss 2.000 (task 2.000) | student 3.1k tok/s | wait 25% | ETA 60:00"
+
+
+def test_a_terminal_has_one_line_that_is_rewritten(tmp_path: Path) -> None:
+    out = Terminal()
+    live = LiveLine("distill", tmp_path / "metrics.jsonl", out)
+    for step in (1, 2):
+        live.show(metrics(step))
+    live.close()
+    live.close()
+    lines = [f"\r\x1b[Kdistill     {format_step(metrics(step))}" for step in (1, 2)]
+    assert out.getvalue() == "".join(lines) + "\n"
+
+
+def test_elsewhere_a_plain_line_is_shown_now_and_then_and_at_the_end(tmp_path: Path) -> None:
+    out = io.StringIO()
+    live = LiveLine("distill", tmp_path / "metrics.jsonl", out)
+    for step in (1, 2, 480):
+        live.show(metrics(step))
+    live.close()
+    assert out.getvalue().splitlines() == [f"distill     {format_step(metrics(step))}" for step in (1, 480)]
+
+
+def test_every_step_goes_to_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for stage in ("finetune", "distill"):
+        live = LiveLine(stage, path, io.StringIO())
+        for step in (1, 2):
+            live.show(metrics(step))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["stage"], line["step"]) for line in lines] == [
+        ("finetune", 1), ("finetune", 2), ("distill", 1), ("distill", 2),
+    ]  # fmt: skip
+    assert lines[0]["losses"] == {"loss": 1.2345, "kd": 0.1, "task": 0.9}
