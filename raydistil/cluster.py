@@ -11,8 +11,10 @@ from raydistil.config import ClusterConfig
 from raydistil.errors import PlanError
 from raydistil.plan import Need, check_fits, local_cpus
 
-# For every Ray process this run starts. Ray Data sizes its thread pools for large machines unless told.
+# For every Ray process this run starts. Ray Data sizes its thread pools for large machines unless told; and Ray runs
+# its workers at niceness 15, where anything else on the machine starves a training that waits for its own threads.
 ENVIRONMENT = {
+    "RAY_worker_niceness": "0",
     "RAY_DATA_MAX_FORMAT_THREADPOOL_NUM_WORKERS": "1",
     "RAY_DATA_DEFAULT_COLLATE_FN_THREADPOOL_MAX_WORKERS": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",

@@ -96,6 +96,7 @@ def test_the_shares_of_bert() -> None:
 @pytest.mark.parametrize("kind", [UNIFORM, FREQUENCY], ids=lambda kind: kind.kind)
 def test_specials_and_padding_are_never_chosen(kind: MaskingConfig) -> None:
     ids, lengths = texts(400, 60)
+    ids[:, 7:12] = SPECIAL
     corrupted, labels = masked(kind.model_copy(update={"share": 0.9}), ids, lengths)
     chosen = labels != IGNORE
     real = np.arange(60)[None, :] < lengths[:, None]

@@ -75,11 +75,13 @@ def test_the_deepspeed_configuration_says_what_ours_says() -> None:
         "gradient_clipping": 2.0,
         "optimizer": {
             "type": "AdamW",
-            "params": {"lr": 1e-3, "betas": [0.5, 0.6], "eps": 1e-5, "weight_decay": 0.25, "torch_adam": True},
+            "params": {
+                "lr": 1e-3, "betas": [0.5, 0.6], "eps": 1e-5, "weight_decay": 0.25, "torch_adam": True, "fused": True,
+            },
         },
         "zero_optimization": {"stage": 1},
         "steps_per_print": 2**31 - 1,
-    }
+    }  # fmt: skip
 
 
 def test_the_users_keys_are_merged_over_ours() -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -162,12 +163,23 @@ def test_state_and_docs_answer(classifier: TestClient) -> None:
     assert set(paths["/v1/classify"]["post"]["responses"]) == {"200", "400", "413", "422"}
 
 
-def test_requests_at_the_same_time_do_not_mix(classifier_run: Path) -> None:
+def test_requests_at_the_same_time_take_turns_and_do_not_mix(classifier_run: Path) -> None:
     model = load(find(classifier_run))
-    texts = [["ba"], ["ca du", LONG], ["fe ho ba ca du"], ["ba " * 9, "ca"]] * 8
+    running, most = [], 0
+
+    def enter(*_: Any) -> None:
+        nonlocal most
+        running.append(1)
+        most = max(most, len(running))
+        time.sleep(0.002)  # so that another thread would meet this one
+
+    model._model.register_forward_pre_hook(enter)
+    model._model.register_forward_hook(lambda *_: running.pop() and None)
+    texts = [["ba"], ["ca du", LONG], ["fe ho ba ca du"], ["ba " * 9, "ca"]] * 4
     expected = [model.classify(ClassifyRequest(inputs=text)) for text in texts]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda text: model.classify(ClassifyRequest(inputs=text)), texts)) == expected
+    assert most == 1
 
 
 # ---- refusals
@@ -350,6 +362,17 @@ def test_urls_of_ipv6_have_brackets() -> None:
     assert (url_of("::1", 80), url_of("127.0.0.1", 80)) == ("http://[::1]:80", "http://127.0.0.1:80")
 
 
+def test_the_example_is_a_request_the_model_answers(classifier_run: Path, filler_dir: Path, tmp_path: Path) -> None:
+    assert '"How do I open a file?"' in example(find(classifier_run), "http://x")
+    assert '"Paris is the [MASK] of France."' in example(find(filler_dir), "http://x")
+    path = Path(shutil.copytree(filler_dir, tmp_path / "model"))
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(settings | {"mask_token": {"content": "<mask>"}}))
+    assert "/v1/fill-mask" in example(find(path), "http://x") and "<mask>" in example(find(path), "http://x")
+    (path / "tokenizer_config.json").unlink()
+    assert example(find(path), "http://x") == "curl http://x/info"
+
+
 def test_ctrl_c_waits_for_the_start_of_ray() -> None:
     done = False
     with pytest.raises(KeyboardInterrupt), _uninterrupted():
@@ -377,8 +400,8 @@ def test_serve_answers_as_the_app_does(ray_cluster: None, classifier_run: Path, 
     url = url_of("127.0.0.1", port)
     body = json.dumps({"inputs": ["ba ca", LONG], "top_k": 2}).encode()
     try:
-        with serving(find(classifier_run), "127.0.0.1", port, 2) as info:
-            assert fetch(f"{url}/info") == (200, info.model_dump())
+        with serving(find(classifier_run), "127.0.0.1", port, 2):
+            assert fetch(f"{url}/info") == (200, classifier.get("/info").json())
             assert fetch(f"{url}/readyz") == (200, {"status": "ok"})
             assert fetch(f"{url}/v1/classify", body) == (
                 200,
@@ -387,7 +410,7 @@ def test_serve_answers_as_the_app_does(ray_cluster: None, classifier_run: Path, 
             assert fetch(f"{url}/v1/fill-mask", body)[0] == 404
             assert fetch(f"{url}/v1/classify", b"{")[0] == 400
             assert fetch(f"{url}/v1/classify", b" " * 2 * MAX_BODY_BYTES)[0] == 413
-            shown = subprocess.run(example(info, url), shell=True, capture_output=True, check=True)
+            shown = subprocess.run(example(find(classifier_run), url), shell=True, capture_output=True, check=True)
             assert json.loads(shown.stdout)["results"][0]["label"] in LABELS
     finally:
         serve.shutdown()

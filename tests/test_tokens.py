@@ -91,7 +91,8 @@ def test_packed_texts_are_parted(tokenizer: PreTrainedTokenizerBase) -> None:
 def test_every_example_is_whole_in_the_smallest_bucket_that_holds_it(
     tokenizer: PreTrainedTokenizerBase, examples: list[tuple[list[str], str]]
 ) -> None:
-    examples = [(["aa"], "x"), (["ae"], "y"), *examples]
+    borders = [(["aa"] * count, "y") for count in (6, 7, 14, 15, 22, 23)]
+    examples = [(["aa"], "x"), *borders, *examples]
     config = TokensConfig(length=24, buckets=(16, 8))
     rows = [row(words, label=label) for words, label in examples]
     store = TokenStore(build_store(corpus(rows), tokenizer, config, labelled=True))

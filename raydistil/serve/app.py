@@ -76,8 +76,7 @@ class ServedModel:
         self._model.eval()
         self._tokenizer: Any = tokenizer
         self._tokenizer.truncation_side = self._tokenizer.padding_side = "right"
-        # One forward at a time: more would share the same thread of torch, and a fast tokenizer keeps its
-        # truncation and padding in itself.
+        # One request at a time: more would share the one CPU, and each hold activations of its own.
         self._busy = threading.Lock()
         if source.task == "mlm":
             self._head = mlm_head(model)

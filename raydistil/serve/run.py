@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,14 +21,15 @@ from raydistil import rundir
 from raydistil.cluster import address_of, connected
 from raydistil.config import ClusterConfig
 from raydistil.errors import ModelError, PlanError, RaydistilError, StorageError
-from raydistil.serve.schema import ROUTES, Info, Source
+from raydistil.serve.schema import ROUTES, Source
 from raydistil.types import Task
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from ray.serve import Application
 
-TOKENIZER, WEIGHTS, REPORT = "tokenizer.json", "model.safetensors", "raydistil.json"
+TOKENIZER, SETTINGS, WEIGHTS = "tokenizer.json", "tokenizer_config.json", "model.safetensors"
+REPORT = "raydistil.json"
 HEADS: dict[str, Task] = {"ForSequenceClassification": "classification", "ForMaskedLM": "mlm"}
 APP, DEPLOYMENT = "raydistil", "student"
 OBJECT_STORE_BYTES = 256 << 20  # of a local cluster; requests and replies are small
@@ -50,9 +52,9 @@ def serve_forever(run_dir: Path, host: str, port: int, replicas: int, say: Calla
     with suppress(KeyboardInterrupt, SystemExit), connected(cluster):
         _stop_on_signals()
         check_cluster(replicas)
-        with _serve_ended(address_of(cluster)), serving(source, host, port, replicas) as info:
+        with _serve_ended(address_of(cluster)), serving(source, host, port, replicas):
             url = url_of(host, port)
-            say(f"serving {source.name} at {url} (try: {example(info, url)})")
+            say(f"serving {source.name} at {url} (try: {example(source, url)})")
             _wait()
             say("stopping: requests under way are answered first")
     say(f"stopped serving {source.name}")
@@ -73,7 +75,9 @@ def find(run_dir: Path) -> Source:
     _json(directory, TOKENIZER)
     _check_weights(directory)
     report = _json(directory, REPORT) if (directory / REPORT).exists() else None
-    return Source(run_dir.resolve().name, str(directory.resolve()), _task(directory, config), report or None)
+    task = _task(directory, config)
+    mask_token = _mask_token(directory) if task == "mlm" else None
+    return Source(run_dir.resolve().name, str(directory.resolve()), task, mask_token, report or None)
 
 
 def _json(directory: Path, name: str) -> dict[str, Any]:
@@ -126,6 +130,13 @@ def _task(directory: Path, config: dict[str, Any]) -> Task:
     return tasks[0]
 
 
+def _mask_token(directory: Path) -> str | None:
+    """As the tokenizer's settings have it; some leave it to the tokenizer's class."""
+    settings = _json(directory, SETTINGS) if (directory / SETTINGS).exists() else {}
+    token = settings.get("mask_token")
+    return token["content"] if isinstance(token, dict) else token
+
+
 def free_port(host: str, port: int) -> int:
     """`port`, or any free one for 0. Raises RaydistilError where it cannot be listened on."""
     try:
@@ -145,10 +156,15 @@ def url_of(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def example(info: Info, url: str) -> str:
+def example(source: Source, url: str) -> str:
     """A request to paste into a shell."""
-    text = "How do I open a file?" if info.mask_token is None else f"Paris is the {info.mask_token} of France."
-    return f"""curl {url}{ROUTES[info.task]} -H 'content-type: application/json' -d '{{"inputs": "{text}"}}'"""
+    if source.task == "classification":
+        text = "How do I open a file?"
+    elif source.mask_token is not None:
+        text = f"Paris is the {source.mask_token} of France."
+    else:
+        return f"curl {url}/info"
+    return f"""curl {url}{ROUTES[source.task]} -H 'content-type: application/json' -d '{{"inputs": "{text}"}}'"""
 
 
 # ---- on Ray
@@ -169,9 +185,6 @@ class Student:
         from raydistil.serve.app import build_api
 
         return build_api(self._model)
-
-    async def info(self) -> Info:
-        return self._model.info()
 
 
 def application(source: Source, replicas: int) -> "Application":
@@ -206,7 +219,7 @@ def check_cluster(replicas: int) -> None:
 
 
 @contextmanager
-def serving(source: Source, host: str, port: int, replicas: int) -> Iterator[Info]:
+def serving(source: Source, host: str, port: int, replicas: int) -> Iterator[None]:
     """The app answers at host:port inside the block, and is deleted after it. Ray must be connected; Serve is started.
 
     Raises ModelError where the model does not load, RaydistilError where the cluster cannot listen there.
@@ -218,11 +231,12 @@ def serving(source: Source, host: str, port: int, replicas: int) -> Iterator[Inf
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
     except RuntimeError as error:
         raise RaydistilError(f"expected a port to listen on: {_cause(str(error))} Choose one with --port") from error
-    info = _deploy(source, replicas)
+    _deploy(source, replicas)
     try:
-        yield info
+        yield
     finally:
-        serve.delete(APP)
+        if _ray_lives():
+            serve.delete(APP)
 
 
 @contextmanager
@@ -233,21 +247,30 @@ def _serve_ended(address: str | None) -> Iterator[None]:
     try:
         yield
     finally:
-        if address is not None:
+        if address is not None and _ray_lives():
             serve.shutdown()
 
 
-def _deploy(source: Source, replicas: int) -> Info:
-    """What the first replica says of itself."""
+def _ray_lives() -> bool:
+    """False where the SIGTERM that stops this process went to Ray's too (systemd, timeout): it would wait a minute."""
+    import ray
+
+    time.sleep(0.5)  # the time Ray takes to die of it
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    with suppress(OSError), socket.create_connection((host, int(port)), timeout=5):
+        return True
+    return False
+
+
+def _deploy(source: Source, replicas: int) -> None:
+    """Returns when the first replica answers."""
     from ray import serve
 
     try:
-        handle = serve.run(application(source, replicas), name=APP, route_prefix="/")
+        serve.run(application(source, replicas), name=APP, route_prefix="/")
     except RuntimeError as error:
         reason = _cause(serve.status().applications[APP].deployments[DEPLOYMENT].message)
         raise ModelError(f"expected a replica to load {source.directory}, it failed: {reason}") from error
-    info: Info = handle.info.remote().result()
-    return info
 
 
 def _cause(traceback: str) -> str:

@@ -32,6 +32,7 @@ class Source:
     name: str
     directory: str
     task: Task
+    mask_token: str | None  # None: classification, or not written down
     report: dict[str, Any] | None  # measured by `raydistil evaluate`; None: nothing was
 
 
