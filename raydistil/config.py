@@ -83,6 +83,8 @@ class TeacherConfig(Section):
 class StudentConfig(Section):
     layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Teacher layers the student starts from, counted from 0: DistilBERT is [0, 2, 4, 7, 9, 11] of 12."""
+    start: Literal["finetuned", "checkpoint"] = "finetuned"
+    """Whose layers they are: the fine-tuned teacher's, or `teacher.model`'s as it came (Sun et al. 2019, PKD)."""
     model: str | None = None
     """Start from this checkpoint instead (written like teacher.model); it must have the teacher's vocabulary."""
     family: Literal["same", "distilbert"] = "same"

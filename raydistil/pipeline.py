@@ -146,7 +146,8 @@ def _student_init(run: Prepared) -> str:
         import torch
 
         torch.manual_seed(run.config.seed)
-        teacher = load_model(run.teacher_dir, run.config.task, run.labels)
+        start = run.config.teacher.model if run.config.student.start == "checkpoint" else run.teacher_dir
+        teacher = load_model(start, run.config.task, run.labels)
         with whole_directory(path) as scratch:
             save_model(build_student(teacher, run.config.student, run.config.task), run.teacher_dir, scratch)
     return str(path)

@@ -5,11 +5,16 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+import tiny
 from hypothesis import settings
 
 from raydistil.cluster import ENVIRONMENT
+
+if TYPE_CHECKING:
+    from fastapi.testclient import TestClient
 
 settings.load_profile("ci")  # no deadlines, the same examples every time
 
@@ -97,3 +102,28 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("corpus") / "items.jsonl", sentences(240))
+
+
+@pytest.fixture(scope="session")
+def classifier_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that was exported."""
+    run_dir = tmp_path_factory.mktemp("runs") / "topics"
+    tiny.write_model(run_dir / "student", "classification")
+    (run_dir / "config.json").write_text('{"hash": "00", "config": {}}')
+    (run_dir / "student" / "raydistil.json").write_text(json.dumps({"retention": 0.98}))
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def filler_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("models") / "filler", "mlm")
+
+
+@pytest.fixture(scope="session")
+def classifier(classifier_run: Path) -> "TestClient":
+    from fastapi.testclient import TestClient
+
+    from raydistil.serve.app import build_api, load
+    from raydistil.serve.run import find
+
+    return TestClient(build_api(load(find(classifier_run))), raise_server_exceptions=False)

@@ -1,17 +1,7 @@
 """Serving: the same numbers as the model, a typed answer for every bad request, nothing left after the end."""
 
 import json
-import os
-import re
-import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,49 +13,14 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydistil.cluster import _uninterrupted
-from raydistil.errors import ModelError, RaydistilError, StorageError
 from raydistil.serve.app import build_api, load
-from raydistil.serve.run import example, find, free_port, serve_forever, serving, url_of
+from raydistil.serve.run import find
 from raydistil.serve.schema import MAX_BODY_BYTES, MAX_INPUTS, MAX_MASKS, ClassifyRequest
 from raydistil.types import Task
 
-LABELS = ("argparse", "json", "re")
-REPORT = {"retention": 0.98}
 POSITIONS = tiny.SHAPE["max_position_embeddings"]
 LONG = "ba " * 100  # every word is one token
 JSON = {"content-type": "application/json"}
-
-
-def write_model(path: Path, task: Task, family: str = "bert") -> Path:
-    """A tiny model in hub layout."""
-    config = tiny.FAMILIES[family].from_dict(tiny.FAMILIES[family].to_dict())
-    if task == "classification":
-        config.id2label = dict(enumerate(LABELS))
-        config.label2id = {label: number for number, label in enumerate(LABELS)}
-    tiny.model(config, task).save_pretrained(path)
-    tiny.tokenizer().save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def classifier_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run that was exported."""
-    run_dir = tmp_path_factory.mktemp("runs") / "topics"
-    write_model(run_dir / "student", "classification")
-    (run_dir / "config.json").write_text('{"hash": "00", "config": {}}')
-    (run_dir / "student" / "raydistil.json").write_text(json.dumps(REPORT))
-    return run_dir
-
-
-@pytest.fixture(scope="module")
-def filler_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "filler", "mlm")
-
-
-@pytest.fixture(scope="module")
-def classifier(classifier_run: Path) -> TestClient:
-    return TestClient(build_api(load(find(classifier_run))), raise_server_exceptions=False)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +48,7 @@ def test_class_scores_are_the_softmax_of_the_models_logits(classifier: TestClien
     assert together["model"] == "topics"
     for text, padded in zip(texts, together["results"], strict=True):
         logits_C = direct_logits(classifier_run / "student", text, AutoModelForSequenceClassification)
-        expected = dict(zip(LABELS, logits_C.softmax(-1).tolist(), strict=True))
+        expected = dict(zip(tiny.LABELS, logits_C.softmax(-1).tolist(), strict=True))
         alone = classifier.post("/v1/classify", json={"inputs": text}).json()["results"][0]
         for result in (alone, padded):
             assert {s["label"]: s["score"] for s in result["scores"]} == pytest.approx(expected, abs=1e-6)
@@ -106,7 +61,7 @@ def test_top_k_lists_the_best_labels_in_order(classifier: TestClient) -> None:
     every = classifier.post("/v1/classify", json=ask).json()["results"][0]["scores"]
     two = classifier.post("/v1/classify", json=ask | {"top_k": 2}).json()["results"][0]["scores"]
     many = classifier.post("/v1/classify", json=ask | {"top_k": 10**30}).json()["results"][0]["scores"]
-    assert len(every) == len(LABELS) and every == sorted(every, key=lambda s: -s["score"])
+    assert len(every) == len(tiny.LABELS) and every == sorted(every, key=lambda s: -s["score"])
     assert two == every[:2] and many == every
 
 
@@ -129,7 +84,7 @@ def test_mask_candidates_are_the_softmax_at_each_mask(filler: TestClient, filler
 @pytest.mark.parametrize("task", ["classification", "mlm"])
 def test_long_texts_are_cut_to_what_the_model_takes(tmp_path: Path, family: str, reserved: int, task: Task) -> None:
     most = POSITIONS - reserved
-    client = TestClient(build_api(load(find(write_model(tmp_path / "model", task, family)))))
+    client = TestClient(build_api(load(find(tiny.write_model(tmp_path / "model", task, family)))))
     route = "/v1/classify" if task == "classification" else "/v1/fill-mask"
     results = client.post(route, json={"inputs": ["[MASK] " + LONG, "[MASK]"]}).json()["results"]
     assert [(result["tokens"], result["truncated"]) for result in results] == [(most, True), (3, False)]
@@ -148,8 +103,8 @@ def test_info_states_the_model_and_what_was_measured(classifier: TestClient, fil
     info = classifier.get("/info").json()
     assert info["parameters"] > 0
     assert {key: info[key] for key in ("model", "task", "labels", "mask_token", "max_length", "report")} == {
-        "model": "topics", "task": "classification", "labels": list(LABELS), "mask_token": None,
-        "max_length": POSITIONS, "report": REPORT,
+        "model": "topics", "task": "classification", "labels": list(tiny.LABELS), "mask_token": None,
+        "max_length": POSITIONS, "report": {"retention": 0.98},
     }  # fmt: skip
     other = filler.get("/info").json()
     assert (other["task"], other["labels"], other["mask_token"], other["report"]) == ("mlm", None, "[MASK]", None)
@@ -294,153 +249,3 @@ def test_no_body_is_answered_with_a_failure(classifier: TestClient, filler: Test
         response = client.post(route, content=json.dumps(body).encode(), headers=JSON)
         assert response.status_code in (200, 400, 413, 422)
         assert response.status_code == 200 or set(response.json()) == {"error"}
-
-
-# ---- before Ray starts
-
-
-def without(name: str) -> Callable[[Path], None]:
-    return lambda path: (path / name).unlink()
-
-
-def cut(name: str) -> Callable[[Path], None]:
-    return lambda path: (path / name).write_bytes((path / name).read_bytes()[:-100])
-
-
-def configured(**changes: Any) -> Callable[[Path], None]:
-    def change(path: Path) -> None:
-        config = json.loads((path / "config.json").read_text())
-        (path / "config.json").write_text(json.dumps(config | changes))
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("spoil", "says"),
-    [
-        (shutil.rmtree, "found none at"),
-        (without("config.json"), "config.json is not there"),
-        (without("model.safetensors"), "model.safetensors is not there"),
-        (without("tokenizer.json"), "tokenizer.json is not there"),
-        (cut("config.json"), "config.json is not JSON"),
-        (cut("model.safetensors"), "model.safetensors is broken"),
-        (cut("tokenizer.json"), "tokenizer.json is not JSON"),
-        (lambda path: (path / "config.json").write_text("[]"), "config.json is not a JSON object"),
-        (configured(architectures=["BertModel"]), "its architecture is BertModel"),
-        (configured(architectures=None), "its architecture is not given"),
-        (configured(problem_type="regression"), "its problem_type is regression"),
-        (configured(hash="00", architectures=None), "run raydistil export first"),
-    ],
-)
-def test_what_is_no_whole_model_is_refused_before_ray(
-    filler_dir: Path, tmp_path: Path, spoil: Callable[[Path], object], says: str
-) -> None:
-    path = Path(shutil.copytree(filler_dir, tmp_path / "model"))
-    spoil(path)
-    with pytest.raises(StorageError, match=re.escape(says)):
-        serve_forever(path, "127.0.0.1", 0, 1, pytest.fail)
-
-
-def test_a_tokenizer_of_another_model_is_refused(filler_dir: Path, tmp_path: Path) -> None:
-    path = Path(shutil.copytree(filler_dir, tmp_path / "model"))
-    tiny.tokenizer((*tiny.WORDS, "more")).save_pretrained(path)
-    with pytest.raises(ModelError, match="the tokenizer has"):
-        load(find(path))
-
-
-def test_a_port_in_use_is_refused_before_ray(filler_dir: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as busy, pytest.raises(RaydistilError, match="already in use"):
-        serve_forever(filler_dir, "127.0.0.1", busy.getsockname()[1], 1, pytest.fail)
-
-
-def test_a_host_that_is_not_ours_is_refused_before_ray(filler_dir: Path) -> None:
-    with pytest.raises(RaydistilError, match="Cannot assign requested address"):
-        serve_forever(filler_dir, "192.0.2.77", 0, 1, pytest.fail)
-
-
-def test_urls_of_ipv6_have_brackets() -> None:
-    assert (url_of("::1", 80), url_of("127.0.0.1", 80)) == ("http://[::1]:80", "http://127.0.0.1:80")
-
-
-def test_the_example_is_a_request_the_model_answers(classifier_run: Path, filler_dir: Path, tmp_path: Path) -> None:
-    assert '"How do I open a file?"' in example(find(classifier_run), "http://x")
-    assert '"Paris is the [MASK] of France."' in example(find(filler_dir), "http://x")
-    path = Path(shutil.copytree(filler_dir, tmp_path / "model"))
-    settings = json.loads((path / "tokenizer_config.json").read_text())
-    (path / "tokenizer_config.json").write_text(json.dumps(settings | {"mask_token": {"content": "<mask>"}}))
-    assert "/v1/fill-mask" in example(find(path), "http://x") and "<mask>" in example(find(path), "http://x")
-    (path / "tokenizer_config.json").unlink()
-    assert example(find(path), "http://x") == "curl http://x/info"
-
-
-def test_ctrl_c_waits_for_the_start_of_ray() -> None:
-    done = False
-    with pytest.raises(KeyboardInterrupt), _uninterrupted():
-        signal.raise_signal(signal.SIGINT)
-        done = True
-    assert done
-
-
-# ---- on Ray Serve
-
-
-def fetch(url: str, body: bytes | None = None) -> tuple[int, Any]:
-    request = urllib.request.Request(url, body, JSON)
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return response.status, json.load(response)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
-
-
-def test_serve_answers_as_the_app_does(ray_cluster: None, classifier_run: Path, classifier: TestClient) -> None:
-    from ray import serve
-
-    port = free_port("127.0.0.1", 0)
-    url = url_of("127.0.0.1", port)
-    body = json.dumps({"inputs": ["ba ca", LONG], "top_k": 2}).encode()
-    try:
-        with serving(find(classifier_run), "127.0.0.1", port, 2):
-            assert fetch(f"{url}/info") == (200, classifier.get("/info").json())
-            assert fetch(f"{url}/readyz") == (200, {"status": "ok"})
-            assert fetch(f"{url}/v1/classify", body) == (
-                200,
-                classifier.post("/v1/classify", content=body, headers=JSON).json(),
-            )
-            assert fetch(f"{url}/v1/fill-mask", body)[0] == 404
-            assert fetch(f"{url}/v1/classify", b"{")[0] == 400
-            assert fetch(f"{url}/v1/classify", b" " * 2 * MAX_BODY_BYTES)[0] == 413
-            shown = subprocess.run(example(find(classifier_run), url), shell=True, capture_output=True, check=True)
-            assert json.loads(shown.stdout)["results"][0]["label"] in LABELS
-    finally:
-        serve.shutdown()
-
-
-def session_of(leader: int) -> list[int]:
-    """Live processes of the session that `leader` started."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, _, session = entry.read_text().rpartition(")")[2].split()[:4]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(session) == leader and state != "Z":
-            found.append(int(entry.parent.name))
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_command_well_and_leaves_no_process(filler_dir: Path, number: signal.Signals) -> None:
-    command = [sys.executable, "-c", "from raydistil.cli import main; main()", "serve", str(filler_dir), "--port", "0"]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
-    assert process.stderr is not None
-    first = process.stderr.readline()
-    assert re.match(r"serving filler at http://127\.0\.0\.1:\d+ \(try: curl ", first)
-    os.killpg(process.pid, number)  # as a terminal does
-    *_, last = process.stderr.read().splitlines()
-    assert (last, process.wait()) == ("stopped serving filler", 0)
-    assert session_of(process.pid) == []

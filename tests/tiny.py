@@ -1,5 +1,7 @@
 """Tiny real tokenizers and models, made in a millisecond."""
 
+from pathlib import Path
+
 import torch
 from transformers import (
     AutoModelForMaskedLM,
@@ -16,6 +18,7 @@ from transformers import (
 
 from raydistil.types import Task
 
+LABELS = ("argparse", "json", "re")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD, UNK, CLS, SEP, MASK = range(5)
 WORDS = tuple(f"{first}{second}" for first in "abcdefgh" for second in "aeiou")
@@ -54,3 +57,14 @@ def ids(rows: int = 2, length: int = 9, seed: int = 1) -> tuple[torch.Tensor, to
     mask_BL = torch.ones(rows, length, dtype=torch.bool)
     mask_BL[1:, length - 3 :] = False
     return ids_BL, mask_BL
+
+
+def write_model(path: Path, task: Task, family: str = "bert") -> Path:
+    """A tiny model in hub layout."""
+    config = FAMILIES[family].from_dict(FAMILIES[family].to_dict())
+    if task == "classification":
+        config.id2label = dict(enumerate(LABELS))
+        config.label2id = {label: number for number, label in enumerate(LABELS)}
+    model(config, task).save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path

@@ -1,0 +1,178 @@
+"""Serving: what is refused before Ray starts, the app on Ray Serve, and the end of the command."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from fastapi.testclient import TestClient
+
+from raydistil.cluster import _uninterrupted
+from raydistil.errors import ModelError, RaydistilError, StorageError
+from raydistil.serve.app import load
+from raydistil.serve.run import example, find, free_port, serve_forever, serving, url_of
+from raydistil.serve.schema import MAX_BODY_BYTES
+
+LONG = "ba " * 100  # every word is one token
+JSON = {"content-type": "application/json"}
+
+
+# ---- before Ray starts
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda path: (path / name).unlink()
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    return lambda path: (path / name).write_bytes((path / name).read_bytes()[:-100])
+
+
+def configured(**changes: Any) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | changes))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (shutil.rmtree, "found none at"),
+        (without("config.json"), "config.json is not there"),
+        (without("model.safetensors"), "model.safetensors is not there"),
+        (without("tokenizer.json"), "tokenizer.json is not there"),
+        (cut("config.json"), "config.json is not JSON"),
+        (cut("model.safetensors"), "model.safetensors is broken"),
+        (cut("tokenizer.json"), "tokenizer.json is not JSON"),
+        (lambda path: (path / "config.json").write_text("[]"), "config.json is not a JSON object"),
+        (configured(architectures=["BertModel"]), "its architecture is BertModel"),
+        (configured(architectures=None), "its architecture is not given"),
+        (configured(problem_type="regression"), "its problem_type is regression"),
+        (configured(hash="00", architectures=None), "run raydistil export first"),
+    ],
+)
+def test_what_is_no_whole_model_is_refused_before_ray(
+    filler_dir: Path, tmp_path: Path, spoil: Callable[[Path], object], says: str
+) -> None:
+    path = Path(shutil.copytree(filler_dir, tmp_path / "model"))
+    spoil(path)
+    with pytest.raises(StorageError, match=re.escape(says)):
+        serve_forever(path, "127.0.0.1", 0, 1, pytest.fail)
+
+
+def test_a_tokenizer_of_another_model_is_refused(filler_dir: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(filler_dir, tmp_path / "model"))
+    tiny.tokenizer((*tiny.WORDS, "more")).save_pretrained(path)
+    with pytest.raises(ModelError, match="the tokenizer has"):
+        load(find(path))
+
+
+def test_a_port_in_use_is_refused_before_ray(filler_dir: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy, pytest.raises(RaydistilError, match="already in use"):
+        serve_forever(filler_dir, "127.0.0.1", busy.getsockname()[1], 1, pytest.fail)
+
+
+def test_a_host_that_is_not_ours_is_refused_before_ray(filler_dir: Path) -> None:
+    with pytest.raises(RaydistilError, match="Cannot assign requested address"):
+        serve_forever(filler_dir, "192.0.2.77", 0, 1, pytest.fail)
+
+
+def test_urls_of_ipv6_have_brackets() -> None:
+    assert (url_of("::1", 80), url_of("127.0.0.1", 80)) == ("http://[::1]:80", "http://127.0.0.1:80")
+
+
+def test_the_example_is_a_request_the_model_answers(classifier_run: Path, filler_dir: Path, tmp_path: Path) -> None:
+    assert '"How do I open a file?"' in example(find(classifier_run), "http://x")
+    assert '"Paris is the [MASK] of France."' in example(find(filler_dir), "http://x")
+    path = Path(shutil.copytree(filler_dir, tmp_path / "model"))
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(settings | {"mask_token": {"content": "<mask>"}}))
+    assert "/v1/fill-mask" in example(find(path), "http://x") and "<mask>" in example(find(path), "http://x")
+    (path / "tokenizer_config.json").unlink()
+    assert example(find(path), "http://x") == "curl http://x/info"
+
+
+def test_ctrl_c_waits_for_the_start_of_ray() -> None:
+    done = False
+    with pytest.raises(KeyboardInterrupt), _uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        done = True
+    assert done
+
+
+# ---- on Ray Serve
+
+
+def fetch(url: str, body: bytes | None = None) -> tuple[int, Any]:
+    request = urllib.request.Request(url, body, JSON)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_serve_answers_as_the_app_does(ray_cluster: None, classifier_run: Path, classifier: TestClient) -> None:
+    from ray import serve
+
+    port = free_port("127.0.0.1", 0)
+    url = url_of("127.0.0.1", port)
+    body = json.dumps({"inputs": ["ba ca", LONG], "top_k": 2}).encode()
+    try:
+        with serving(find(classifier_run), "127.0.0.1", port, 2):
+            assert fetch(f"{url}/info") == (200, classifier.get("/info").json())
+            assert fetch(f"{url}/readyz") == (200, {"status": "ok"})
+            assert fetch(f"{url}/v1/classify", body) == (
+                200,
+                classifier.post("/v1/classify", content=body, headers=JSON).json(),
+            )
+            assert fetch(f"{url}/v1/fill-mask", body)[0] == 404
+            assert fetch(f"{url}/v1/classify", b"{")[0] == 400
+            assert fetch(f"{url}/v1/classify", b" " * 2 * MAX_BODY_BYTES)[0] == 413
+            shown = subprocess.run(example(find(classifier_run), url), shell=True, capture_output=True, check=True)
+            assert json.loads(shown.stdout)["results"][0]["label"] in tiny.LABELS
+    finally:
+        serve.shutdown()
+
+
+def session_of(leader: int) -> list[int]:
+    """Live processes of the session that `leader` started."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, session = entry.read_text().rpartition(")")[2].split()[:4]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(session) == leader and state != "Z":
+            found.append(int(entry.parent.name))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_command_well_and_leaves_no_process(filler_dir: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-c", "from raydistil.cli import main; main()", "serve", str(filler_dir), "--port", "0"]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert process.stderr is not None
+    first = process.stderr.readline()
+    assert re.match(r"serving filler at http://127\.0\.0\.1:\d+ \(try: curl ", first)
+    os.killpg(process.pid, number)  # as a terminal does
+    *_, last = process.stderr.read().splitlines()
+    assert (last, process.wait()) == ("stopped serving filler", 0)
+    assert session_of(process.pid) == []
