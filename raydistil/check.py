@@ -12,8 +12,8 @@ from raydistil.corpus import open_corpus
 from raydistil.errors import DataError
 from raydistil.models import load_tokenizer, quiet_transformers
 from raydistil.optim import deepspeed_config
-from raydistil.pipeline import check_models, needs
 from raydistil.plan import cores, local_cpus, threads
+from raydistil.prepare import check_models, needs
 from raydistil.types import TextRow
 
 ROWS_READ = 1000  # enough to meet most defects; `run` reads all

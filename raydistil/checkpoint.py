@@ -13,6 +13,7 @@ from typing import Any
 import ray.train
 from ray.train import Checkpoint
 
+from raydistil.errors import StorageError
 from raydistil.manifest import Ledger
 from raydistil.types import TrainSummary
 
@@ -25,11 +26,12 @@ def save_state(engine: Any, ledger: Ledger, tokenizer: str, summary: TrainSummar
     """Save and report; every worker must call this at the same step."""
     path = Path(tempfile.mkdtemp(prefix="raydistil-"))
     engine.save_checkpoint(str(path), tag=TAG)
-    if ray.train.get_context().get_world_rank() == 0:
+    context = ray.train.get_context()
+    if context.get_world_rank() == 0:
         from raydistil.student import save_model  # the controller, which reads ledgers only, is spared torch
 
         save_model(engine.module.model, tokenizer, path / MODEL)
-        (path / STATE).write_text(json.dumps({"ledger": ledger.ranges}))
+        (path / STATE).write_text(json.dumps({"ledger": ledger.ranges, "workers": context.get_world_size()}))
     ray.train.report(
         asdict(summary),
         checkpoint=Checkpoint.from_directory(path),
@@ -39,15 +41,28 @@ def save_state(engine: Any, ledger: Ledger, tokenizer: str, summary: TrainSummar
 
 
 def load_state(checkpoint: Checkpoint, engine: Any) -> Ledger:
-    """Put weights, optimizer and schedule back into `engine`; returns what was consumed by then."""
+    """Put weights, optimizer and schedule back into `engine`; returns what was consumed by then.
+
+    Raises StorageError where the checkpoint was written by another number of workers.
+    """
     with checkpoint.as_directory() as folder:
+        before, now = _state(Path(folder))["workers"], ray.train.get_context().get_world_size()
+        if before != now:
+            raise StorageError(
+                f"expected the {before} student workers the checkpoint was written by, got {now}: "
+                f"set cluster.students={before} to go on, or start anew with --set name=..."
+            )
         engine.load_checkpoint(folder, tag=TAG)
         return _ledger(Path(folder))
 
 
+def _state(folder: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((folder / STATE).read_text())
+    return state
+
+
 def _ledger(folder: Path) -> Ledger:
-    ranges = json.loads((folder / STATE).read_text())["ledger"]
-    return Ledger(tuple((start, end) for start, end in ranges))
+    return Ledger(tuple((start, end) for start, end in _state(folder)["ledger"]))
 
 
 def latest_ledger(storage: Path) -> Ledger:

@@ -130,11 +130,6 @@ class TrainConfig(Section):
     """Plain DeepSpeed keys, merged over the generated ones; `check` shows the outcome."""
 
 
-class FinetuneConfig(TrainConfig):
-    model: Literal["teacher", "student"] = "teacher"
-    """Fine-tune the teacher before the distillation, or the student after it."""
-
-
 class LossConfig(Section):
     """Weights of the terms: loss = kd * KD + task * CE + cosine * (1 - cos)."""
 
@@ -209,7 +204,8 @@ class Config(Section):
     masking: MaskingConfig = MaskingConfig()
     teacher: TeacherConfig
     student: StudentConfig
-    finetune: FinetuneConfig | None = None
+    finetune: TrainConfig | None = None
+    """Teach the teacher the task before the distillation."""
     distill: DistillConfig | None = None
     evaluate: EvaluateConfig | None = None
     export: ExportConfig | None = None
@@ -354,6 +350,9 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def result_part(config: Config) -> dict[str, Any]:
     """The part of the configuration that defines the result, as plain JSON values."""
     tree: dict[str, Any] = config.model_dump(mode="json")
+    for stage in ("finetune", "distill"):
+        if tree[stage] is not None:
+            del tree[stage]["checkpoint_every_min"]
     return {key: value for key, value in tree.items() if key not in PLACEMENT}
 
 

@@ -7,21 +7,20 @@ from typing import Any
 from raydistil import rundir
 from raydistil.config import Config
 from raydistil.errors import StorageError
-from raydistil.pipeline import Prepared
 from raydistil.storage import whole_directory
 
 NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
 
 
-def export(run: Prepared, report: dict[str, Any]) -> Path:
+def export(config: Config, run_dir: Path, report: dict[str, Any]) -> Path:
     """Write run_dir/student, whole or not at all. Raises StorageError where there is nothing to export."""
-    source, target = run.run_dir / rundir.DISTILLED, run.run_dir / rundir.STUDENT
+    source, target = run_dir / rundir.DISTILLED, run_dir / rundir.STUDENT
     missing = [name for name in NEEDED if not (source / name).exists()]
     if missing:
         raise StorageError(f"expected a distilled student at {source}, {missing[0]} is not there: run distill first")
     with whole_directory(target) as scratch:
         shutil.copytree(source, scratch, dirs_exist_ok=True)
-        (scratch / "README.md").write_text(model_card(run.config, report))
+        (scratch / "README.md").write_text(model_card(config, report))
         rundir.write_json(scratch / "raydistil.json", report)
     return target
 
@@ -50,6 +49,6 @@ def _card_table(report: dict[str, Any]) -> str:
         )
     metric, rows = report["models"][0]["score"]["metric"], report["models"][0]["score"]["rows"]
     return "\n".join(lines) + (
-        f"\n\nScore: {metric} on {rows:,} test items. Retention {report['retention']:.3f}, speed-up "
+        f"\n\nScore: {metric} on {rows:,} test items. Retention {report['retention'] or 0:.3f}, speed-up "
         f"{report['speedup']:.2f}x (one row, one thread). Configuration {report['config_hash']}.\n"
     )

@@ -2,110 +2,26 @@
 and is skipped where that is there already, so a run goes on where it stopped."""
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from raydistil import rundir
-from raydistil.cluster import check_before_start, cluster
+from raydistil.cluster import cluster
 from raydistil.config import Config, EvaluateConfig, LossConfig, TrainConfig, result_hash
-from raydistil.corpus import open_corpus
-from raydistil.errors import ConfigError, ModelError, unwrapped
+from raydistil.errors import ConfigError, unwrapped
+from raydistil.export import export
 from raydistil.manifest import Manifest
-from raydistil.models import load_model, load_tokenizer, quiet_transformers, resolve
-from raydistil.plan import Need, cores, need_of, threads
+from raydistil.models import load_model, resolve
+from raydistil.plan import cores, threads
+from raydistil.prepare import Prepared, Say, needs, prepare
 from raydistil.specs import Candidate, EvaluateSpec, ModelReport, SourceSpec, TeacherSpec, TrainRun, WorkerSpec
 from raydistil.storage import whole_directory
-from raydistil.student import build_student, check_layers, check_vocabularies, save_model
-from raydistil.tokens import TokenStore, build_store
+from raydistil.student import build_student, save_model
 
 LABELS_ONLY = LossConfig(kd=0, task=1, cosine=0)
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """What every stage needs: the configuration, its directory and the token store."""
-
-    config: Config
-    run_dir: Path
-    store: TokenStore
-    say: Say
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        return self.store.meta.labels
-
-    @property
-    def teacher_dir(self) -> str:
-        """Where the teacher of the distillation is: fine-tuned here, or as it came."""
-        return str(self.run_dir / rundir.TEACHER) if self.config.finetune else resolve(self.config.teacher.model)
-
-
-def prepare(config: Config, say: Say) -> Prepared:
-    """Everything that can be wrong with the input shows here, before any Ray process starts."""
-    quiet_transformers()
-    check_models(config)
-    check_before_start(config.cluster, needs(config))
-    run_dir = rundir.claim(config)
-    store = TokenStore(make_store(config))
-    for line in describe_store(store):
-        say(line)
-    return Prepared(config, run_dir, store, say)
-
-
-def make_store(config: Config) -> Path:
-    labelled = config.task == "classification"
-    corpus = open_corpus(config.corpus, labelled)
-    return build_store(corpus, load_tokenizer(config.teacher.model), config.tokens, labelled)
-
-
-def describe_store(store: TokenStore) -> list[str]:
-    """What the user should know of the data: guesses, counts, what was cut or left out."""
-    meta = store.meta
-    lines = list(meta.notes)
-    if meta.labels:
-        lines.append(f"classes: {', '.join(meta.labels)}")
-    for split, counts in meta.splits.items():
-        left_out = [
-            f"{number:,} {what}"
-            for number, what in (
-                (counts.truncated, "cut"), (counts.too_short, "too short"), (counts.too_unknown, "too unknown"),
-            ) if number
-        ]  # fmt: skip
-        waste = counts.padding / max(1, counts.padding + counts.tokens)
-        notes = "".join(f", {note}" for note in left_out)
-        lines.append(f"{split}: {counts.rows:,} rows, {counts.tokens:,} tokens, {waste:.1%} padding{notes}")
-    return lines
-
-
-def check_models(config: Config) -> None:
-    """Raise ModelError for a teacher that cannot be loaded or a student that cannot be made from it."""
-    from transformers import AutoConfig
-
-    teacher = resolve(config.teacher.model)
-    try:
-        shape = AutoConfig.from_pretrained(teacher)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"teacher.model: expected a model in hub layout, cannot load {teacher!r}: {reason}") from error
-    check_layers(config.student.layers, shape.num_hidden_layers)
-    tokenizer = load_tokenizer(config.teacher.model)
-    if len(tokenizer) > shape.vocab_size:
-        raise ModelError(
-            f"teacher.model: expected a tokenizer with at most the model's {shape.vocab_size} tokens, got "
-            f"{len(tokenizer)}: use the tokenizer the model was trained with"
-        )
-    if config.tokens.length > shape.max_position_embeddings:
-        raise ConfigError(
-            f"tokens.length: expected at most the teacher's {shape.max_position_embeddings} positions, got "
-            f"{config.tokens.length}"
-        )
-    if config.student.model is not None:
-        check_vocabularies(config.teacher.model, config.student.model)
 
 
 # ---- training stages
@@ -239,7 +155,7 @@ def build_report(run: Prepared, rows: dict[str, Any]) -> dict[str, Any]:
     report |= {f"{name}_mlm_loss": row.mlm_loss for name, row in rows.items() if row.mlm_loss is not None}
     report |= {
         "metric": teacher.score.metric,
-        "retention": student.score.value / teacher.score.value,
+        "retention": student.score.value / teacher.score.value if teacher.score.value else None,
         "teacher_params": teacher.parameters,
         "student_params": student.parameters,
         "speedup": teacher.latency_p50_ms / student.latency_p50_ms,
@@ -254,13 +170,11 @@ def build_report(run: Prepared, rows: dict[str, Any]) -> dict[str, Any]:
 
 def run_all(config: Config, say: Say) -> dict[str, Any]:
     """The whole chain as the configuration has it. Returns the report, with `wall_s`."""
-    from raydistil.export import export
-
     started = time.time()
     run = prepare(config, say)
     with cluster(config.cluster, needs(config)):
         report = _stages(run)
-    export(run, report)
+    export(config, run.run_dir, report)
     report["wall_s"] = round(time.time() - started, 1)
     rundir.write_json(run.run_dir / rundir.REPORT, report)
     return report
@@ -274,19 +188,11 @@ def _stages(run: Prepared) -> dict[str, Any]:
     return evaluate(run) if run.config.evaluate else {}
 
 
-def needs(config: Config) -> list[Need]:
-    """What the training stages of `config` ask of the cluster, one after the other."""
-    wanted = [need_of(config.cluster, with_teacher=False)] if config.finetune else []
-    return wanted + ([need_of(config.cluster, with_teacher=True)] if config.distill else [])
-
-
 def run_stage(config: Config, stage: str, say: Say) -> dict[str, Any]:
     """One stage of the chain; the ones before it must have left their results."""
-    from raydistil.export import export
-
     run = prepare(config, say)
     if stage == "export":
-        return {"student_dir": str(export(run, rundir.read_report(run.run_dir)))}
+        return {"student_dir": str(export(config, run.run_dir, rundir.read_report(run.run_dir)))}
     work = {"finetune": finetune, "distill": distill, "evaluate": evaluate}[stage]
     if stage in ("distill", "evaluate") and not Path(run.teacher_dir).exists():
         raise ConfigError(f"expected a fine-tuned teacher at {run.teacher_dir}, found none: run finetune first")

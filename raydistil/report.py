@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Interval = tuple[float, float]
 PUSH_EVERY_S = 0.25
 PLAIN_EVERY_S = 10.0
+KEPT = 128  # intervals that are looked at again
 
 
 def overlap(first: list[Interval], second: list[Interval]) -> float:
@@ -46,6 +47,41 @@ def _union(intervals: list[Interval]) -> list[Interval]:
     return joined
 
 
+class Overlap:
+    """Adds up `overlap` of two streams of intervals while they come, in bounded memory.
+
+    Intervals may come late by up to KEPT places.
+    """
+
+    def __init__(self) -> None:
+        self._settled = 0.0
+        self._first: list[Interval] = []
+        self._second: list[Interval] = []
+
+    def add(self, first: Interval, second: Interval) -> None:
+        self._first.append(first)
+        self._second.append(second)
+        if len(self._first) > 2 * KEPT:
+            recent = self._first[-KEPT:] + self._second[-KEPT:]
+            self._settle(min(start for start, _ in recent))
+
+    def total(self) -> float:
+        return self._settled + overlap(self._first, self._second)
+
+    def _settle(self, cut: float) -> None:
+        """Count what lies before `cut`, keep what lies after."""
+        self._settled += overlap(_before(self._first, cut), _before(self._second, cut))
+        self._first, self._second = _after(self._first, cut), _after(self._second, cut)
+
+
+def _before(intervals: list[Interval], cut: float) -> list[Interval]:
+    return [(start, min(end, cut)) for start, end in intervals if start < cut]
+
+
+def _after(intervals: list[Interval], cut: float) -> list[Interval]:
+    return [(max(start, cut), end) for start, end in intervals if end > cut]
+
+
 class Meter:
     """Where the time of one student worker goes. Rank 0's is pushed to the progress actor."""
 
@@ -55,8 +91,9 @@ class Meter:
         self._num_steps = num_steps
         self._first_step = first_step
         self._began = self._pushed = time.time()
-        self._student: list[Interval] = []
-        self._teacher: list[Interval] = []
+        self._first_row: float | None = None  # when work began: before it, the teacher was loading
+        self._overlap = Overlap()
+        self._student_busy_s = self._teacher_busy_s = 0.0
         self._teachers: set[str] = set()
         self._wait_s = self._wait_since_push = 0.0
         self._tokens = self._tokens_since_push = self._teacher_tokens = 0
@@ -72,14 +109,16 @@ class Meter:
         """One micro-batch: asked for, there, trained on (seconds of the wall clock)."""
         self._wait_s += started - asked
         self._wait_since_push += started - asked
-        self._student.append((started, ended))
+        self._student_busy_s += ended - started
+        self._first_row = self._first_row or started
         self._tokens += tokens
         self._tokens_since_push += tokens
         self._bytes += num_bytes
         self._micro_batches += 1
         if timing is not None:
             self._teachers.add(timing.actor)
-            self._teacher.append((timing.started_s, timing.ended_s))
+            self._teacher_busy_s += timing.ended_s - timing.started_s
+            self._overlap.add((started, ended), (timing.started_s, timing.ended_s))
             self._teacher_tokens += timing.tokens
 
     def step(self, step: int, epoch: float, losses: "dict[str, Tensor]", lr: float) -> None:
@@ -94,7 +133,7 @@ class Meter:
             step=step, num_steps=self._num_steps, epoch=epoch, losses=self._losses, lr=lr,
             student_tok_s=self._tokens_since_push / elapsed, teacher_tok_s=self._teacher_rate(),
             wait_share=self._wait_since_push / elapsed,
-            eta_s=(now - self._began) / max(1, step - self._first_step) * (self._num_steps - step),
+            eta_s=(now - (self._first_row or now)) / max(1, step - self._first_step) * (self._num_steps - step),
         )  # fmt: skip
         self._pushed, self._tokens_since_push, self._wait_since_push = now, 0, 0.0
         self._reply = self._progress.push.remote(asdict(metrics))
@@ -108,16 +147,16 @@ class Meter:
 
     def _teacher_rate(self) -> float:
         """Tokens a second that the teachers make while they work, all of them together."""
-        busy = sum(end - start for start, end in self._teacher)
-        return self._teacher_tokens / busy * len(self._teachers) if busy else 0.0
+        if not self._teacher_busy_s:
+            return 0.0
+        return self._teacher_tokens / self._teacher_busy_s * len(self._teachers)
 
     def summary(self, interrupted: bool) -> TrainSummary:
         return TrainSummary(
             steps=self._step, micro_batches=self._micro_batches, tokens=self._tokens,
             wall_s=time.time() - self._began, wait_s=self._wait_s,
-            student_busy_s=sum(end - start for start, end in self._student),
-            teacher_busy_s=sum(end - start for start, end in self._teacher),
-            overlap_s=overlap(self._student, self._teacher), teacher_builds=len(self._teachers),
+            student_busy_s=self._student_busy_s, teacher_busy_s=self._teacher_busy_s,
+            overlap_s=self._overlap.total(), teacher_builds=len(self._teachers),
             wire_bytes=self._bytes, final_losses=self._losses, interrupted=interrupted,
         )  # fmt: skip
 

@@ -17,6 +17,7 @@ STUDENT_INIT = "student_init"  # before training
 DISTILLED = "distilled"
 NO_TEACHER = "no_teacher"  # the same student, trained on the labels alone
 STUDENT = "student"  # exported
+CHECKPOINTS = "checkpoints"  # of the stage that is being trained
 
 
 def claim(config: Config) -> Path:
@@ -26,7 +27,7 @@ def claim(config: Config) -> Path:
     """
     path = config.run_dir
     kept = path / CONFIG
-    if kept.exists():
+    if kept.exists() and _has_results(path):
         before = json.loads(kept.read_text())
         if before["hash"] != result_hash(config):
             raise StorageError(
@@ -36,6 +37,11 @@ def claim(config: Config) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     write_json(kept, {"hash": result_hash(config), "config": config.model_dump(mode="json")})
     return path
+
+
+def _has_results(path: Path) -> bool:
+    """Whether a stage has left anything: a run that failed before is no reason to refuse its mended configuration."""
+    return any((path / name).exists() for name in (TEACHER, STUDENT_INIT, DISTILLED, NO_TEACHER, STUDENT, CHECKPOINTS))
 
 
 def _changes(before: dict[str, Any], config: Config) -> str:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -14,7 +15,7 @@ def show_report(report: dict[str, Any]) -> None:
             console.print(f"{key}: {value}", highlight=False)
         return
     console.print(_models(report))
-    console.print(f"retention {report['retention']:.3f}, speed-up {report['speedup']:.2f}x", highlight=False)
+    console.print(f"retention {report['retention'] or 0:.3f}, speed-up {report['speedup']:.2f}x", highlight=False)
     if "wall_s" in report:
         console.print(f"student in {report['student_dir']}, {report['wall_s']:.0f} s in all", highlight=False)
 
@@ -22,12 +23,12 @@ def show_report(report: dict[str, Any]) -> None:
 def _models(report: dict[str, Any]) -> Table:
     mlm = any(model["mlm_loss"] is not None for model in report["models"])
     score = report["models"][0]["score"]
-    table = Table(title=f"{score['metric']} on {score['rows']:,} test items")
-    headings = ["model", "parameters", "on disk", "score", "95 % interval", "of teacher", "latency p50", "speed-up"]
+    table = Table(title=f"{score['metric']} on {score['rows']:,} test items", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    headings = ["model", "params", "on disk", "score", "95 % interval", "retained", "latency p50", "speed-up"]
     if mlm:
         headings.insert(3, "MLM loss")
     for place, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if place == 0 else "right")
+        table.add_column(heading, justify="left" if place == 0 else "right", no_wrap=True)
     for model in report["models"]:
         table.add_row(*_cells(model, report["models"][0], mlm))
     return table
@@ -38,8 +39,8 @@ def _cells(model: dict[str, Any], teacher: dict[str, Any], mlm: bool) -> list[st
     cells = [model["name"], f"{model['parameters'] / 1e6:.1f} M", f"{model['size_bytes'] / 2**20:.0f} MiB"]
     if mlm:
         cells.append(f"{model['mlm_loss']:.4f}")
-    cells += [f"{score['value']:.4f}", f"{score['low']:.4f} to {score['high']:.4f}"]
-    cells.append(f"{score['value'] / teacher['score']['value']:.3f}")
+    cells += [f"{score['value']:.4f}", f"{score['low']:.3f}-{score['high']:.3f}"]
+    cells.append(f"{score['value'] / teacher['score']['value']:.3f}" if teacher["score"]["value"] else "-")
     if latency is None:
         return [*cells, "", ""]
     return [*cells, f"{latency:.1f} ms", f"{teacher['latency_p50_ms'] / latency:.2f}x"]

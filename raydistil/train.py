@@ -15,6 +15,7 @@ import ray
 from ray.train import CheckpointConfig, DataConfig, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from raydistil import rundir
 from raydistil.checkpoint import MODEL, latest_ledger
 from raydistil.config import ClusterConfig
 from raydistil.errors import Interrupted, StorageError, unwrapped
@@ -49,7 +50,7 @@ def train(run: TrainRun, target: Path) -> TrainSummary:
 
 
 def _storage(run: TrainRun) -> Path:
-    return run.run_dir.resolve() / "checkpoints"
+    return run.run_dir.resolve() / rundir.CHECKPOINTS
 
 
 def _trainer(run: TrainRun, progress: Any) -> TorchTrainer:

@@ -25,7 +25,7 @@ BASE: dict[str, Any] = {
 }
 TRAIN: dict[str, Any] = {
     "epochs": 4, "lr": 1e-3, "warmup_share": 0.5, "betas": [0.5, 0.5], "eps": 1e-6, "weight_decay": 0.5, "clip": 2.0,
-    "micro_batch_size": 5, "accumulation": 2, "precision": "bfloat16", "checkpoint_every_min": 1.5, "zero_stage": 2,
+    "micro_batch_size": 5, "accumulation": 2, "precision": "bfloat16", "zero_stage": 2,
     "deepspeed": {"zero_optimization": {"overlap_comm": True}},
 }  # fmt: skip
 DEFINING: dict[str, Any] = {
@@ -38,13 +38,15 @@ DEFINING: dict[str, Any] = {
     "masking.kind": "frequency", "masking.share": 0.3, "masking.smoothing": 0.5,
     "teacher.model": "another", "teacher.precision": "bfloat16",
     "student.layers": [1], "student.model": "small", "student.family": "distilbert", "student.dropout": 0.2,
-    **{f"finetune.{key}": value for key, value in TRAIN.items()}, "finetune.model": "student",
+    "student.start": "checkpoint",
+    **{f"finetune.{key}": value for key, value in TRAIN.items()}, 
     **{f"distill.{key}": value for key, value in TRAIN.items()},
     "distill.loss.kd": 1.0, "distill.loss.temperature": 4.0, "distill.loss.task": 0.5, "distill.loss.cosine": 0.0,
     "distill.loss.kd_positions": "all",
 }  # fmt: skip
 PLACING: dict[str, Any] = {
     "name": "other", "output_dir": "elsewhere",
+    "finetune.checkpoint_every_min": 1.5, "distill.checkpoint_every_min": 1.5,
     "evaluate.batch_size": 8, "evaluate.no_teacher_baseline": True, "evaluate.baseline_lr": 0.5,
     "evaluate.latency_length": 8, "evaluate.latency_rounds": 3, "export.license": "Apache-2.0",
     "cluster.address": "auto", "cluster.object_store_bytes": 1 << 30, "cluster.students": 2,

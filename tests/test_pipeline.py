@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_jsonl
 
 from raydistil import pipeline, rundir
 from raydistil.config import Config
 from raydistil.errors import Interrupted, StorageError
 from raydistil.types import StepMetrics
 
-TRAIN = {"micro_batch_size": 8, "lr": 1e-3}
+TRAIN = {"micro_batch_size": 8, "lr": 3e-3}
+LANGUAGE_MODEL: dict[str, Any] = {"task": "mlm", "tokens": {"length": 32, "buckets": []}, "finetune": None}
 
 
 def config_for(folder: Path, teacher: str, corpus: Path, **changes: Any) -> Config:
@@ -25,7 +25,7 @@ def config_for(folder: Path, teacher: str, corpus: Path, **changes: Any) -> Conf
         "tokens": {"length": 32, "buckets": [16]},
         "teacher": {"model": teacher},
         "student": {"layers": [0, 2]},
-        "finetune": {**TRAIN, "epochs": 6},
+        "finetune": {**TRAIN, "epochs": 10},
         "distill": {**TRAIN, "epochs": 2},
         "evaluate": {"latency_rounds": 3, "latency_length": 16},
     }
@@ -98,13 +98,14 @@ def test_another_runs_directory_is_refused(finished: tuple[Config, dict[str, Any
     pipeline.prepare(placed, quiet)
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_equals_uninterrupted(
     ray_cluster: None, tiny_teacher: str, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit-identical weights, with dropout on: nothing random hangs on how often the run was started."""
     from safetensors.torch import load_file
 
-    shape: dict[str, Any] = {"finetune": None, "evaluate": None, "student": {"layers": [0, 2], "dropout": 0.1}}
+    shape: dict[str, Any] = {**LANGUAGE_MODEL, "evaluate": None, "student": {"dropout": 0.1}, "distill": {"epochs": 6}}
     whole = config_for(tmp_path, tiny_teacher, corpus_file, name="whole", **shape)
     broken = config_for(tmp_path, tiny_teacher, corpus_file, name="broken", **shape)
     pipeline.run_all(whole, quiet)
@@ -149,7 +150,7 @@ def test_two_workers_under_zero_2_train_every_position_once(
     ray_cluster: None, tiny_teacher: str, corpus_file: Path, tmp_path: Path
 ) -> None:
     config = config_for(
-        tmp_path, tiny_teacher, corpus_file, finetune=None, evaluate=None, cluster={"students": 2},
+        tmp_path, tiny_teacher, corpus_file, **LANGUAGE_MODEL, evaluate=None, cluster={"students": 2},
         distill={"zero_stage": 2, "accumulation": 2},
     )  # fmt: skip
     pipeline.run_all(config, quiet)
@@ -161,9 +162,8 @@ def test_two_workers_under_zero_2_train_every_position_once(
 
 def test_masked_lm_distillation(ray_cluster: None, tiny_teacher: str, corpus_file: Path, tmp_path: Path) -> None:
     config = config_for(
-        tmp_path, tiny_teacher, write_jsonl(tmp_path / "c.jsonl", [json.loads(x) for x in corpus_file.open()]),
-        task="mlm", tokens={"length": 32, "buckets": []}, finetune=None,
-        student={"layers": [0, 2], "family": "distilbert"}, distill={"epochs": 8},
+        tmp_path, tiny_teacher, corpus_file, **LANGUAGE_MODEL, student={"family": "distilbert"},
+        distill={"epochs": 8},
     )  # fmt: skip
     report = pipeline.run_all(config, quiet)
     assert report["student_mlm_loss"] < report["untrained_mlm_loss"]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydistil.report import Interval, LiveLine, Meter, format_step, overlap
+from raydistil.report import Interval, LiveLine, Meter, Overlap, format_step, overlap
 from raydistil.types import StepMetrics, TeacherTiming
 
 INTERVALS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 15)).map(lambda p: (p[0], p[0] + p[1])), max_size=12)
@@ -40,6 +40,21 @@ def test_overlap_is_the_time_in_both(first: list[Interval], second: list[Interva
 
 def test_overlap_by_hand() -> None:
     assert overlap([(0.0, 1.5), (1.0, 2.0), (5.0, 6.0)], [(1.75, 5.25), (1.9, 5.5)]) == pytest.approx(0.25 + 0.5)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 3), st.floats(0, 3), st.floats(0, 1)), min_size=1, max_size=60), st.integers(0, 9)
+)
+def test_overlap_in_pieces_is_overlap_at_once(steps: list[tuple[float, float, float]], kept: int) -> None:
+    meter, student, teacher, now = Overlap(), [], [], 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("raydistil.report.KEPT", kept + 1)
+        for student_s, teacher_s, lead in steps:
+            student.append((now, now + student_s))
+            teacher.append((now - lead, now - lead + teacher_s))
+            meter.add(student[-1], teacher[-1])
+            now += student_s + 1.0  # more than the lead: no interval begins before one that came earlier
+    assert meter.total() == pytest.approx(overlap(student, teacher))
 
 
 # ---- the meter

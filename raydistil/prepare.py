@@ -1,0 +1,159 @@
+"""prepare: everything that can be wrong with the input shows here, before any Ray process starts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from raydistil import rundir
+from raydistil.cluster import check_before_start
+from raydistil.config import Config
+from raydistil.corpus import open_corpus
+from raydistil.errors import ConfigError, DataError, ModelError
+from raydistil.models import load_tokenizer, quiet_transformers, resolve
+from raydistil.plan import Need, need_of
+from raydistil.student import check_layers, check_vocabularies
+from raydistil.tokens import TokenStore, build_store
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What every stage needs: the configuration, its directory and the token store."""
+
+    config: Config
+    run_dir: Path
+    store: TokenStore
+    say: Say
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.store.meta.labels
+
+    @property
+    def teacher_dir(self) -> str:
+        """Where the teacher of the distillation is: fine-tuned here, or as it came."""
+        return str(self.run_dir / rundir.TEACHER) if self.config.finetune else resolve(self.config.teacher.model)
+
+
+def prepare(config: Config, say: Say) -> Prepared:
+    """Check the models and the plan, make the token store, claim the directory; `say` what the user should know."""
+    quiet_transformers()
+    check_models(config)
+    check_before_start(config.cluster, needs(config))
+    store = TokenStore(make_store(config))
+    for line in describe_store(store):
+        say(line)
+    check_store(config, store)
+    return Prepared(config, rundir.claim(config), store, say)
+
+
+def needs(config: Config) -> list[Need]:
+    """What the training stages of `config` ask of the cluster, one after the other."""
+    wanted = [need_of(config.cluster, with_teacher=False)] if config.finetune else []
+    return wanted + ([need_of(config.cluster, with_teacher=True)] if config.distill else [])
+
+
+# ---- models
+
+
+def check_models(config: Config) -> None:
+    """Raise ModelError for a teacher that cannot be loaded or a student that cannot be made from it."""
+    shape = _shape(config.teacher.model, "teacher.model")
+    check_layers(config.student.layers, shape.num_hidden_layers)
+    tokenizer = load_tokenizer(config.teacher.model)
+    _check_tokenizer(config, shape, tokenizer)
+    if config.student.model is not None:
+        check_vocabularies(config.teacher.model, config.student.model)
+        _check_widths(config, shape, _shape(config.student.model, "student.model"))
+
+
+def _shape(model: str, key: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(resolve(model))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{key}: expected a model in hub layout, cannot load {model!r}: {reason}") from error
+
+
+def _check_tokenizer(config: Config, shape: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    if len(tokenizer) > shape.vocab_size:
+        raise ModelError(
+            f"teacher.model: expected a tokenizer with at most the model's {shape.vocab_size} tokens, got "
+            f"{len(tokenizer)}: use the tokenizer the model was trained with"
+        )
+    if config.task == "mlm" and tokenizer.mask_token_id is None:
+        raise ModelError("teacher.model: expected a tokenizer with a mask token for task mlm, this one has none")
+    positions = num_positions(shape)
+    if config.tokens.length > positions:
+        raise ConfigError(
+            f"tokens.length: expected at most the teacher's {positions} positions, got {config.tokens.length}"
+        )
+
+
+def num_positions(shape: Any) -> int:
+    """Tokens a model can take. RoBERTa and its kin count positions from their padding id + 1."""
+    reserved = shape.pad_token_id + 1 if shape.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
+    return int(shape.max_position_embeddings - reserved)
+
+
+def _check_widths(config: Config, teacher: Any, student: Any) -> None:
+    compared = config.distill is not None and config.distill.loss.cosine > 0
+    if compared and teacher.hidden_size != student.hidden_size:
+        raise ModelError(
+            f"distill.loss.cosine compares hidden states of one width, got {teacher.hidden_size} in the teacher and "
+            f"{student.hidden_size} in the student: set it to 0, or use a student of the teacher's width"
+        )
+
+
+# ---- data
+
+
+def make_store(config: Config) -> Path:
+    labelled = config.task == "classification"
+    corpus = open_corpus(config.corpus, labelled)
+    return build_store(corpus, load_tokenizer(config.teacher.model), config.tokens, labelled)
+
+
+def describe_store(store: TokenStore) -> list[str]:
+    """What the user should know of the data: guesses, counts, what was cut or left out."""
+    meta = store.meta
+    lines = list(meta.notes)
+    if meta.labels:
+        lines.append(f"classes: {', '.join(meta.labels)}")
+    for split, counts in meta.splits.items():
+        left_out = [
+            f"{number:,} {what}"
+            for number, what in (
+                (counts.truncated, "cut"), (counts.too_short, "too short"), (counts.too_unknown, "too unknown"),
+            ) if number
+        ]  # fmt: skip
+        waste = counts.padding / max(1, counts.padding + counts.tokens)
+        notes = "".join(f", {note}" for note in left_out)
+        lines.append(f"{split}: {counts.rows:,} rows, {counts.tokens:,} tokens, {waste:.1%} padding{notes}")
+    return lines
+
+
+def check_store(config: Config, store: TokenStore) -> None:
+    """Raise where the data cannot be scored, or speaks of other classes than a teacher that is used as it came."""
+    if config.evaluate and not store.meta.splits["test"].rows:
+        raise DataError(
+            "expected rows in the test split to evaluate on, found none: raise corpus.test_share, or name files with "
+            "corpus.test_source"
+        )
+    if config.task == "classification" and not config.finetune:
+        _check_classes(_shape(config.teacher.model, "teacher.model"), store.meta.labels)
+
+
+def _check_classes(teacher: Any, labels: tuple[str, ...]) -> None:
+    """A teacher's class n must be the data's class n; `LABEL_n`, what an unnamed class is called, is taken as it is."""
+    names = tuple(teacher.id2label[number] for number in range(teacher.num_labels))
+    unnamed = tuple(f"LABEL_{number}" for number in range(len(labels)))
+    if names not in (labels, unnamed):
+        raise ModelError(
+            f"teacher.model: expected a teacher of the classes {', '.join(labels)}, in this order, got "
+            f"{', '.join(names)}: add [finetune] to teach it these, or rename the labels"
+        )
