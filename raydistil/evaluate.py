@@ -9,6 +9,8 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,23 +36,26 @@ def evaluate(spec: EvaluateSpec, candidates: list[Candidate]) -> list[ModelRepor
     scored = [_scored(spec, candidate, device) for candidate in candidates]
     timed = [candidate for candidate in candidates if candidate.timed]
     latency = dict(zip([c.name for c in timed], latencies_ms(spec, timed), strict=True))
-    return [
-        ModelReport(c.name, parameters, 4 * parameters, score, f1, loss, latency.get(c.name))
-        for c, (parameters, score, f1, loss) in zip(candidates, scored, strict=True)
-    ]
+    return [replace(row, latency_p50_ms=latency.get(row.name)) for row in scored]
 
 
-def _scored(
-    spec: EvaluateSpec, candidate: Candidate, device: torch.device
-) -> tuple[int, Score, float | None, float | None]:
+def _scored(spec: EvaluateSpec, candidate: Candidate, device: torch.device) -> ModelReport:
     model = HeadedEncoder(load_model(candidate.model, spec.task, spec.labels), spec.task, spec.precision)
     model.eval().to(device)
+    parameters = num_parameters(model)
+    size = _size_on_disk(candidate.model) or 4 * parameters
     if spec.task == "mlm":
         losses, hits = _mlm_outcomes(model, spec, device)
-        return num_parameters(model), wilson("masked accuracy", hits), None, float(losses.mean())
+        score = wilson("masked accuracy", hits)
+        return ModelReport(candidate.name, parameters, size, score, None, float(losses.mean()), None)
     truth, guesses = _class_outcomes(model, spec, device)
     f1 = float(f1_score(truth, guesses, average="macro"))
-    return num_parameters(model), wilson("accuracy", truth == guesses), f1, None
+    return ModelReport(candidate.name, parameters, size, wilson("accuracy", truth == guesses), f1, None, None)
+
+
+def _size_on_disk(model: str) -> int:
+    """Bytes of the weights in a directory; 0 for a hub name, whose files lie in the hub client's cache."""
+    return sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
 
 
 def batches(spec: EvaluateSpec) -> Iterator[TokenBatch]:

@@ -75,7 +75,7 @@ class ModelReport:
 
     name: str
     parameters: int
-    size_bytes: int  # of the weights on disk, float32
+    size_bytes: int  # of the weights on disk; of float32 ones where the files are not at hand
     score: Score
     macro_f1: float | None
     mlm_loss: float | None  # nats per masked token

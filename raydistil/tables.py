@@ -15,35 +15,43 @@ def show_report(report: dict[str, Any]) -> None:
             console.print(f"{key}: {value}", highlight=False)
         return
     console.print(_models(report))
-    console.print(f"retention {report['retention'] or 0:.3f}, speed-up {report['speedup']:.2f}x", highlight=False)
     if "wall_s" in report:
         console.print(f"student in {report['student_dir']}, {report['wall_s']:.0f} s in all", highlight=False)
 
 
 def _models(report: dict[str, Any]) -> Table:
-    mlm = any(model["mlm_loss"] is not None for model in report["models"])
-    score = report["models"][0]["score"]
-    table = Table(title=f"{score['metric']} on {score['rows']:,} test items", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    headings = ["model", "params", "on disk", "score", "95 % interval", "retained", "latency p50", "speed-up"]
-    if mlm:
-        headings.insert(3, "MLM loss")
-    for place, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if place == 0 else "right", no_wrap=True)
-    for model in report["models"]:
-        table.add_row(*_cells(model, report["models"][0], mlm))
+    """One column a model, so that it fits a narrow terminal."""
+    models = report["models"]
+    score = models[0]["score"]
+    table = Table(title=f"{score['metric']} on {score['rows']:,} test items", box=SIMPLE_HEAD, title_justify="left")
+    table.add_column("")
+    for model in models:
+        table.add_column(model["name"], justify="right")
+    for name, cells in _rows(models):
+        if any(cells):
+            table.add_row(name, *cells)
     return table
 
 
-def _cells(model: dict[str, Any], teacher: dict[str, Any], mlm: bool) -> list[str]:
-    score, latency = model["score"], model["latency_p50_ms"]
-    cells = [model["name"], f"{model['parameters'] / 1e6:.1f} M", f"{model['size_bytes'] / 2**20:.0f} MiB"]
-    if mlm:
-        cells.append(f"{model['mlm_loss']:.4f}")
-    cells += [f"{score['value']:.4f}", f"{score['low']:.3f}-{score['high']:.3f}"]
-    cells.append(f"{score['value'] / teacher['score']['value']:.3f}" if teacher["score"]["value"] else "-")
-    if latency is None:
-        return [*cells, "", ""]
-    return [*cells, f"{latency:.1f} ms", f"{teacher['latency_p50_ms'] / latency:.2f}x"]
+def _rows(models: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """(heading, one cell a model); a cell is empty where nothing was measured."""
+    scores = [model["score"] for model in models]
+    latencies = [model["latency_p50_ms"] for model in models]
+    first = scores[0]["value"]
+    return [
+        ("parameters", [f"{model['parameters'] / 1e6:.1f} M" for model in models]),
+        ("size on disk", [f"{model['size_bytes'] / 2**20:.0f} MiB" for model in models]),
+        ("MLM loss (nats)", [_number(model["mlm_loss"], ".4f") for model in models]),
+        ("score", [f"{score['value']:.4f}" for score in scores]),
+        ("95 % interval", [f"{score['low']:.3f} to {score['high']:.3f}" for score in scores]),
+        ("retention", [f"{score['value'] / first:.3f}" if first else "" for score in scores]),
+        ("latency p50 (1 thread)", [_number(latency, ".1f", " ms") for latency in latencies]),
+        ("speed-up", [_number(latency and latencies[0] / latency, ".2f", "x") for latency in latencies]),
+    ]
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"
 
 
 def show_check(result: dict[str, Any]) -> None:
