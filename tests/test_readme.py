@@ -64,7 +64,7 @@ def test_check_of_the_quickstart_passes(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_quickstart_on_fewer_rows(tmp_path: Path) -> None:
     """The README's command as a user types it, with real weights; only the sizes are smaller."""
-    small = ["corpus.max_rows_per_label=60", "finetune.epochs=1", "distill.epochs=1", "evaluate.latency_rounds=10"]
+    small = ["corpus.max_rows_per_label=150", "finetune.epochs=1", "distill.epochs=3", "evaluate.latency_rounds=10"]
     overrides = [word for key in small for word in ("--set", key)]
     done = raydistil("run", "jobs/quickstart.toml", "--json", *overrides, folder=tmp_path)
     assert done.returncode == 0, done.stderr
