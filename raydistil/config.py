@@ -171,7 +171,7 @@ class ExportConfig(Section):
 
 
 class ClusterConfig(Section):
-    """Placement: none of it changes the result."""
+    """Placement: not part of what defines a run. More students make a larger batch."""
 
     address: str | None = None
     """Ray address; None: RAY_ADDRESS if set, else a local cluster for this run."""
