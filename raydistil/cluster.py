@@ -6,6 +6,9 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from uuid import uuid4
+
+import psutil
 
 from raydistil.config import ClusterConfig
 from raydistil.errors import PlanError
@@ -21,6 +24,8 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+MARK = "RAYDISTIL_CLUSTER"  # in the environment of every process of a cluster that was started here
+END_S = 15.0
 
 
 @contextmanager
@@ -43,11 +48,28 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         yield
         return
     _quiet()
+    mark = uuid4().hex
     try:
-        _start(config, address_of(config))
+        _start(config, address_of(config), mark)
         yield
     finally:
         ray.shutdown()
+        _wait_for_the_end(mark)
+
+
+def _wait_for_the_end(mark: str) -> None:
+    """Ray's workers end a while after it; whatever outlives `END_S` is killed, so that the last line is the last."""
+    left = [process for process in psutil.process_iter() if process.pid != os.getpid() and _carries(process, mark)]
+    _, hanging = psutil.wait_procs(left, timeout=END_S)
+    for process in hanging:
+        process.kill()
+
+
+def _carries(process: psutil.Process, mark: str) -> bool:
+    try:
+        return bool(process.environ().get(MARK) == mark)
+    except (psutil.Error, OSError):  # another user's, or gone
+        return False
 
 
 def address_of(config: ClusterConfig) -> str | None:
@@ -55,7 +77,7 @@ def address_of(config: ClusterConfig) -> str | None:
     return config.address or os.environ.get("RAY_ADDRESS") or None
 
 
-def _start(config: ClusterConfig, address: str | None) -> None:
+def _start(config: ClusterConfig, address: str | None, mark: str) -> None:
     import ray
 
     os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
@@ -65,6 +87,7 @@ def _start(config: ClusterConfig, address: str | None) -> None:
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise PlanError(f"expected a Ray cluster at {address}, could not connect: {error}") from error
         return
+    os.environ[MARK] = mark
     with _uninterrupted():
         ray.init(
             address="local", num_cpus=local_cpus(), object_store_memory=config.object_store_bytes,

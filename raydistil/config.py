@@ -54,10 +54,12 @@ class CorpusConfig(Section):
     """Column that holds the class; None: guessed, and the guess is printed."""
     hub_config: str | None = None
     """Configuration of a hub data set, such as `20231101.en` of `wikimedia/wikipedia`."""
+    labelled_share: Share = 1.0
+    """Share of the training rows whose label is used, chosen by hash; the rest is text that only a teacher labels."""
     libraries: tuple[str, ...] = ()
     """`python-docs` only: top-level import names to read; empty: all that are installed, and the standard library."""
     max_rows: Positive | None = None
-    """Of each of `source`, `validation_source` and `test_source`; so is `max_rows_per_label`."""
+    """Of each of `source`, `validation_source` and `test_source`; so is `max_rows_per_label` (no label is one too)."""
     max_rows_per_label: Positive | None = None
     max_rows_per_module: Positive | None = None
     """`python-docs` only: so that one long module does not stand for a whole library."""
@@ -89,8 +91,6 @@ class StudentConfig(Section):
     """Start from this checkpoint instead (written like teacher.model); it must have the teacher's vocabulary."""
     family: Literal["same", "distilbert"] = "same"
     """`same`: the teacher's architecture, shallower. `distilbert`: no token types, no pooler."""
-    dropout: Share | None = None
-    """Dropout of the student, hidden and attention; None: as in the teacher's configuration."""
 
     @model_validator(mode="after")
     def _one_start(self) -> "StudentConfig":
@@ -122,6 +122,8 @@ class TrainConfig(Section):
     """Rows that go through the model at once; fixed for a run."""
     accumulation: Positive = 1
     """Micro-batches per optimizer step and worker."""
+    dropout: Share | None = None
+    """While training, hidden and attention alike; None: as in the model's configuration, which keeps its own."""
     precision: Precision = "float32"
     """Of the matrix products; weights and optimizer stay float32."""
     checkpoint_every_min: Annotated[float, Field(gt=0)] = 10.0

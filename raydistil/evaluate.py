@@ -59,8 +59,8 @@ def _size_on_disk(model: str) -> int:
 
 
 def batches(spec: EvaluateSpec) -> Iterator[TokenBatch]:
-    """Every row of the split once."""
-    rows = TokenStore(spec.store).bucket_rows(spec.split)
+    """Every row of the split once; of labelled examples those that have a label."""
+    rows = TokenStore(spec.store).bucket_rows(spec.split, labelled=spec.masking is None)
     source = SourceSpec(spec.store, spec.split, Manifest(rows, 1, spec.config.batch_size, MASK_SEED), spec.masking)
     maker = MicroBatches(source)
     return (maker.make(index) for index in range(source.manifest.num_micro_batches))

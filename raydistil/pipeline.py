@@ -49,9 +49,16 @@ def _score(spec: EvaluateSpec, candidates: list[Candidate]) -> list[ModelReport]
 
 
 def train_baseline(run: Prepared, lr: float | None) -> None:
-    """The same student (same start, batches, masks, steps) on the labels alone: run_dir/no_teacher."""
-    assert run.config.distill is not None
-    config = run.config.distill.model_copy(update={"lr": lr} if lr else {})
+    """The same student (same start, batches, masks, steps) on the labels alone: run_dir/no_teacher.
+
+    Where some rows have no label it goes round the others more often, for as many steps.
+    """
+    distill = run.config.distill
+    assert distill is not None
+    rounds = 1.0
+    if run.config.task == "classification":
+        rounds = sum(run.store.bucket_rows("train")) / sum(run.store.bucket_rows("train", labelled=True))
+    config = distill.model_copy(update={"lr": lr or distill.lr, "epochs": round(distill.epochs * rounds)})
     _train(run, "no-teacher", config, LABELS_ONLY, _student_init(run), rundir.NO_TEACHER, with_teacher=False)
 
 
@@ -80,7 +87,8 @@ def _train(
         return
     config, cluster = run.config, run.config.cluster
     student_threads, teacher_threads = threads(cluster, with_teacher)
-    rows = run.store.bucket_rows("train")
+    labelled = config.task == "classification" and not with_teacher  # what has no label, only a teacher can teach
+    rows = run.store.bucket_rows("train", labelled)
     manifest = Manifest(rows, train_config.epochs, train_config.micro_batch_size, config.seed)
     masking = config.masking if config.task == "mlm" else None
     teacher = TeacherSpec(run.teacher_dir, config.task, config.teacher.precision, teacher_threads)

@@ -132,6 +132,8 @@ def describe_store(store: TokenStore) -> list[str]:
             ) if number
         ]  # fmt: skip
         waste = counts.padding / max(1, counts.padding + counts.tokens)
+        if meta.labels and counts.labelled_rows < counts.rows:
+            left_out.insert(0, f"{counts.rows - counts.labelled_rows:,} of them without a label")
         notes = "".join(f", {note}" for note in left_out)
         lines.append(f"{split}: {counts.rows:,} rows, {counts.tokens:,} tokens, {waste:.1%} padding{notes}")
     return lines
@@ -139,13 +141,23 @@ def describe_store(store: TokenStore) -> list[str]:
 
 def check_store(config: Config, store: TokenStore) -> None:
     """Raise where the data cannot be scored, or speaks of other classes than a teacher that is used as it came."""
-    if config.evaluate and not store.meta.splits["test"].rows:
+    labelled = config.task == "classification"
+    if config.evaluate and not sum(store.bucket_rows("test", labelled)):
         raise DataError(
-            "expected rows in the test split to evaluate on, found none: raise corpus.test_share, or name files with "
-            "corpus.test_source"
+            f"expected {'labelled ' * labelled}rows in the test split to evaluate on, found none: raise "
+            f"corpus.test_share, or name files with corpus.test_source"
+        )
+    if labelled and _trains_on_labels(config) and not sum(store.bucket_rows("train", labelled)):
+        raise DataError(
+            "expected labelled rows in the training split to fine-tune on, found none: raise corpus.labelled_share, or "
+            "use a teacher that knows the task and leave [finetune] out"
         )
     if config.task == "classification" and not config.finetune:
         _check_classes(_shape(config.teacher.model, "teacher.model"), store.meta.labels)
+
+
+def _trains_on_labels(config: Config) -> bool:
+    return config.finetune is not None or (config.evaluate is not None and config.evaluate.no_teacher_baseline)
 
 
 def _check_classes(teacher: Any, labels: tuple[str, ...]) -> None:

@@ -82,7 +82,6 @@ def build_student(teacher: PreTrainedModel, config: StudentConfig, task: Task) -
         student = _from_layers(teacher, config, task)
     if task == "mlm":
         mlm_head(student)
-    _set_dropout(student, config.dropout)
     return student
 
 
@@ -174,23 +173,6 @@ def _distilbert_config(teacher: PreTrainedModel, num_layers: int) -> DistilBertC
         activation=bert.hidden_act, initializer_range=bert.initializer_range, pad_token_id=bert.pad_token_id,
         tie_word_embeddings=bert.tie_word_embeddings,
     )  # fmt: skip
-
-
-DROPOUT_KEYS = (
-    "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "classifier_dropout",
-    "seq_classif_dropout",
-)  # fmt: skip
-
-
-def _set_dropout(model: PreTrainedModel, share: float | None) -> None:
-    if share is None:
-        return
-    for key in DROPOUT_KEYS:
-        if hasattr(model.config, key):
-            setattr(model.config, key, share)
-    for part in model.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = share
 
 
 def save_model(model: PreTrainedModel, tokenizer_from: str, path: Path) -> None:

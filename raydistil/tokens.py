@@ -2,14 +2,15 @@
 
 Language modelling packs texts into full blocks, `[CLS] text [SEP] text [SEP] ... [SEP]`, cut every `length` tokens: no
 padding but in the very last block. Labelled examples stay whole, cut at `length`, and are stored by padded length
-(bucket), so a micro-batch of one bucket wastes little. Nothing is left out silently: the counts are in `meta.json`.
+(bucket), those with a label first, so a micro-batch of one bucket wastes little and the labelled rows can be had alone.
+Nothing is left out silently: the counts are in `meta.json`.
 """
 
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,12 @@ from raydistil.corpus import Corpus
 from raydistil.errors import DataError, ModelError
 from raydistil.manifest import Ints
 from raydistil.storage import cache_dir, whole_directory
-from raydistil.types import SPLITS, Split, TextRow
+from raydistil.types import IGNORE, SPLITS, Split, TextRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1  # raise when the layout of a store changes
+FORMAT = 2  # raise when the layout of a store changes
 TEXTS_AT_ONCE = 512
 ROWS_PER_BATCH = 4096
 
@@ -44,6 +45,11 @@ class SplitCounts:
     too_short: int = 0
     too_unknown: int = 0
     buckets: dict[int, int] = field(default_factory=dict)  # padded length -> rows
+    labelled: dict[int, int] = field(default_factory=dict)  # padded length -> rows that have a label; they come first
+
+    @property
+    def labelled_rows(self) -> int:
+        return sum(self.labelled.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +114,9 @@ class _Writer:
                 self._add_example(row, ids)
             else:
                 for block in pack.add(row.split, ids):
-                    self._add(row.split, block, self._config.length, -1)
+                    self._add(row.split, block, self._config.length, IGNORE)
         for split, block in pack.rest():
-            self._add(split, block, self._config.length, -1)
+            self._add(split, block, self._config.length, IGNORE)
         for file in self._files.values():
             file.close()
         if not self._counts["train"].rows:
@@ -120,15 +126,23 @@ class _Writer:
 
     def _class_names(self) -> tuple[str, ...]:
         """In the order of their ids: whole numbers by value, so that they are ids where they already were."""
-        names = {str(row.label) for row in self._corpus.rows()}
+        names = {row.label for row in self._corpus.rows() if row.label is not None}
         if len(names) < 2:
-            raise DataError(f"expected at least two classes, found {', '.join(names) or 'no rows'}: check the labels")
+            raise DataError(f"expected at least two classes, found {', '.join(names) or 'no label'}: check the labels")
         numbers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names)
         return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))
 
+    def _rows(self) -> Iterator[TextRow]:
+        """All rows; of labelled examples those that have no label come last."""
+        if not self._labels:
+            return self._corpus.rows()
+        have = (row for row in self._corpus.rows() if row.label is not None)
+        lack = (row for row in self._corpus.rows() if row.label is None)
+        return chain(have, lack)
+
     def _tokenized(self) -> Iterator[tuple[TextRow, list[int]]]:
         """Rows with their tokens, special ones excluded, less those the configuration leaves out (counted)."""
-        rows = self._corpus.rows()
+        rows = self._rows()
         while chunk := list(islice(rows, TEXTS_AT_ONCE)):
             encoded = self._tokenizer([row.text for row in chunk], add_special_tokens=False, verbose=False)
             for row, ids in zip(chunk, encoded["input_ids"], strict=True):
@@ -152,7 +166,7 @@ class _Writer:
         self._counts[row.split].truncated += len(ids) > room
         block = [*_edges(self._tokenizer)[0], *ids[:room], *_edges(self._tokenizer)[1]]
         bucket = next(length for length in self._buckets if length >= len(block))
-        self._add(row.split, block, bucket, self._ids[str(row.label)])
+        self._add(row.split, block, bucket, IGNORE if row.label is None else self._ids[row.label])
 
     def _add(self, split: Split, block: list[int], bucket: int, label: int) -> None:
         counts = self._counts[split]
@@ -160,6 +174,8 @@ class _Writer:
         counts.tokens += len(block)
         counts.padding += bucket - len(block)
         counts.buckets[bucket] = counts.buckets.get(bucket, 0) + 1
+        if label != IGNORE:
+            counts.labelled[bucket] = counts.labelled.get(bucket, 0) + 1
         if split == "train":
             np.add.at(self._token_counts, block, 1)
         if (split, bucket) not in self._files:
@@ -266,12 +282,14 @@ class TokenStore:
         """Padded lengths of the buckets of `split`, ascending; a bucket's place here is its number."""
         return tuple(sorted(self.meta.splits[split].buckets))
 
-    def bucket_rows(self, split: Split) -> tuple[int, ...]:
-        """Rows of each bucket, in the order of `lengths`."""
-        return tuple(self.meta.splits[split].buckets[length] for length in self.lengths(split))
+    def bucket_rows(self, split: Split, labelled: bool = False) -> tuple[int, ...]:
+        """Rows of each bucket, in the order of `lengths`: all, or those with a label, which come first."""
+        counts = self.meta.splits[split]
+        rows = counts.labelled if labelled else counts.buckets
+        return tuple(rows.get(length, 0) for length in self.lengths(split))
 
     def read(self, split: Split, bucket: int, rows: Ints) -> tuple[NDArray[np.int32], NDArray[np.int32], Any]:
-        """(ids [B, L], lengths [B], labels [B]), int32, of `rows` of a bucket."""
+        """(ids [B, L], lengths [B], labels [B]), int32, of `rows` of a bucket; IGNORE where there is no label."""
         length = self.lengths(split)[bucket]
         batches = self._mapped(split, length)
         ids = np.empty((len(rows), length), np.int32)
@@ -302,7 +320,7 @@ def _read_meta(path: Path) -> StoreMeta:
     splits: dict[Split, SplitCounts] = {}
     for split in SPLITS:
         counts = raw["splits"][split]
-        counts["buckets"] = {int(length): rows for length, rows in counts["buckets"].items()}
+        counts |= {key: {int(length): n for length, n in counts[key].items()} for key in ("buckets", "labelled")}
         splits[split] = SplitCounts(**counts)
     raw |= {"splits": splits} | {key: tuple(raw[key]) for key in ("special_ids", "labels", "notes")}
     return StoreMeta(**raw)

@@ -37,7 +37,8 @@ class TextRow:
 class TokenBatch:
     """One micro-batch: the unit that is loaded, masked, labelled by the teacher, shipped and trained on.
 
-    `labels_BL` holds the MLM targets (IGNORE elsewhere); `labels_B` holds class ids. One of the two is None.
+    `labels_BL` holds the MLM targets (IGNORE elsewhere); `labels_B` holds class ids (IGNORE: no label).
+    One of the two is None.
     """
 
     index: int  # place in the manifest, 0 .. num_micro_batches - 1

@@ -20,7 +20,7 @@ from raydistil.checkpoint import load_state, save_state
 from raydistil.codecs import hidden
 from raydistil.losses import LossInputs, LossOutputs, combined
 from raydistil.manifest import Ledger, keyed
-from raydistil.models import HeadedEncoder, load_model, mlm_head, on_device
+from raydistil.models import HeadedEncoder, load_model, made_for_training, mlm_head, on_device
 from raydistil.optim import deepspeed_config, linear_schedule, parameter_groups
 from raydistil.report import Meter
 from raydistil.specs import WorkerSpec
@@ -48,7 +48,9 @@ class StudentWorker:
 
     def _make_engine(self) -> Any:
         spec = self._spec
-        model = HeadedEncoder(load_model(spec.init, spec.task, spec.labels), spec.task, spec.train.precision).train()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        loaded = made_for_training(load_model(spec.init, spec.task, spec.labels), spec.train.dropout, device)
+        model = HeadedEncoder(loaded, spec.task, spec.train.precision).train()
         made, *_ = _deepspeed().initialize(
             model=model,
             model_parameters=parameter_groups(model, spec.train.weight_decay),

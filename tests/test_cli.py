@@ -92,6 +92,7 @@ def test_a_wrong_value_is_named(
         (b'{"text": "a", "label": "x"}\n{"text": "\xff", "label": "y"}\n', "bad.jsonl:2: expected UTF-8 text"),
         (b'{"text": "a", "label": "x"}\nnot json\n', "bad.jsonl:2: expected one JSON object a line"),
         (b'{"words": "a"}\n', "bad.jsonl:1: expected a text column"),
+        (b'{"text": "a", "label": null}\n', "expected at least two classes, found no label"),
     ],
 )
 @pytest.mark.parametrize("command", ["check", "run"])
@@ -147,9 +148,10 @@ def _session_members(leader: int) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and entry.name != str(leader):
             try:
-                if os.getsid(int(entry.name)) == leader:
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                if os.getsid(int(entry.name)) == leader and state != "Z":
                     members.append(int(entry.name))
-            except ProcessLookupError:
+            except (ProcessLookupError, FileNotFoundError):
                 continue
     return members
 

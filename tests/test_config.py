@@ -25,7 +25,7 @@ BASE: dict[str, Any] = {
 }
 TRAIN: dict[str, Any] = {
     "epochs": 4, "lr": 1e-3, "warmup_share": 0.5, "betas": [0.5, 0.5], "eps": 1e-6, "weight_decay": 0.5, "clip": 2.0,
-    "micro_batch_size": 5, "accumulation": 2, "precision": "bfloat16", "zero_stage": 2,
+    "micro_batch_size": 5, "accumulation": 2, "precision": "bfloat16", "zero_stage": 2, "dropout": 0.2,
     "deepspeed": {"zero_optimization": {"overlap_comm": True}},
 }  # fmt: skip
 DEFINING: dict[str, Any] = {
@@ -33,11 +33,12 @@ DEFINING: dict[str, Any] = {
     "corpus.source": "others.csv", "corpus.validation_source": "v.csv", "corpus.test_source": "t.csv",
     "corpus.validation_share": 0.25, "corpus.test_share": 0.5, "corpus.text_column": "body",
     "corpus.label_column": "kind", "corpus.hub_config": "20231101.en", "corpus.libraries": ["json", "email"],
+    "corpus.labelled_share": 0.5,
     "corpus.max_rows": 10, "corpus.max_rows_per_label": 11, "corpus.max_rows_per_module": 12,
     "tokens.length": 64, "tokens.buckets": [16, 32], "tokens.min_tokens": 3, "tokens.max_unknown_share": 0.5,
     "masking.kind": "frequency", "masking.share": 0.3, "masking.smoothing": 0.5,
     "teacher.model": "another", "teacher.precision": "bfloat16",
-    "student.layers": [1], "student.model": "small", "student.family": "distilbert", "student.dropout": 0.2,
+    "student.layers": [1], "student.model": "small", "student.family": "distilbert",
     "student.start": "checkpoint",
     **{f"finetune.{key}": value for key, value in TRAIN.items()}, 
     **{f"distill.{key}": value for key, value in TRAIN.items()},

@@ -1,6 +1,7 @@
 """Sources -> rows: files and hub data sets; columns, caps and splits."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rows import complaint, fingerprint, jsonl, read, texts
 
 from raydistil.config import CorpusConfig
 from raydistil.corpus import open_corpus
-from raydistil.corpus.split import split_of
+from raydistil.corpus.split import split_of, with_shared_label
 from raydistil.errors import ConfigError
 from raydistil.types import TextRow
 
@@ -48,11 +49,19 @@ def test_a_bad_line_of_jsonl_is_named(tmp_path: Path, line: bytes, expected: str
     assert message.startswith(f"{path}:2: {expected}")
 
 
-@pytest.mark.parametrize("value", [None, 1.5, "", ["a"]])
+@pytest.mark.parametrize("value", [1.5, ["a"], {}])
 def test_a_label_is_text_or_a_whole_number(tmp_path: Path, value: Any) -> None:
     path = jsonl(tmp_path / "x.jsonl", {"text": "one", "label": "a"}, {"text": "two", "label": value})
-    expected = f"{path}:2: expected a class as text or whole number, got {value!r}: mend the row"
+    expected = f"{path}:2: expected a class as text or whole number, or null, got {value!r}: mend the row"
     assert complaint(path, labelled=True) == expected
+
+
+def test_a_row_may_lack_its_label(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "x.jsonl", {"text": "one", "label": None}, {"text": "two", "label": ""})
+    table = tmp_path / "x.csv"
+    table.write_text("text,label\none,\ntwo,\n")
+    for source in (path, table):
+        assert [row.label for row in read(source, labelled=True)] == [None, None]
 
 
 def test_csv_keeps_newlines_in_quotes_and_numbers_the_rows(tmp_path: Path) -> None:
@@ -159,7 +168,27 @@ def test_no_column_to_guess_and_a_named_one_that_is_not_there(tmp_path: Path) ->
     assert complaint(path, text_column="body").startswith(f"{path}:1: expected the text column 'body', found title")
 
 
-# ---- caps and splits
+# ---- caps, splits and the labelled share
+
+
+@given(share=st.floats(0, 1), seed=st.integers(0, 9))
+def test_only_training_rows_lose_their_label_and_a_larger_share_keeps_them(share: float, seed: int) -> None:
+    row = TextRow(f"text {seed}", "a", "made", "train")
+    kept = with_shared_label(row, share)
+    assert with_shared_label(kept, 1.0) == kept
+    assert kept.label is None or with_shared_label(row, min(1.0, share + 0.1)) == row
+    assert with_shared_label(replace(row, split="test"), share).label == "a"
+
+
+def test_the_labelled_share_is_a_share(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "x.jsonl", *({"text": f"t{n}", "label": "ab"[n % 2]} for n in range(2000)))
+    every, some = (read(path, labelled=True, labelled_share=share) for share in (1.0, 0.25))
+    assert texts(every) == texts(some)
+    train = [row for row in some if row.split == "train"]
+    labelled = sum(row.label is not None for row in train)
+    assert abs(labelled - 0.25 * len(train)) < 4 * (0.25 * 0.75 * len(train)) ** 0.5
+    assert all(row.label is not None for row in some if row.split != "train")
+    assert fingerprint(path, labelled_share=0.25) != fingerprint(path, labelled_share=0.5) != fingerprint(path)
 
 
 def test_caps_on_all_rows_and_on_each_label(tmp_path: Path) -> None:
@@ -274,6 +303,17 @@ def test_a_data_set_with_a_test_split_keeps_its_training_rows(tmp_path: Path, hu
     assert {row.split for row in rows} == {"train", "validation", "test"}
     assert rows[0].source == f"{folder}[train]:1"
     assert rows[0].label == "0"
+
+
+def test_minus_1_of_a_named_class_is_no_label(tmp_path: Path, hub_cache: None) -> None:
+    import datasets
+
+    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"]))
+    for split, labels in (("train", [0, 1]), ("test", [-1, -1])):
+        rows = {"text": [f"{split} {n}" for n in range(2)], "label": labels}
+        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "set" / f"{split}.parquet")
+    rows_read = read(tmp_path / "set", labelled=True, validation_share=0)
+    assert [row.label for row in rows_read] == ["0", "1", None, None]
 
 
 def test_a_data_set_without_training_rows(tmp_path: Path, hub_cache: None) -> None:

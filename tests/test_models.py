@@ -1,5 +1,6 @@
 """Loading models, and the one view of an encoder and its head that every stage shares."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,15 @@ import torch
 from transformers import BertConfig, DistilBertConfig, PreTrainedConfig
 
 from raydistil.errors import ModelError
-from raydistil.models import HeadedEncoder, load_model, load_tokenizer, num_parameters, on_device, resolve
+from raydistil.models import (
+    HeadedEncoder,
+    load_model,
+    load_tokenizer,
+    made_for_training,
+    num_parameters,
+    on_device,
+    resolve,
+)
 from raydistil.types import TokenBatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -160,3 +169,24 @@ def test_tied_parameters_count_once() -> None:
     tied = tiny.model(BertConfig(**shape), "mlm")
     apart = tiny.model(BertConfig(**shape, tie_word_embeddings=False), "mlm")
     assert num_parameters(apart) - num_parameters(tied) == 45 * (16 + 1)  # the decoder's weight and bias
+
+
+# ---- training
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dropout", [0.0, 0.3, None])
+def test_dropout_is_set_for_training_and_left_in_the_configuration(
+    tmp_path: Path, family: str, dropout: float | None
+) -> None:
+    tiny.model(FAMILIES[family], "mlm").save_pretrained(tmp_path / "model")
+    before = load_model(str(tmp_path / "model"), "mlm")
+    model = made_for_training(load_model(str(tmp_path / "model"), "mlm"), dropout, torch.device("cpu")).train()
+    ids_BL, mask_BL = tiny.ids()
+    first, second = (model(input_ids=ids_BL, attention_mask=mask_BL).logits for _ in range(2))
+    assert torch.equal(first, second) == (dropout == 0)
+    model.eval().save_pretrained(tmp_path / "again")
+    shapes = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("model", "again")]
+    assert shapes[0] == shapes[1]
+    logits = model(input_ids=ids_BL, attention_mask=mask_BL).logits
+    torch.testing.assert_close(logits, before.eval()(input_ids=ids_BL, attention_mask=mask_BL).logits)

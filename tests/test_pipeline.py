@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from raydistil import pipeline, rundir
-from raydistil.config import Config
+from raydistil.config import Config, EvaluateConfig
 from raydistil.errors import Interrupted, StorageError
+from raydistil.prepare import make_store
+from raydistil.tokens import TokenStore
 from raydistil.types import StepMetrics
 
 TRAIN = {"micro_batch_size": 8, "lr": 3e-3}
@@ -21,7 +23,7 @@ def config_for(folder: Path, teacher: str, corpus: Path, **changes: Any) -> Conf
         "name": "tiny",
         "output_dir": str(folder),
         "task": "classification",
-        "corpus": {"source": str(corpus), "test_share": 0.3},
+        "corpus": {"source": str(corpus), "test_share": 0.3, "labelled_share": 0.6},
         "tokens": {"length": 32, "buckets": [16]},
         "teacher": {"model": teacher},
         "student": {"layers": [0, 2]},
@@ -72,6 +74,15 @@ def test_the_teacher_was_built_once_and_every_position_trained(finished: tuple[C
     assert not (config.run_dir / "checkpoints" / "distill").exists()
 
 
+def test_rows_without_a_label_reach_the_student_alone(finished: tuple[Config, dict[str, Any]]) -> None:
+    config, report = finished
+    counts = TokenStore(make_store(config)).meta.splits["train"]
+    stages = report["stages"]
+    assert 0 < counts.labelled_rows < counts.rows
+    assert stages["finetune"]["positions"] == 10 * counts.labelled_rows
+    assert stages["distill"]["positions"] == 2 * counts.rows
+
+
 def test_the_student_loads_with_transformers_alone(finished: tuple[Config, dict[str, Any]]) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -105,7 +116,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     """Bit-identical weights, with dropout on: nothing random hangs on how often the run was started."""
     from safetensors.torch import load_file
 
-    shape: dict[str, Any] = {**LANGUAGE_MODEL, "evaluate": None, "student": {"dropout": 0.1}, "distill": {"epochs": 6}}
+    shape: dict[str, Any] = {**LANGUAGE_MODEL, "evaluate": None, "distill": {"epochs": 6, "dropout": 0.1}}
     whole = config_for(tmp_path, tiny_teacher, corpus_file, name="whole", **shape)
     broken = config_for(tmp_path, tiny_teacher, corpus_file, name="broken", **shape)
     pipeline.run_all(whole, quiet)
@@ -158,6 +169,19 @@ def test_two_workers_under_zero_2_train_every_position_once(
     assert summary is not None
     assert summary["steps"] * 2 == summary["micro_batches"]
     assert summary["teacher_builds"] == 1
+
+
+@pytest.mark.slow
+def test_the_no_teacher_student_takes_as_many_steps_on_the_labelled_rows(
+    finished: tuple[Config, dict[str, Any]], ray_cluster: None
+) -> None:
+    config, _ = finished
+    asked = config.model_copy(update={"evaluate": EvaluateConfig(no_teacher_baseline=True, latency_rounds=3)})
+    report = pipeline.run_all(asked, quiet)
+    steps = {stage: summary["steps"] for stage, summary in report["stages"].items()}
+    per_round = -(-steps["finetune"] // 10)
+    assert abs(steps["no-teacher"] - steps["distill"]) <= per_round
+    assert report["no_teacher_score"] > 0.5
 
 
 @pytest.mark.slow

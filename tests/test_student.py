@@ -11,7 +11,6 @@ from transformers import (
     AlbertConfig,
     BertConfig,
     BertForMaskedLM,
-    DistilBertConfig,
     DistilBertForMaskedLM,
     ModernBertConfig,
     PreTrainedModel,
@@ -19,7 +18,7 @@ from transformers import (
 
 from raydistil.config import StudentConfig
 from raydistil.errors import ModelError
-from raydistil.models import load_model, num_parameters
+from raydistil.models import num_parameters
 from raydistil.student import build_student, check_layers, check_vocabularies, save_model
 from raydistil.types import Task
 
@@ -208,26 +207,7 @@ def test_vocabularies_must_agree(tmp_path: Path) -> None:
         check_vocabularies(str(tmp_path / "a"), str(tmp_path / "b"))
 
 
-# ---- dropout, and a student of its own
-
-
-def dropouts(model: PreTrainedModel) -> set[float]:
-    return {part.p for part in model.modules() if isinstance(part, nn.Dropout)}
-
-
-@pytest.mark.parametrize("family", [*tiny.FAMILIES, "distilbert"])
-@pytest.mark.parametrize("task", TASKS)
-def test_dropout_is_set_and_survives_saving(tmp_path: Path, family: str, task: Task) -> None:
-    distilbert = DistilBertConfig(
-        vocab_size=45, dim=16, n_layers=6, n_heads=2, hidden_dim=24, max_position_embeddings=32
-    )
-    teacher = tiny.model({**tiny.FAMILIES, "distilbert": distilbert}[family], task)
-    student = built(teacher, (0,), task, dropout=0.3)
-    assert dropouts(student) == {0.3}
-    student.save_pretrained(tmp_path)
-    assert dropouts(load_model(str(tmp_path), task)) == {0.3}
-    assert 0.3 not in dropouts(teacher)
-    assert dropouts(built(teacher, (0,), task)) == dropouts(teacher)
+# ---- a student of its own
 
 
 def test_a_student_that_starts_from_a_checkpoint(tmp_path: Path) -> None:
@@ -235,8 +215,7 @@ def test_a_student_that_starts_from_a_checkpoint(tmp_path: Path) -> None:
     start = tiny.model(BertConfig(**{**tiny.SHAPE, "num_hidden_layers": 2}), "mlm")
     save_model(start, str(tmp_path / "tokenizer"), tmp_path / "start")
     teacher = tiny.model(tiny.FAMILIES["bert"], "mlm")
-    config = StudentConfig(model=str(tmp_path / "start"), dropout=0.3)
+    config = StudentConfig(model=str(tmp_path / "start"))
     student = build_student(teacher, config, "mlm")
     assert torch.equal(logits(student), logits(start))
-    assert dropouts(student) == {0.3}
     check_vocabularies(str(tmp_path / "start"), str(tmp_path / "tokenizer"))

@@ -16,7 +16,7 @@ from raydistil.config import TokensConfig, digest
 from raydistil.corpus import Corpus
 from raydistil.errors import DataError, ModelError
 from raydistil.tokens import TokenStore, build_store, tokenizer_hash
-from raydistil.types import SPLITS, Split, TextRow
+from raydistil.types import IGNORE, SPLITS, Split, TextRow
 
 FIRST_WORD = len(tiny.SPECIAL)
 WORD_LISTS = st.lists(st.sampled_from(tiny.WORDS), max_size=30)
@@ -128,6 +128,24 @@ def test_class_names_are_sorted_and_numbers_by_value(
     assert [store.meta.labels[label] for _, _, label in everything(store, "train")] == labels
 
 
+@settings(max_examples=40, deadline=None)
+@given(marks=st.lists(st.tuples(st.integers(1, 12), st.booleans()), min_size=2, max_size=60))
+def test_rows_with_a_label_come_first_in_every_bucket(
+    tokenizer: PreTrainedTokenizerBase, marks: list[tuple[int, bool]]
+) -> None:
+    classes = [row(["aa"], label="x"), row(["ae"], label="y")]
+    rows = [row(["ba"] * size, label="x" if has else None) for size, has in marks]
+    config = TokensConfig(length=16, buckets=(8,))
+    store = TokenStore(build_store(corpus(classes + rows), tokenizer, config, labelled=True))
+    assert store.meta.labels == ("x", "y")
+    assert store.meta.splits["train"].labelled_rows == 2 + sum(has for _, has in marks)
+    for bucket, (first, every) in enumerate(
+        zip(store.bucket_rows("train", labelled=True), store.bucket_rows("train"), strict=True)
+    ):
+        _, _, labels = store.read("train", bucket, np.arange(every))
+        assert ((labels == IGNORE) == (np.arange(every) >= first)).all()
+
+
 # ---- what is left out, and what is said of it
 
 
@@ -166,7 +184,7 @@ def test_the_store_knows_its_tokenizer(tokenizer: PreTrainedTokenizerBase) -> No
         ([], False, "expected texts to train on, found none (0 texts, 0 too short, 0 with too many unknown)"),
         ([row([])], False, "expected texts to train on, found none (1 texts, 1 too short"),
         ([row(["aa"], "test")], False, "expected texts to train on, found none (0 texts"),
-        ([], True, "expected at least two classes, found no rows"),
+        ([], True, "expected at least two classes, found no label"),
         ([row(["aa"], label="only")], True, "expected at least two classes, found only: check the labels"),
     ],
 )

@@ -6,7 +6,7 @@ so that what is made from it can be reused. Its rows can then be read any number
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import chain, combinations
 from pathlib import Path
@@ -19,7 +19,7 @@ from raydistil.config import CorpusConfig, digest
 from raydistil.corpus import python_docs
 from raydistil.corpus.caps import Caps
 from raydistil.corpus.files import expand, is_file_pattern, read_records
-from raydistil.corpus.split import split_of
+from raydistil.corpus.split import split_of, with_shared_label
 from raydistil.errors import ConfigError, DataError
 from raydistil.storage import cache_dir, whole_directory
 from raydistil.types import SPLITS, Split, TextRow
@@ -42,6 +42,18 @@ def open_corpus(config: CorpusConfig, labelled: bool) -> Corpus:
 
     Raises DataError, naming file and row, for what cannot be used, ConfigError for keys that do not go together.
     """
+    corpus = _open(config, labelled)
+    if config.labelled_share == 1:
+        return corpus
+    share = config.labelled_share
+    return replace(
+        corpus,
+        rows=lambda: (with_shared_label(row, share) for row in corpus.rows()),
+        fingerprint=digest([corpus.fingerprint, share]),
+    )
+
+
+def _open(config: CorpusConfig, labelled: bool) -> Corpus:
     if config.source != "python-docs" and is_file_pattern(config.source):
         return _open_files(config, labelled)
     if config.validation_source or config.test_source:
@@ -155,6 +167,8 @@ def _open_hub(config: CorpusConfig, labelled: bool) -> Corpus:
     if not len(loaded.get("train", ())):
         raise DataError(f"{config.source}: expected rows in a split named train, found {dict(loaded.num_rows)}")
     columns, notes = _choose_columns(config, loaded["train"][0], f"{config.source}[train]", labelled)
+    if columns.label and isinstance(loaded["train"].features.get(columns.label), datasets.ClassLabel):
+        columns = replace(columns, no_label=-1)
     shares = {f"{split}_share": 0.0 for split in ("validation", "test") if split in loaded}
     shared = config.model_copy(update=shares)  # a split of its own needs no share of the training rows
 
@@ -176,6 +190,7 @@ class Columns:
 
     text: str
     label: str | None
+    no_label: int | None = None  # a class number that stands for none, beside null and an empty cell
 
 
 def _choose_columns(
@@ -210,7 +225,7 @@ def _to_rows(
         if caps.full:
             return
         text = _text(_cell(record, columns.text, where, "text"), columns.text, where)
-        label = None if columns.label is None else _label(record, columns.label, where)
+        label = None if columns.label is None else _label(record, columns, where)
         if caps.open(label):
             caps.count(label)
             yield TextRow(text, label, where, split or split_of(text, config))
@@ -235,8 +250,12 @@ def _text(value: Any, column: str, where: str) -> str:
     return value
 
 
-def _label(record: dict[str, Any], column: str, where: str) -> str:
-    value = _cell(record, column, where, "label")
-    if isinstance(value, bool | int | str) and value != "":
-        return _text(str(value), column, where)
-    raise DataError(f"{where}: expected a class as text or whole number, got {value!r}: mend the row")
+def _label(record: dict[str, Any], columns: Columns, where: str) -> str | None:
+    """The class, or None for a row that has none: only a teacher can say what it is."""
+    assert columns.label is not None
+    value = _cell(record, columns.label, where, "label")
+    if value is None or value == "" or (columns.no_label is not None and value == columns.no_label):
+        return None
+    if isinstance(value, bool | int | str):
+        return _text(str(value), columns.label, where)
+    raise DataError(f"{where}: expected a class as text or whole number, or null, got {value!r}: mend the row")
