@@ -14,6 +14,7 @@ from raydistil.models import load_tokenizer, quiet_transformers
 from raydistil.optim import deepspeed_config
 from raydistil.plan import cores, local_cpus, threads
 from raydistil.prepare import check_models, needs
+from raydistil.tokens import class_names
 from raydistil.types import TextRow
 
 ROWS_READ = 1000  # enough to meet most defects; `run` reads all
@@ -39,10 +40,13 @@ def check(path: Path, overrides: list[str], show: int) -> dict[str, Any]:
 
 
 def _sample(config: Config) -> tuple[list[TextRow], tuple[str, ...]]:
-    corpus = open_corpus(config.corpus, config.task == "classification")
+    labelled = config.task == "classification"
+    corpus = open_corpus(config.corpus, labelled)
     rows = list(islice(corpus.rows(), ROWS_READ))
     if not any(row.text.strip() for row in rows):
         raise DataError(f"corpus.source: expected texts in {config.corpus.source}, found none: the corpus is empty")
+    if labelled and len(rows) < ROWS_READ:
+        class_names(rows)
     return rows, corpus.notes
 
 

@@ -8,7 +8,7 @@ Nothing is left out silently: the counts are in `meta.json`.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -90,6 +90,18 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
     return digest([content, sorted(tokenizer.all_special_ids)])
 
 
+def class_names(rows: Iterable[TextRow]) -> tuple[str, ...]:
+    """In the order of their ids: whole numbers by value, so that they are ids where they already were.
+
+    Raises DataError for fewer than two.
+    """
+    names = {row.label for row in rows if row.label is not None}
+    if len(names) < 2:
+        raise DataError(f"expected at least two classes, found {', '.join(names) or 'no label'}: check the labels")
+    numbers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names)
+    return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))
+
+
 class _Writer:
     """One pass over a corpus into one directory."""
 
@@ -100,7 +112,7 @@ class _Writer:
         self._tokenizer = tokenizer
         self._config = config
         self._corpus = corpus
-        self._labels = self._class_names() if labelled else ()
+        self._labels = class_names(corpus.rows()) if labelled else ()
         self._ids = {label: number for number, label in enumerate(self._labels)}
         self._buckets = (*sorted(config.buckets), config.length) if labelled else (config.length,)
         self._counts: dict[Split, SplitCounts] = {split: SplitCounts() for split in SPLITS}
@@ -123,14 +135,6 @@ class _Writer:
             raise DataError(f"expected texts to train on, found none {self._losses()}: the corpus is empty")
         np.save(self._path / "token_counts.npy", self._token_counts)
         (self._path / "meta.json").write_text(json.dumps(asdict(self._meta()), indent=1))
-
-    def _class_names(self) -> tuple[str, ...]:
-        """In the order of their ids: whole numbers by value, so that they are ids where they already were."""
-        names = {row.label for row in self._corpus.rows() if row.label is not None}
-        if len(names) < 2:
-            raise DataError(f"expected at least two classes, found {', '.join(names) or 'no label'}: check the labels")
-        numbers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names)
-        return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))
 
     def _rows(self) -> Iterator[TextRow]:
         """All rows; of labelled examples those that have no label come last."""

@@ -23,11 +23,11 @@ def config_for(folder: Path, teacher: str, corpus: Path, **changes: Any) -> Conf
         "name": "tiny",
         "output_dir": str(folder),
         "task": "classification",
-        "corpus": {"source": str(corpus), "test_share": 0.3, "labelled_share": 0.6},
+        "corpus": {"source": str(corpus), "test_share": 0.3, "labelled_share": 0.8},
         "tokens": {"length": 32, "buckets": [16]},
         "teacher": {"model": teacher},
         "student": {"layers": [0, 2]},
-        "finetune": {**TRAIN, "epochs": 10},
+        "finetune": {**TRAIN, "epochs": 20},
         "distill": {**TRAIN, "epochs": 2},
         "evaluate": {"latency_rounds": 3, "latency_length": 16},
     }
@@ -79,7 +79,7 @@ def test_rows_without_a_label_reach_the_student_alone(finished: tuple[Config, di
     counts = TokenStore(make_store(config)).meta.splits["train"]
     stages = report["stages"]
     assert 0 < counts.labelled_rows < counts.rows
-    assert stages["finetune"]["positions"] == 10 * counts.labelled_rows
+    assert stages["finetune"]["positions"] == 20 * counts.labelled_rows
     assert stages["distill"]["positions"] == 2 * counts.rows
 
 
@@ -179,7 +179,7 @@ def test_the_no_teacher_student_takes_as_many_steps_on_the_labelled_rows(
     asked = config.model_copy(update={"evaluate": EvaluateConfig(no_teacher_baseline=True, latency_rounds=3)})
     report = pipeline.run_all(asked, quiet)
     steps = {stage: summary["steps"] for stage, summary in report["stages"].items()}
-    per_round = -(-steps["finetune"] // 10)
+    per_round = -(-steps["finetune"] // 20)
     assert abs(steps["no-teacher"] - steps["distill"]) <= per_round
     assert report["no_teacher_score"] > 0.5
 
