@@ -4,8 +4,9 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from uuid import uuid4
 
 import psutil
@@ -59,15 +60,20 @@ def connected(config: ClusterConfig) -> Iterator[None]:
 
 def _wait_for_the_end(mark: str) -> None:
     """Ray's workers end a while after it; whatever outlives `END_S` is killed, so that the last line is the last."""
-    left = [process for process in psutil.process_iter() if process.pid != os.getpid() and _carries(process, mark)]
-    _, hanging = psutil.wait_procs(left, timeout=END_S)
-    for process in hanging:
-        process.kill()
+    deadline = time.monotonic() + END_S
+    while left := [process for process in psutil.process_iter() if _carries(process, mark)]:
+        if time.monotonic() > deadline:
+            for process in left:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            return
+        time.sleep(0.1)
 
 
 def _carries(process: psutil.Process, mark: str) -> bool:
+    """Whether a process, other than this one, is of the cluster; what has ended and waits to be reaped is not."""
     try:
-        return bool(process.environ().get(MARK) == mark)
+        return process.pid != os.getpid() and bool(process.environ().get(MARK) == mark)
     except (psutil.Error, OSError):  # another user's, or gone
         return False
 

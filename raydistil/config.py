@@ -123,7 +123,7 @@ class TrainConfig(Section):
     accumulation: Positive = 1
     """Micro-batches per optimizer step and worker."""
     dropout: Share | None = None
-    """While training, hidden and attention alike; None: as in the model's configuration, which keeps its own."""
+    """Of every dropout layer while training; None: as in the model's configuration, which keeps its own."""
     precision: Precision = "float32"
     """Of the matrix products; weights and optimizer stay float32."""
     checkpoint_every_min: Annotated[float, Field(gt=0)] = 10.0
@@ -159,7 +159,7 @@ class DistillConfig(TrainConfig):
 class EvaluateConfig(Section):
     batch_size: Positive = 32
     no_teacher_baseline: bool = False
-    """Also train the same student (same start, batches, steps) on the labels alone, and score it."""
+    """Also train the same student (same start, batch size, number of steps) on the labels alone, and score it."""
     baseline_lr: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of that baseline, tuned as the student's was; None: the student's."""
     latency_length: Positive = 64
@@ -221,6 +221,12 @@ class Config(Section):
     def _buckets_end_at_length(self) -> "Config":
         if any(bucket >= self.tokens.length for bucket in self.tokens.buckets):
             raise ValueError(f"tokens.buckets must lie below tokens.length = {self.tokens.length}")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_are_of_classes(self) -> "Config":
+        if self.task == "mlm" and self.corpus.labelled_share < 1:
+            raise ValueError("corpus.labelled_share is of task classification: leave it out for task mlm")
         return self
 
 

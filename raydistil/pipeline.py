@@ -1,6 +1,7 @@
 """The chain: prepare -> finetune -> distill -> evaluate -> export. Each stage leaves its result in the run's directory
 and is skipped where that is there already, so a run goes on where it stopped."""
 
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +32,7 @@ def finetune(run: Prepared) -> None:
     """Teach the teacher the task (or, with task mlm, the corpus): run_dir/teacher."""
     assert run.config.finetune is not None
     init = resolve(run.config.teacher.model)
-    _train(run, "finetune", run.config.finetune, LABELS_ONLY, init, rundir.TEACHER, with_teacher=False)
+    _train(run, "finetune", run.config.finetune, LABELS_ONLY, init, rundir.TEACHER)
 
 
 def distill(run: Prepared) -> None:
@@ -48,18 +49,29 @@ def _score(spec: EvaluateSpec, candidates: list[Candidate]) -> list[ModelReport]
     return score(spec, candidates)
 
 
-def train_baseline(run: Prepared, lr: float | None) -> None:
-    """The same student (same start, batches, masks, steps) on the labels alone: run_dir/no_teacher.
+def train_baseline(run: Prepared) -> None:
+    """The same student (same start, batch size, masks and number of steps) on the labels alone.
 
-    Where some rows have no label it goes round the others more often, for as many steps.
+    Where some rows have no label it goes round the others more often.
     """
     distill = run.config.distill
     assert distill is not None
-    rounds = 1.0
-    if run.config.task == "classification":
-        rounds = sum(run.store.bucket_rows("train")) / sum(run.store.bucket_rows("train", labelled=True))
-    config = distill.model_copy(update={"lr": lr or distill.lr, "epochs": round(distill.epochs * rounds)})
-    _train(run, "no-teacher", config, LABELS_ONLY, _student_init(run), rundir.NO_TEACHER, with_teacher=False)
+    rows, labelled = (sum(run.store.bucket_rows("train", only)) for only in (False, run.config.task != "mlm"))
+    epochs = math.ceil(distill.epochs * rows / labelled) + 1  # the last of them is cut short
+    config = distill.model_copy(update={"lr": _baseline_lr(run.config), "epochs": epochs})
+    steps = _num_slots(run, _manifest(run, distill, with_teacher=True), distill)
+    name = _no_teacher(run.config)
+    _train(run, name, config, LABELS_ONLY, _student_init(run), name, num_slots=steps)
+
+
+def _baseline_lr(config: Config) -> float:
+    assert config.distill is not None
+    return (config.evaluate and config.evaluate.baseline_lr) or config.distill.lr
+
+
+def _no_teacher(config: Config) -> str:
+    """Its stage and directory: one for each learning rate, so that several can be tried."""
+    return f"{rundir.NO_TEACHER}-{_baseline_lr(config):g}"
 
 
 def _student_init(run: Prepared) -> str:
@@ -76,10 +88,22 @@ def _student_init(run: Prepared) -> str:
     return str(path)
 
 
+def _manifest(run: Prepared, config: TrainConfig, with_teacher: bool) -> Manifest:
+    """All rows where there is a teacher; without one, what has no label cannot be learned from."""
+    labelled = run.config.task == "classification" and not with_teacher
+    rows = run.store.bucket_rows("train", labelled)
+    return Manifest(rows, config.epochs, config.micro_batch_size, run.config.seed)
+
+
+def _num_slots(run: Prepared, manifest: Manifest, config: TrainConfig) -> int:
+    return manifest.padded_to(run.config.cluster.students * config.accumulation)
+
+
 def _train(
-    run: Prepared, stage: str, train_config: TrainConfig, loss: LossConfig, init: str, target: str, with_teacher: bool
-) -> None:
-    """One training run, unless its model is there already."""
+    run: Prepared, stage: str, train_config: TrainConfig, loss: LossConfig, init: str, target: str,
+    with_teacher: bool = False, num_slots: int | None = None,
+) -> None:  # fmt: skip
+    """One training run, unless its model is there already; `num_slots` micro-batches, else every epoch to its end."""
     from raydistil.train import train
 
     if (run.run_dir / target).exists():
@@ -87,21 +111,19 @@ def _train(
         return
     config, cluster = run.config, run.config.cluster
     student_threads, teacher_threads = threads(cluster, with_teacher)
-    labelled = config.task == "classification" and not with_teacher  # what has no label, only a teacher can teach
-    rows = run.store.bucket_rows("train", labelled)
-    manifest = Manifest(rows, train_config.epochs, train_config.micro_batch_size, config.seed)
+    manifest = _manifest(run, train_config, with_teacher)
     masking = config.masking if config.task == "mlm" else None
     teacher = TeacherSpec(run.teacher_dir, config.task, config.teacher.precision, teacher_threads)
     worker = WorkerSpec(
         task=config.task, init=init, tokenizer=resolve(config.teacher.model),
         teacher=run.teacher_dir if with_teacher else None, labels=run.labels, train=train_config, loss=loss,
         seed=config.seed, threads=student_threads, per_epoch=manifest.per_epoch,
-        num_slots=manifest.padded_to(cluster.students * train_config.accumulation),
+        num_slots=num_slots or _num_slots(run, manifest, train_config),
     )  # fmt: skip
     source = SourceSpec(run.store.path, "train", manifest, masking)
     job = TrainRun(stage, source, worker, teacher if with_teacher else None, cluster, run.run_dir)
     summary = train(job, run.run_dir / target)
-    rundir.write_summary(run.run_dir, stage, summary, {"positions": manifest.num_positions})
+    rundir.write_summary(run.run_dir, stage, summary, {"rows": manifest.num_rows, "lr": train_config.lr})
     run.say(_describe(stage, summary))
 
 
@@ -124,7 +146,7 @@ def evaluate(run: Prepared) -> dict[str, Any]:
     config = run.config
     wanted = config.evaluate or EvaluateConfig()
     if wanted.no_teacher_baseline:
-        train_baseline(run, wanted.baseline_lr)
+        train_baseline(run)
     spec = EvaluateSpec(
         config.task, run.store.path, "test", config.masking if config.task == "mlm" else None, run.labels,
         config.teacher.precision, wanted, cores(),
@@ -135,6 +157,8 @@ def evaluate(run: Prepared) -> dict[str, Any]:
     except ray.exceptions.RayTaskError as error:
         raise unwrapped(error) from error
     report = build_report(run, {row.name: row for row in rows})
+    if wanted.no_teacher_baseline:
+        report["stages"]["no-teacher"] = rundir.read_summary(run.run_dir, _no_teacher(config))
     rundir.write_json(run.run_dir / rundir.REPORT, report)
     return report
 
@@ -145,7 +169,7 @@ def _candidates(run: Prepared, config: EvaluateConfig) -> list[Candidate]:
     if run.config.task == "mlm":
         found.append(_candidate(run, "untrained", rundir.STUDENT_INIT, False))
     if config.no_teacher_baseline:
-        found.append(_candidate(run, "no_teacher", rundir.NO_TEACHER, False))
+        found.append(_candidate(run, "no_teacher", _no_teacher(run.config), False))
     return found
 
 
@@ -171,7 +195,7 @@ def build_report(run: Prepared, rows: dict[str, Any]) -> dict[str, Any]:
         "seed": run.config.seed,
         "config_hash": result_hash(run.config),
         "models": [asdict(row) for row in rows.values()],
-        "stages": {stage: rundir.read_summary(run.run_dir, stage) for stage in ("finetune", "distill", "no-teacher")},
+        "stages": {stage: rundir.read_summary(run.run_dir, stage) for stage in ("finetune", "distill")},
     }
     return report
 
@@ -182,7 +206,8 @@ def run_all(config: Config, say: Say) -> dict[str, Any]:
     run = prepare(config, say)
     with cluster(config.cluster, needs(config)):
         report = _stages(run)
-    export(config, run.run_dir, report)
+    if config.distill:
+        export(config, run.run_dir, report)
     report["wall_s"] = round(time.time() - started, 1)
     rundir.write_json(run.run_dir / rundir.REPORT, report)
     return report
@@ -198,11 +223,19 @@ def _stages(run: Prepared) -> dict[str, Any]:
 
 def run_stage(config: Config, stage: str, say: Say) -> dict[str, Any]:
     """One stage of the chain; the ones before it must have left their results."""
+    _check_stage(config, stage)
     run = prepare(config, say)
     if stage == "export":
         return {"student_dir": str(export(config, run.run_dir, rundir.read_report(run.run_dir)))}
     work = {"finetune": finetune, "distill": distill, "evaluate": evaluate}[stage]
-    if stage in ("distill", "evaluate") and not Path(run.teacher_dir).exists():
+    if stage in ("distill", "evaluate") and config.finetune and not Path(run.teacher_dir).exists():
         raise ConfigError(f"expected a fine-tuned teacher at {run.teacher_dir}, found none: run finetune first")
     with cluster(config.cluster, needs(config)):
         return work(run) or {"stage": stage, **(rundir.read_summary(run.run_dir, stage) or {})}
+
+
+def _check_stage(config: Config, stage: str) -> None:
+    """Raise ConfigError for a stage the configuration says nothing of."""
+    needed = {"finetune": config.finetune, "distill": config.distill, "evaluate": config.evaluate}
+    if needed.get(stage, True) is None:
+        raise ConfigError(f"expected a section [{stage}] to run that stage, found none: add it to the file")

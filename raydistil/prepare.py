@@ -14,8 +14,9 @@ from raydistil.corpus import open_corpus
 from raydistil.errors import ConfigError, DataError, ModelError
 from raydistil.models import load_tokenizer, quiet_transformers, resolve
 from raydistil.plan import Need, need_of
-from raydistil.student import check_layers, check_vocabularies
+from raydistil.student import check_family, check_layers, check_vocabularies
 from raydistil.tokens import TokenStore, build_store
+from raydistil.types import Task
 
 Say = Callable[[str], None]
 
@@ -48,7 +49,7 @@ def prepare(config: Config, say: Say) -> Prepared:
     for line in describe_store(store):
         say(line)
     check_store(config, store)
-    return Prepared(config, rundir.claim(config), store, say)
+    return Prepared(config, rundir.claim(config, store.path.name), store, say)
 
 
 def needs(config: Config) -> list[Need]:
@@ -63,12 +64,31 @@ def needs(config: Config) -> list[Need]:
 def check_models(config: Config) -> None:
     """Raise ModelError for a teacher that cannot be loaded or a student that cannot be made from it."""
     shape = _shape(config.teacher.model, "teacher.model")
+    _check_head(config, shape)
+    check_family(config.student, shape.model_type, config.task)
     check_layers(config.student.layers, shape.num_hidden_layers)
     tokenizer = load_tokenizer(config.teacher.model)
     _check_tokenizer(config, shape, tokenizer)
     if config.student.model is not None:
         check_vocabularies(config.teacher.model, config.student.model)
-        _check_widths(config, shape, _shape(config.student.model, "student.model"))
+        student = _shape(config.student.model, "student.model")
+        _check_positions(config, "student", student)
+        _check_widths(config, shape, student)
+
+
+HEADS: dict[Task, tuple[str, ...]] = {
+    "mlm": ("ForMaskedLM", "ForPreTraining"), "classification": ("ForSequenceClassification",),
+}  # fmt: skip
+
+
+def _check_head(config: Config, shape: Any) -> None:
+    """A teacher that is used as it came must have a head: a random one would teach nothing, and differ each time."""
+    kinds = tuple(shape.architectures or ())
+    if not config.finetune and not any(kind.endswith(HEADS[config.task]) for kind in kinds):
+        raise ModelError(
+            f"teacher.model: expected a teacher with a head for task {config.task}, got {', '.join(kinds) or 'none'}: "
+            f"add [finetune] to give it one"
+        )
 
 
 def _shape(model: str, key: str) -> Any:
@@ -87,11 +107,17 @@ def _check_tokenizer(config: Config, shape: Any, tokenizer: PreTrainedTokenizerB
         )
     if config.task == "mlm" and tokenizer.mask_token_id is None:
         raise ModelError("teacher.model: expected a tokenizer with a mask token for task mlm, this one has none")
+    _check_positions(config, "teacher", shape)
+
+
+def _check_positions(config: Config, whose: str, shape: Any) -> None:
     positions = num_positions(shape)
-    if config.tokens.length > positions:
-        raise ConfigError(
-            f"tokens.length: expected at most the teacher's {positions} positions, got {config.tokens.length}"
-        )
+    wanted = {"tokens.length": config.tokens.length}
+    if config.evaluate:
+        wanted["evaluate.latency_length"] = config.evaluate.latency_length
+    for key, length in wanted.items():
+        if length > positions:
+            raise ConfigError(f"{key}: expected at most the {whose}'s {positions} positions, got {length}: lower it")
 
 
 def num_positions(shape: Any) -> int:
@@ -124,6 +150,8 @@ def describe_store(store: TokenStore) -> list[str]:
     lines = list(meta.notes)
     if meta.labels:
         lines.append(f"classes: {', '.join(meta.labels)}")
+        unseen = [label for label in meta.labels if label not in meta.splits["train"].classes]
+        lines += [f"classes without a labelled training row: {', '.join(unseen)}"] if unseen else []
     for split, counts in meta.splits.items():
         left_out = [
             f"{number:,} {what}"
@@ -144,13 +172,15 @@ def check_store(config: Config, store: TokenStore) -> None:
     labelled = config.task == "classification"
     if config.evaluate and not sum(store.bucket_rows("test", labelled)):
         raise DataError(
-            f"expected {'labelled ' * labelled}rows in the test split to evaluate on, found none: raise "
-            f"corpus.test_share, or name files with corpus.test_source"
+            f"expected {'labelled ' * labelled}rows in the test split to evaluate on, found "
+            f"{store.meta.splits['test'].rows:,} rows{' and no label' * labelled}: raise corpus.test_share, or name "
+            f"files with corpus.test_source"
         )
-    if labelled and _trains_on_labels(config) and not sum(store.bucket_rows("train", labelled)):
+    classes = store.meta.splits["train"].classes
+    if labelled and _trains_on_labels(config) and len(classes) < 2:
         raise DataError(
-            "expected labelled rows in the training split to fine-tune on, found none: raise corpus.labelled_share, or "
-            "use a teacher that knows the task and leave [finetune] out"
+            f"expected labelled training rows of at least two classes, found {', '.join(classes) or 'none'}: raise "
+            f"corpus.labelled_share, or leave [finetune] and evaluate.no_teacher_baseline out"
         )
     if config.task == "classification" and not config.finetune:
         _check_classes(_shape(config.teacher.model, "teacher.model"), store.meta.labels)

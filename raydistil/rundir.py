@@ -15,13 +15,13 @@ REPORT = "report.json"
 TEACHER = "teacher"  # fine-tuned
 STUDENT_INIT = "student_init"  # before training
 DISTILLED = "distilled"
-NO_TEACHER = "no_teacher"  # the same student, trained on the labels alone
+NO_TEACHER = "no-teacher"  # the same student, trained on the labels alone; its learning rate follows
 STUDENT = "student"  # exported
 CHECKPOINTS = "checkpoints"  # of the stage that is being trained
 
 
-def claim(config: Config) -> Path:
-    """The run's directory, made if need be.
+def claim(config: Config, data: str) -> Path:
+    """The run's directory, made if need be. `data` stands for the content of its token store.
 
     Raises StorageError if it belongs to a run whose result is defined otherwise.
     """
@@ -29,19 +29,20 @@ def claim(config: Config) -> Path:
     kept = path / CONFIG
     if kept.exists() and _has_results(path):
         before = json.loads(kept.read_text())
-        if before["hash"] != result_hash(config):
+        if before["hash"] != result_hash(config) or before.get("data") != data:
+            changes = _changes(before["config"], config) or "the content of the corpus has changed since"
             raise StorageError(
-                f"expected {path} to be this run's, but it holds another one ({_changes(before['config'], config)}): "
+                f"expected {path} to be this run's, but it holds another one ({changes}): "
                 f"choose another with --set name=..., or remove it"
             )
     path.mkdir(parents=True, exist_ok=True)
-    write_json(kept, {"hash": result_hash(config), "config": config.model_dump(mode="json")})
+    write_json(kept, {"hash": result_hash(config), "data": data, "config": config.model_dump(mode="json")})
     return path
 
 
 def _has_results(path: Path) -> bool:
     """Whether a stage has left anything: a run that failed before is no reason to refuse its mended configuration."""
-    return any((path / name).exists() for name in (TEACHER, STUDENT_INIT, DISTILLED, NO_TEACHER, STUDENT, CHECKPOINTS))
+    return any((path / name).exists() for name in (TEACHER, STUDENT_INIT, DISTILLED, STUDENT, CHECKPOINTS))
 
 
 def _changes(before: dict[str, Any], config: Config) -> str:

@@ -56,6 +56,15 @@ def check_layers(layers: tuple[int, ...], num_layers: int) -> None:
         )
 
 
+def check_family(config: StudentConfig, model_type: str, task: Task) -> None:
+    """Raise ModelError where no student of `config.family` can be made of such a teacher."""
+    if config.family == "distilbert" and config.model is None and (task, model_type) != ("mlm", "bert"):
+        raise ModelError(
+            f"student.family distilbert: expected a BERT with a masked-LM head as teacher, got {model_type} for task "
+            f"{task}: use family same"
+        )
+
+
 def _example(num_layers: int) -> list[int]:
     return list(range(0, num_layers, 2))
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -12,11 +13,13 @@ def show_report(report: dict[str, Any]) -> None:
     console = Console()
     if "models" not in report:
         for key, value in report.items():
-            console.print(f"{key}: {value}", highlight=False)
+            console.print(f"{key}: {value}", markup=False, highlight=False)
         return
     console.print(_models(report))
     if "wall_s" in report:
-        console.print(f"student in {report['student_dir']}, {report['wall_s']:.0f} s in all", highlight=False)
+        console.print(
+            f"student in {report['student_dir']}, {report['wall_s']:.0f} s in all", markup=False, highlight=False
+        )
 
 
 def _models(report: dict[str, Any]) -> Table:
@@ -61,10 +64,10 @@ def show_check(result: dict[str, Any]) -> None:
     for heading in ("key", "value", "from"):
         table.add_column(heading, overflow="fold")
     for row in result["config"]:
-        table.add_row(row["key"], str(row["value"]), row["origin"])
+        table.add_row(row["key"], escape(str(row["value"])), row["origin"])
     console.print(table)
     for example in result["examples"]:
-        console.print(f"[bold]{example['source']}[/bold] {example['label'] or ''}", highlight=False)
+        console.print(f"[bold]{escape(example['source'])}[/bold] {escape(example['label'] or '')}", highlight=False)
         console.print("  " + example["text"], markup=False, highlight=False)
         console.print("  " + " ".join(example["tokens"]), style="dim", markup=False, highlight=False)
     for line in (*result["data"], *result["plan"]):
@@ -76,6 +79,8 @@ def show_doctor(result: dict[str, Any]) -> None:
     console = Console()
     for finding in result["findings"]:
         mark = {"ok": "[green]ok  [/green]", "warn": "[yellow]warn[/yellow]", "bad": "[red]bad [/red]"}
-        console.print(f"{mark[finding['state']]} {finding['what']:<16} {finding['found']}", highlight=False)
+        console.print(
+            f"{mark[finding['state']]} {finding['what']:<16} {escape(str(finding['found']))}", highlight=False
+        )
         if finding["advice"]:
-            console.print(f"     -> {finding['advice']}", highlight=False)
+            console.print(f"     -> {finding['advice']}", markup=False, highlight=False)

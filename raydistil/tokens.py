@@ -46,6 +46,7 @@ class SplitCounts:
     too_unknown: int = 0
     buckets: dict[int, int] = field(default_factory=dict)  # padded length -> rows
     labelled: dict[int, int] = field(default_factory=dict)  # padded length -> rows that have a label; they come first
+    classes: dict[str, int] = field(default_factory=dict)  # class -> rows
 
     @property
     def labelled_rows(self) -> int:
@@ -180,6 +181,7 @@ class _Writer:
         counts.buckets[bucket] = counts.buckets.get(bucket, 0) + 1
         if label != IGNORE:
             counts.labelled[bucket] = counts.labelled.get(bucket, 0) + 1
+            counts.classes[self._labels[label]] = counts.classes.get(self._labels[label], 0) + 1
         if split == "train":
             np.add.at(self._token_counts, block, 1)
         if (split, bucket) not in self._files:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -45,6 +46,13 @@ def write_config(folder: Path, teacher: str, corpus: Path) -> Path:
     return path
 
 
+def without(config: Path, section: str) -> Path:
+    """A copy of `config` that lacks `section`."""
+    path = config.with_name(f"without-{section}.toml")
+    path.write_text(re.sub(rf"\[{section}\][^\[]*", "", config.read_text()))
+    return path
+
+
 @pytest.fixture
 def config(tmp_path: Path, tiny_teacher: str, corpus_file: Path) -> Path:
     return write_config(tmp_path, tiny_teacher, corpus_file)
@@ -74,6 +82,8 @@ def complaint(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("tokens.length=4096", "expected at most the teacher's 64 positions, got 4096"),
         ("cluster.students=1000", "1000 students x 1"),
         ("cluster.teacher_gpus=1", "GPUs"),
+        ("student.family=distilbert", "student.family distilbert: expected a BERT with a masked-LM head"),
+        ("evaluate.latency_length=65", "evaluate.latency_length: expected at most the teacher's 64 positions, got 65"),
         ("nonsense", "--set expects section.key=value"),
     ],
 )
@@ -121,6 +131,23 @@ def test_a_student_with_another_vocabulary_is_refused(
 def test_unknown_commands_and_missing_files(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "No such command" in complaint(capfd, "distil")
     assert "expected a TOML file, found none" in complaint(capfd, "run", str(tmp_path / "none.toml"))
+
+
+def test_a_teacher_without_the_head_is_refused_unless_it_is_taught(
+    capfd: pytest.CaptureFixture[str], config: Path
+) -> None:
+    message = complaint(capfd, "check", str(without(config, "finetune")))
+    assert "expected a teacher with a head for task classification, got BertForMaskedLM: add [finetune]" in message
+
+
+def test_a_stage_the_configuration_says_nothing_of(capfd: pytest.CaptureFixture[str], config: Path) -> None:
+    message = complaint(capfd, "evaluate", str(without(config, "evaluate")))
+    assert "expected a section [evaluate] to run that stage, found none" in message
+
+
+def test_a_labelled_share_is_of_classes(capfd: pytest.CaptureFixture[str], config: Path) -> None:
+    overrides = ["--set", "task=mlm", "--set", "corpus.labelled_share=0.5"]
+    assert "corpus.labelled_share is of task classification" in complaint(capfd, "check", str(config), *overrides)
 
 
 def test_check_and_doctor_print_one_json_object(capfd: pytest.CaptureFixture[str], config: Path) -> None:

@@ -79,8 +79,8 @@ def test_rows_without_a_label_reach_the_student_alone(finished: tuple[Config, di
     counts = TokenStore(make_store(config)).meta.splits["train"]
     stages = report["stages"]
     assert 0 < counts.labelled_rows < counts.rows
-    assert stages["finetune"]["positions"] == 20 * counts.labelled_rows
-    assert stages["distill"]["positions"] == 2 * counts.rows
+    assert stages["finetune"]["rows"] == counts.labelled_rows
+    assert stages["distill"]["rows"] == counts.rows
 
 
 def test_the_student_loads_with_transformers_alone(finished: tuple[Config, dict[str, Any]]) -> None:
@@ -105,6 +105,8 @@ def test_another_runs_directory_is_refused(finished: tuple[Config, dict[str, Any
     config, _ = finished
     with pytest.raises(StorageError, match="seed: 0 there, 1 here"):
         pipeline.prepare(config.model_copy(update={"seed": 1}), quiet)
+    with pytest.raises(StorageError, match="the content of the corpus has changed since"):
+        rundir.claim(config, "other rows")
     placed = config.model_copy(update={"cluster": config.cluster.model_copy(update={"teachers": (1, 2)})})
     pipeline.prepare(placed, quiet)
 
@@ -176,12 +178,17 @@ def test_the_no_teacher_student_takes_as_many_steps_on_the_labelled_rows(
     finished: tuple[Config, dict[str, Any]], ray_cluster: None
 ) -> None:
     config, _ = finished
-    asked = config.model_copy(update={"evaluate": EvaluateConfig(no_teacher_baseline=True, latency_rounds=3)})
+    wanted = EvaluateConfig(no_teacher_baseline=True, latency_rounds=3, latency_length=16)
+    asked = config.model_copy(update={"evaluate": wanted})
     report = pipeline.run_all(asked, quiet)
-    steps = {stage: summary["steps"] for stage, summary in report["stages"].items()}
-    per_round = -(-steps["finetune"] // 20)
-    assert abs(steps["no-teacher"] - steps["distill"]) <= per_round
+    stages = report["stages"]
+    assert stages["no-teacher"]["steps"] == stages["distill"]["steps"]
+    assert stages["no-teacher"]["rows"] == stages["finetune"]["rows"]
     assert report["no_teacher_score"] > 0.5
+    other = wanted.model_copy(update={"baseline_lr": 1e-6})
+    again = pipeline.run_all(asked.model_copy(update={"evaluate": other}), quiet)
+    assert again["stages"]["no-teacher"]["lr"] == 1e-6
+    assert again["no_teacher_score"] < report["no_teacher_score"]
 
 
 @pytest.mark.slow
