@@ -15,10 +15,12 @@ from raydistil.tokens import TokenStore
 from raydistil.types import StepMetrics
 
 TRAIN = {"micro_batch_size": 8, "lr": 3e-3}
-LANGUAGE_MODEL: dict[str, Any] = {"task": "mlm", "tokens": {"length": 32, "buckets": []}, "finetune": None}
+LANGUAGE_MODEL: dict[str, Any] = {
+    "task": "mlm", "corpus": {"labelled_share": 1.0}, "tokens": {"length": 32, "buckets": []}, "finetune": None,
+}  # fmt: skip
 
 
-def config_for(folder: Path, teacher: str, corpus: Path, **changes: Any) -> Config:
+def config_for(folder: Path, teacher: str, corpus: Path, /, **changes: Any) -> Config:
     tree: dict[str, Any] = {
         "name": "tiny",
         "output_dir": str(folder),
