@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from raydistil.cluster import check_before_start
+from raydistil.cluster import address_of, check_before_start
 from raydistil.config import Config, explain, load_config, read_toml
 from raydistil.corpus import open_corpus
 from raydistil.errors import DataError
@@ -66,7 +66,7 @@ def _examples(config: Config, rows: list[TextRow]) -> list[dict[str, Any]]:
 def _plan(config: Config) -> list[str]:
     """How the run would be laid out here."""
     student_threads, teacher_threads = threads(config.cluster, with_teacher=config.distill is not None)
-    where = config.cluster.address or f"a local cluster of {local_cpus()} logical CPUs on {cores()} cores"
+    where = address_of(config.cluster) or f"a local cluster of {local_cpus()} logical CPUs on {cores()} cores"
     lines = [f"on {where}, {torch.cuda.device_count()} GPUs"]
     lines += [need.arithmetic() for need in needs(config)]
     return [*lines, f"threads: {student_threads} for a student, {teacher_threads} for a teacher"]

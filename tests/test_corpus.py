@@ -49,6 +49,12 @@ def test_a_bad_line_of_jsonl_is_named(tmp_path: Path, line: bytes, expected: str
     assert message.startswith(f"{path}:2: {expected}")
 
 
+def test_numbers_of_a_column_that_lacks_some_are_classes(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": ["a", "b", "c"], "label": [1.0, None, float("nan")]}), path)
+    assert [row.label for row in read(path, labelled=True)] == ["1", None, None]
+
+
 @pytest.mark.parametrize("value", [1.5, ["a"], {}])
 def test_a_label_is_text_or_a_whole_number(tmp_path: Path, value: Any) -> None:
     path = jsonl(tmp_path / "x.jsonl", {"text": "one", "label": "a"}, {"text": "two", "label": value})
@@ -309,11 +315,15 @@ def test_minus_1_of_a_named_class_is_no_label(tmp_path: Path, hub_cache: None) -
     import datasets
 
     features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"]))
-    for split, labels in (("train", [0, 1]), ("test", [-1, -1])):
+    for split, labels in (("train", [0, -1]), ("test", [-1, -1]), ("validation", [1, 0])):
         rows = {"text": [f"{split} {n}" for n in range(2)], "label": labels}
         datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "set" / f"{split}.parquet")
-    rows_read = read(tmp_path / "set", labelled=True, validation_share=0)
-    assert [row.label for row in rows_read] == ["0", "1", None, None]
+    opened = open_corpus(CorpusConfig(source=str(tmp_path / "set"), validation_share=0), labelled=True)
+    assert [(row.text, row.label, row.split) for row in opened.rows()] == [
+        ("train 0", "0", "train"), ("train 1", None, "train"),
+        ("validation 0", "1", "test"), ("validation 1", "0", "test"),
+    ]  # fmt: skip
+    assert opened.notes[-1] == "the test split has no labels: the validation split is scored in its place"
 
 
 def test_a_data_set_without_training_rows(tmp_path: Path, hub_cache: None) -> None:

@@ -37,6 +37,15 @@ class Corpus:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Which columns hold the text and, for labelled data, the class."""
+
+    text: str
+    label: str | None
+    no_label: int | None = None  # a class number that stands for none, beside null and an empty cell
+
+
 def open_corpus(config: CorpusConfig, labelled: bool) -> Corpus:
     """The corpus `config` names.
 
@@ -154,6 +163,25 @@ def _hash_files(paths: dict[Split, list[Path]], settings: Any) -> str:
 
 
 def _open_hub(config: CorpusConfig, labelled: bool) -> Corpus:
+    loaded = _load_hub(config)
+    columns, notes = _choose_columns(config, loaded["train"][0], f"{config.source}[train]", labelled)
+    if columns.label and hasattr(loaded["train"].features.get(columns.label), "int2str"):  # a ClassLabel
+        columns = replace(columns, no_label=-1)
+    parts, split_notes = _hub_splits(loaded, columns)
+    shares = {f"{split}_share": 0.0 for split in ("validation", "test") if split in loaded}
+    shared = config.model_copy(update=shares)  # a split of its own needs no share of the training rows
+
+    def rows() -> Iterator[TextRow]:
+        for split, part in parts.items():
+            records = ((f"{config.source}[{split}]:{n}", row) for n, row in enumerate(part, 1))
+            yield from _to_rows(records, columns, shared, None if split == "train" else split)
+
+    fingerprints = {split: part._fingerprint for split, part in parts.items()}
+    return Corpus(rows, digest([fingerprints, columns, config.model_dump(mode="json")]), notes + split_notes)
+
+
+def _load_hub(config: CorpusConfig) -> Any:
+    """A `datasets.DatasetDict` with rows to train on."""
     import datasets  # seconds to import, and only needed here
 
     try:
@@ -166,31 +194,22 @@ def _open_hub(config: CorpusConfig, labelled: bool) -> Corpus:
         ) from error
     if not len(loaded.get("train", ())):
         raise DataError(f"{config.source}: expected rows in a split named train, found {dict(loaded.num_rows)}")
-    columns, notes = _choose_columns(config, loaded["train"][0], f"{config.source}[train]", labelled)
-    if columns.label and isinstance(loaded["train"].features.get(columns.label), datasets.ClassLabel):
-        columns = replace(columns, no_label=-1)
-    shares = {f"{split}_share": 0.0 for split in ("validation", "test") if split in loaded}
-    shared = config.model_copy(update=shares)  # a split of its own needs no share of the training rows
+    return loaded
 
-    def rows() -> Iterator[TextRow]:
-        for split in SPLITS:
-            records = ((f"{config.source}[{split}]:{n}", row) for n, row in enumerate(loaded.get(split, ()), 1))
-            yield from _to_rows(records, columns, shared, None if split == "train" else split)
 
-    fingerprints = {split: part._fingerprint for split, part in loaded.items()}
-    return Corpus(rows, digest([fingerprints, columns, config.model_dump(mode="json")]), notes)
+def _hub_splits(loaded: Any, columns: Columns) -> tuple[dict[Split, Any], tuple[str, ...]]:
+    """What each split is made of, and what to say of it. GLUE keeps the labels of its test splits to itself."""
+    parts: dict[Split, Any] = {split: loaded[split] for split in SPLITS if split in loaded}
+    others = sorted(set(loaded) - set(parts))
+    notes = (f"splits left out: {', '.join(others)}",) if others else ()
+    withheld = columns.no_label is not None and "test" in parts and set(parts["test"].unique(columns.label)) == {-1}
+    if withheld and "validation" in parts:
+        parts["test"] = parts.pop("validation")
+        notes += ("the test split has no labels: the validation split is scored in its place",)
+    return parts, notes
 
 
 # ---- columns and rows
-
-
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """Which columns hold the text and, for labelled data, the class."""
-
-    text: str
-    label: str | None
-    no_label: int | None = None  # a class number that stands for none, beside null and an empty cell
 
 
 def _choose_columns(
@@ -254,8 +273,10 @@ def _label(record: dict[str, Any], columns: Columns, where: str) -> str | None:
     """The class, or None for a row that has none: only a teacher can say what it is."""
     assert columns.label is not None
     value = _cell(record, columns.label, where, "label")
-    if value is None or value == "" or (columns.no_label is not None and value == columns.no_label):
+    if value is None or value == "" or value != value or (columns.no_label is not None and value == columns.no_label):
         return None
+    if isinstance(value, float) and value.is_integer():  # whole numbers in a column that lacks some
+        value = int(value)
     if isinstance(value, bool | int | str):
         return _text(str(value), columns.label, where)
     raise DataError(f"{where}: expected a class as text or whole number, or null, got {value!r}: mend the row")
