@@ -201,7 +201,7 @@ def _hub_splits(loaded: Any, columns: Columns) -> tuple[dict[Split, Any], tuple[
     """What each split is made of, and what to say of it. GLUE keeps the labels of its test splits to itself."""
     parts: dict[Split, Any] = {split: loaded[split] for split in SPLITS if split in loaded}
     others = sorted(set(loaded) - set(parts))
-    notes = (f"splits left out: {', '.join(others)}",) if others else ()
+    notes: tuple[str, ...] = (f"splits left out: {', '.join(others)}",) if others else ()
     withheld = columns.no_label is not None and "test" in parts and set(parts["test"].unique(columns.label)) == {-1}
     if withheld and "validation" in parts:
         parts["test"] = parts.pop("validation")
