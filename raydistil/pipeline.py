@@ -143,8 +143,8 @@ def _describe(stage: str, summary: Any) -> str:
 
 def evaluate(run: Prepared) -> dict[str, Any]:
     """Score teacher, student and whatever was asked to stand beside them; returns the report and writes it."""
-    config = run.config
-    wanted = config.evaluate or EvaluateConfig()
+    config, wanted = run.config, run.config.evaluate
+    assert wanted is not None
     if wanted.no_teacher_baseline:
         train_baseline(run)
     spec = EvaluateSpec(
