@@ -28,7 +28,7 @@ from raydistil.types import IGNORE, SPLITS, Split, TextRow
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 2  # raise when the layout of a store changes
+FORMAT = 3  # raise when the layout of a store changes
 TEXTS_AT_ONCE = 512
 ROWS_PER_BATCH = 4096
 
