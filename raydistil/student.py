@@ -21,7 +21,7 @@ from transformers import (
 
 from raydistil.config import StudentConfig
 from raydistil.errors import ModelError
-from raydistil.models import load_model, load_tokenizer, mlm_head
+from raydistil.models import load_model, load_tokenizer, vocabulary_head
 from raydistil.tokens import tokenizer_hash
 from raydistil.types import Task
 
@@ -90,7 +90,7 @@ def build_student(teacher: PreTrainedModel, config: StudentConfig, task: Task) -
         check_layers(config.layers, teacher.config.num_hidden_layers)
         student = _from_layers(teacher, config, task)
     if task == "mlm":
-        mlm_head(student)
+        vocabulary_head(student)
     return student
 
 

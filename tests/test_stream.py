@@ -20,67 +20,6 @@ from raydistil.stream import build_stream, execution_options
 from raydistil.tokens import TokenStore, build_store
 from raydistil.types import IGNORE, TeacherTargets, TokenBatch
 
-CLUSTER = ClusterConfig()
-
-
-def mlm_source(folder: Path, teacher: str, rows: int = 240, epochs: int = 2) -> SourceSpec:
-    path = write_jsonl(folder / "corpus.jsonl", sentences(rows))
-    corpus = open_corpus(CorpusConfig(source=str(path)), labelled=False)
-    store = build_store(corpus, load_tokenizer(teacher), TokensConfig(length=32), labelled=False)
-    manifest = Manifest(TokenStore(store).bucket_rows("train"), epochs, 8, seed=3)
-    return SourceSpec(store, "train", manifest, MaskingConfig())
-
-
-def class_source(folder: Path, teacher: str) -> SourceSpec:
-    path = write_jsonl(folder / "labelled.jsonl", sentences(240))
-    corpus = open_corpus(CorpusConfig(source=str(path)), labelled=True)
-    tokens = TokensConfig(length=48, buckets=(16, 32))
-    store = build_store(corpus, load_tokenizer(teacher), tokens, labelled=True)
-    manifest = Manifest(TokenStore(store).bucket_rows("train"), 1, 8, seed=3)
-    return SourceSpec(store, "train", manifest, None)
-
-
-def streamed(source: SourceSpec, teacher: TeacherSpec | None, ledger: Ledger = Ledger()) -> list:  # noqa: B008
-    total = source.manifest.num_micro_batches
-    dataset = build_stream(source, total, ledger, teacher, CLUSTER)
-    dataset.context.execution_options = execution_options(CLUSTER)
-    return list(dataset.iter_batches(batch_size=1, batch_format="pyarrow"))
-
-
-def gradients(student: HeadedEncoder, batch: TokenBatch, targets: TeacherTargets, head) -> dict[str, torch.Tensor]:
-    student.zero_grad()
-    ids_BL, mask_BL = on_device(batch, torch.device("cpu"))
-    labels_T = torch.from_numpy(batch.labels_BL.astype("int64"))[mask_BL]
-    at_T = labels_T != IGNORE
-    hidden_TD, logits = student(ids_BL, mask_BL, at_T)
-    with torch.no_grad():
-        teacher_logits = head(targets.hidden_TD[at_T])
-    inputs = LossInputs(logits, labels_T[at_T], hidden_TD, teacher_logits, targets.hidden_TD)
-    combined(inputs, LossConfig()).loss.backward()
-    return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
-
-
-def test_streamed_gradients_equal_in_process_ones(ray_cluster: None, tiny_teacher: str, tmp_path: Path) -> None:
-    source = mlm_source(tmp_path, tiny_teacher)
-    rows = streamed(source, TeacherSpec(tiny_teacher, "mlm", "float32", 1))
-    teacher = HeadedEncoder(load_model(tiny_teacher, "mlm"), "mlm", "float32").eval()
-    student = HeadedEncoder(load_model(tiny_teacher, "mlm"), "mlm", "float32").train()
-    made = MicroBatches(source)
-    for index in (0, 7, len(rows) - 1):
-        streamed_batch = wire.batch_of(rows[index])
-        device = torch.device("cpu")
-        through = hidden.decode(wire.targets_of(rows[index]), streamed_batch.num_tokens, 8, device)
-        batch = made.make(index)
-        with torch.inference_mode():
-            direct_wire = hidden.encode(*teacher(*on_device(batch, device), None))
-        direct = hidden.decode(direct_wire, batch.num_tokens, 8, device)
-        head = mlm_head(teacher.model)
-        got, expected = gradients(student, streamed_batch, through, head), gradients(student, batch, direct, head)
-        assert expected
-        for name, gradient in expected.items():
-            assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
-
-
 def test_every_micro_batch_once_in_order_by_one_teacher(ray_cluster: None, tiny_teacher: str, tmp_path: Path) -> None:
     source = mlm_source(tmp_path, tiny_teacher, epochs=3)
     rows = streamed(source, TeacherSpec(tiny_teacher, "mlm", "float32", 1))

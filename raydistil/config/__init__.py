@@ -13,15 +13,13 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from raydistil.config.loss import LossConfig
+from raydistil.config.section import Beta, Positive, Section, Share
 from raydistil.errors import ConfigError
 from raydistil.types import Precision, Task
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _ascending(ends: tuple[int, int]) -> tuple[int, int]:
@@ -31,12 +29,6 @@ def _ascending(ends: tuple[int, int]) -> tuple[int, int]:
 
 
 FewestMost = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
-
-
-class Section(BaseModel):
-    """Frozen; no unknown keys; docstrings stand under the fields."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class CorpusConfig(Section):
@@ -132,28 +124,26 @@ class TrainConfig(Section):
     """Plain DeepSpeed keys, merged over the generated ones; `check` shows the outcome."""
 
 
-class LossConfig(Section):
-    """Weights of the terms: loss = kd * KD + task * CE + cosine * (1 - cos)."""
+class TargetsConfig(Section):
+    """How what the teacher says crosses the wire. Classes have few logits: there `hidden` ships them as they are."""
 
-    kd: Annotated[float, Field(ge=0)] = 5.0
-    """Soft labels: T^2 KL(teacher || student) (Hinton et al. 2015)."""
-    temperature: Annotated[float, Field(gt=0)] = 2.0
-    task: Annotated[float, Field(ge=0)] = 2.0
-    """Cross-entropy with the data's own labels: classes, or the masked tokens."""
-    cosine: Annotated[float, Field(ge=0)] = 1.0
-    """1 - cos of the last hidden states (Sanh et al. 2019)."""
-    kd_positions: Literal["masked", "all"] = "masked"
-    """Where the MLM soft labels are compared: the masked tokens, or every token that is not padding (DistilBERT)."""
-
-    @model_validator(mode="after")
-    def _something_to_learn(self) -> "LossConfig":
-        if not (self.kd or self.task or self.cosine):
-            raise ValueError("expected at least one of kd, task and cosine above 0")
-        return self
+    codec: Literal["hidden", "logits", "topk", "sampled"] = "hidden"
+    """Soft labels: made of the last hidden state on the student's side, or fp16 logits, the largest, or draws."""
+    top_k: Positive = 32
+    num_draws: Annotated[int, Field(ge=1, le=65_535)] = 50
+    states: Literal["fp16", "bf16", "int8"] = "fp16"
+    """Format of the hidden states."""
 
 
 class DistillConfig(TrainConfig):
     loss: LossConfig = LossConfig()
+    targets: TargetsConfig = TargetsConfig()
+
+    @model_validator(mode="after")
+    def _sparse_labels_have_one_divergence(self) -> "DistillConfig":
+        if self.targets.codec in ("topk", "sampled") and self.loss.divergence != "forward_kl":
+            raise ValueError(f"targets.codec {self.targets.codec} goes with loss.divergence forward_kl only")
+        return self
 
 
 class EvaluateConfig(Section):
