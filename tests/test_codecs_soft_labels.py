@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raydistil.codecs.soft_labels import HEADER_BYTES, Dense, Logits, Sampled, SoftLabelCodec, Sparse, TopK
+from raydistil.codecs.soft_labels import HEADER_BYTES, Dense, Logits, Sampled, SoftLabelCodec, Sparse, TopK, _draw
 from raydistil.errors import ConfigError, ModelError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -123,14 +123,17 @@ def test_draws_are_unbiased_and_independent(over: str) -> None:
     assert (shares[:, 4] == 0).all()
 
 
-def test_draws_find_what_float32_sums_would_lose() -> None:
-    """Half of the mass lies in 200,000 classes of 2.5e-6 each, after one that holds the other half."""
-    logits_1C = torch.zeros(1, 200_001)
-    logits_1C[0, 0] = math.log(200_000)
-    shares_NC = dense(round_trip(Sampled(4000), logits_1C), 200_001)
-    assert abs(shares_NC[0, 0].item() - 0.5) < 5 * math.sqrt(0.25 / 4000)
-    middle = shares_NC[0, 1:].nonzero().double().mean().item() / 200_000
-    assert abs(middle - 0.5) < 5 * math.sqrt(1 / 12 / 2000)
+def test_the_ends_of_the_unit_interval_draw_no_impossible_class() -> None:
+    """Two classes of one half between two of 0: from 0 on it is the first of them, from 0.5 on the second."""
+    uniforms_NR = torch.tensor([[0.0, 0.5 - 2**-53, 0.5, 1 - 2**-53]], dtype=torch.float64)
+    assert _draw(torch.tensor([[-1e4, 0.0, 0.0, -1e4]]), 1.0, uniforms_NR).tolist() == [[1, 1, 2, 2]]
+
+
+def test_draws_tell_classes_apart_that_float32_would_not() -> None:
+    """After a class of nearly all the mass come four of 2^-30; from the middle of each of them it is drawn."""
+    logits_NC = torch.tensor([[0.0] + 4 * [-30 * math.log(2)]])
+    middles_R = 1 + (torch.arange(4, dtype=torch.float64) + 0.5) * 2**-30
+    assert _draw(logits_NC, 1.0, middles_R[None] / (1 + 4 * 2**-30)).tolist() == [[1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize(("classes", "id_bytes"), [(65_536, 2), (65_537, 4)])
