@@ -99,6 +99,12 @@ def test_states_in_one_byte_are_multiples_of_the_tokens_own_step() -> None:
     assert torch.allclose(round_trip(states_TD, "int8"), expected_TD, rtol=1e-6, atol=0)
 
 
+def test_a_token_of_zeros_has_a_step_to_divide_by() -> None:
+    """0 / 0 is no number, and what a cast to int8 makes of one is the machine's choice."""
+    smallest = np.float32(np.finfo(np.float32).tiny)
+    assert encode_states(torch.zeros(1, 3), "int8") == smallest.tobytes() + bytes(3)
+
+
 @pytest.mark.parametrize(
     ("dtype", "bert_base", "minilm"), [("fp16", 1536, 768), ("bf16", 1536, 768), ("int8", 772, 388)]
 )
