@@ -35,7 +35,7 @@ def student_rows(student: PreTrainedModel, batch: TokenBatch, given: dict[int, T
 
 
 def triple(rows: Rows, student: PreTrainedModel, teacher: PreTrainedModel, config: LossConfig, last: int) -> Tensor:
-    """DistilBERT (Sanh et al. 2019): 5 T^2 KL, batchmean over the selected tokens, + 2 CE on the masked ones + 1 - cos."""
+    """DistilBERT (Sanh et al. 2019): 5 T^2 KL, batchmean over selected tokens, + 2 CE of the masked + 1 - cos."""
     hidden_s, hidden_t = torch.cat([row[0][-1] for row in rows]), torch.cat([row[1][last] for row in rows])
     labels = torch.cat([row[2] for row in rows])
     selected = labels != IGNORE if config.kd_positions == "masked" else torch.ones_like(labels, dtype=torch.bool)
@@ -51,7 +51,9 @@ def triple(rows: Rows, student: PreTrainedModel, teacher: PreTrainedModel, confi
 
 def hidden_mse(rows: Rows, pairs: list[tuple[int, int]]) -> Tensor:
     """TinyBERT: sum over layers of MSE(H_s, H_t)."""
-    return sum(F.mse_loss(*(torch.cat([row[side][n] for row in rows]) for side, n in ((0, s), (1, t)))) for t, s in pairs)
+    return sum(
+        F.mse_loss(*(torch.cat([row[side][n] for row in rows]) for side, n in ((0, s), (1, t)))) for t, s in pairs
+    )
 
 
 def patient(rows: Rows, pairs: list[tuple[int, int]]) -> Tensor:

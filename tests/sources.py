@@ -33,7 +33,10 @@ def class_source(folder: Path, teacher: str) -> SourceSpec:
 
 
 def streamed(
-    source: SourceSpec, teacher: TeacherSpec | None, ledger: Ledger = Ledger(), total: int | None = None  # noqa: B008
+    source: SourceSpec,
+    teacher: TeacherSpec | None,
+    ledger: Ledger = Ledger(),
+    total: int | None = None,
 ) -> list:
     """The micro-batches of a stream (the first `total` of the manifest) as one-row tables."""
     total = total or source.manifest.num_micro_batches

@@ -4,7 +4,7 @@ The reference (`reference.py`) is written from the papers' formulas, runs one ro
 the targets as the wire rounded them. Dropout 0, one thread, float32.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -142,7 +142,7 @@ SoftLabelCodec = Logits | TopK | Sampled
 
 
 def _checked(logits_NC: Tensor) -> Tensor:
-    """The same. Raises ModelError where a logit is infinite (a single -inf is a class that cannot be) or no number."""
+    """The same. Raises ModelError for nan and inf, and a place that is -inf throughout: such have no softmax."""
     largest_N = logits_NC.amax(-1)
     if not torch.isfinite(largest_N).all():
         raise ModelError(
@@ -174,8 +174,8 @@ def _uniforms(logits_NC: Tensor, num_draws: int, key: int) -> Tensor:
 def _draw(logits_NC: Tensor, temperature: float, uniforms_NR: Tensor) -> Tensor:
     """int64 [N, R]: the classes where the uniform numbers fall on the running sum of the probabilities.
 
-    The sum is float64: in float32 it loses every probability under 6e-8 and gains 1e-4 on the way. Numbers are below
-    1, and the first entry *above* one is taken, so no class of probability 0 is ever drawn.
+    The sum is float64: in float32 its entries are 6e-8 apart near 1, and a class of less is drawn for its neighbours
+    or never. Numbers are below 1, and the first entry *above* one is taken, so a class of probability 0 is not drawn.
     """
     sums_NC = _probabilities(logits_NC, temperature).double().cumsum_(-1)
     return torch.searchsorted(sums_NC, uniforms_NR * sums_NC[:, -1:], right=True)
