@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
 )
+from transformers.pytorch_utils import Conv1D
 
 from raydistil.attention import attention_of
 from raydistil.errors import ModelError
@@ -161,9 +162,8 @@ def test_queries_keys_and_values_are_those_of_the_layer(family: str) -> None:
     ids_BL, mask_BL = tiny.ids(rows=1)
     made: list[torch.Tensor] = []
     layer = transformer_layers(model)[3]
-    hooks = [
-        part.register_forward_hook(lambda *a: made.append(a[2])) for part in layer.modules() if isinstance(part, linear)
-    ]
+    linears = [part for part in layer.modules() if isinstance(part, (torch.nn.Linear, Conv1D))]
+    hooks = [part.register_forward_hook(lambda *given: made.append(given[2])) for part in linears]
     with torch.no_grad():
         states, _ = HeadedEncoder(model, "mlm", "float32")(ids_BL, mask_BL, (3,))
         during = torch.cat([out[0] for out in made if out.shape[1] == 9], -1)

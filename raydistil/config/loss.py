@@ -76,6 +76,24 @@ class ScheduleConfig(Section):
         return self
 
 
+class SchedulesConfig(Section):
+    """By term; what is left out stays as it is."""
+
+    kd: ScheduleConfig | None = None
+    task: ScheduleConfig | None = None
+    cosine: ScheduleConfig | None = None
+    hidden: ScheduleConfig | None = None
+    pkd: ScheduleConfig | None = None
+    attention: ScheduleConfig | None = None
+    minilm: ScheduleConfig | None = None
+    triplet: ScheduleConfig | None = None
+    contrastive: ScheduleConfig | None = None
+
+    def of(self, term: TermName) -> ScheduleConfig | None:
+        found: ScheduleConfig | None = getattr(self, term)
+        return found
+
+
 class LossConfig(Section):
     """A sum of weighted terms; each is logged apart and unweighted."""
 
@@ -105,14 +123,14 @@ class LossConfig(Section):
     triplet: TripletConfig | None = None
     contrastive: ContrastiveConfig | None = None
     """Supervised contrastive loss (Khosla et al. 2020)."""
-    schedule: dict[TermName, ScheduleConfig] = Field(default_factory=dict)
+    schedule: SchedulesConfig = SchedulesConfig()
     """Factors on the weights over the run, by term."""
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> "LossConfig":
         if not any(self.weights().values()):
             raise ValueError(f"expected at least one of {', '.join(TERMS)} with a weight above 0")
-        idle = [name for name in self.schedule if not self.weights()[name]]
+        idle = [name for name, weight in self.weights().items() if self.schedule.of(name) and not weight]
         if idle:
             raise ValueError(f"schedule.{idle[0]}: expected a schedule of a term that has a weight")
         return self

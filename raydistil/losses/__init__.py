@@ -26,7 +26,7 @@ def weights_at(config: LossConfig, progress: float) -> Weights:
 
 
 def _factor(config: LossConfig, name: TermName, progress: float) -> float:
-    schedule = config.schedule.get(name)
+    schedule = config.schedule.of(name)
     if schedule is None:
         return 1.0
     if schedule.linear is not None:
