@@ -54,20 +54,23 @@ def test_every_table_has_the_one_schema(made: list[TokenBatch]) -> None:
 
 
 @given(batches(), st.binary(min_size=1, max_size=50), st.binary(max_size=50))
-def test_targets_come_back_as_they_were(batch: TokenBatch, hidden: bytes, logits: bytes) -> None:
-    table = wire.with_targets(wire.table_of([batch]), {"hidden": hidden, "logits": logits}, TIMING)
+def test_targets_come_back_as_they_were(batch: TokenBatch, states: bytes, soft_labels: bytes) -> None:
+    table = wire.with_targets(wire.table_of([batch]), {"states": states, "soft_labels": soft_labels}, TIMING)
     assert table.schema == wire.TARGETS
     assert same(wire.batch_of(table), batch)
     targets = wire.targets_of(table)
     assert targets is not None
-    assert {name: buffer.to_pybytes() for name, buffer in targets.items()} == {"hidden": hidden, "logits": logits}
+    assert {name: buffer.to_pybytes() for name, buffer in targets.items()} == {
+        "states": states,
+        "soft_labels": soft_labels,
+    }
     assert wire.timing_of(table, 7) == TeacherTiming("actor-1", 10.5, 11.25, 7)
 
 
 @given(st.lists(batches(), min_size=2, max_size=4))
 def test_tables_of_any_widths_can_be_joined(made: list[TokenBatch]) -> None:
     """Ray Data joins and cuts blocks as it likes."""
-    columns = {"hidden": b"h", "logits": b""}
+    columns = {"states": b"h", "soft_labels": b""}
     whole = pa.concat_tables(wire.with_targets(wire.table_of([batch]), columns, TIMING) for batch in made)
     for table in (whole, whole.combine_chunks()):
         assert all(same(wire.batch_of(table.slice(n, 1)), batch) for n, batch in enumerate(made))
