@@ -57,6 +57,21 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
     return "" if value is None else f"{value:{form}}{unit}"
 
 
+def show_losses(result: dict[str, Any]) -> None:
+    """Time and memory of both sides, a line each width and precision."""
+    title = f"KD and cross-entropy, {result['positions']:,} positions x {result['vocabulary']:,}, {result['device']}"
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
+    for heading in ("width", "precision", "plain", "chunked", "faster", "plain peak", "chunked peak", "memory"):
+        table.add_column(heading, justify="right")
+    for row in result["rows"]:
+        table.add_row(
+            str(row["width"]), row["precision"], f"{row['plain_s']:.2f} s", f"{row['chunked_s']:.2f} s",
+            f"{row['speedup']:.2f}x", f"{row['plain_peak_mib']:,.0f} MiB", f"{row['chunked_peak_mib']:,.0f} MiB",
+            f"{row['memory_share']:.2f}",
+        )  # fmt: skip
+    Console().print(table)
+
+
 def show_check(result: dict[str, Any]) -> None:
     """Configuration with origins, sample, data, plan."""
     console = Console()
