@@ -416,6 +416,25 @@ def test_a_first_layer_unlike_the_others() -> None:
         built(teacher, (1, 2), "classification")
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_the_outline_has_the_students_shape_and_no_weights(task: Task) -> None:
+    config = StudentConfig(num_layers=3, hidden_size=8, num_heads=1, ffn_size=6, narrow="svd")
+    shape = tiny.FAMILIES["bert"]
+    with torch.device("meta"):
+        teacher = tiny.model(shape, task)
+    outlined, real = student_outline(teacher, config, task), build_student(tiny.model(shape, task), config, task)
+    assert {parameter.device.type for parameter in outlined.parameters()} == {"meta"}
+    shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in (outlined, real)]
+    assert shapes[0] == shapes[1]
+
+
+def test_an_outline_is_refused_where_the_student_would_be() -> None:
+    with torch.device("meta"):
+        teacher = tiny.model(ENCODERS["modernbert"], "mlm")
+    with pytest.raises(ModelError, match=r"none for model\.layers\.0\.attn_norm\.weight: choose other layers"):
+        student_outline(teacher, StudentConfig(num_layers=2, rule="last"), "mlm")
+
+
 def test_a_masked_lm_whose_head_is_unknown() -> None:
     teacher = tiny.model(XLMConfig(vocab_size=45, emb_dim=16, n_layers=2, n_heads=2), "mlm")
     with pytest.raises(ModelError, match=r"expected a masked language model like BERT, .*, got XLMWithLMHeadModel"):
