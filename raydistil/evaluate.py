@@ -73,7 +73,7 @@ def _class_outcomes(
     """(true classes, predicted classes), one a row."""
     truth, guesses = [], []
     for batch in batches(spec):
-        _, logits = model(*on_device(batch, device), None)
+        _, logits = model(*on_device(batch, device))
         assert logits is not None and batch.labels_B is not None
         truth.append(batch.labels_B.astype(np.int64))
         guesses.append(logits.argmax(-1).cpu().numpy())
@@ -90,7 +90,8 @@ def _mlm_outcomes(
         ids_BL, mask_BL = on_device(batch, device)
         labels_T = torch.from_numpy(np.asarray(batch.labels_BL, np.int64)).to(device)[mask_BL]
         at_T = labels_T != IGNORE
-        _, logits = model(ids_BL, mask_BL, at_T)
+        states, _ = model(ids_BL, mask_BL, (model.num_layers,))
+        logits = model.vocabulary_logits(states[model.num_layers][at_T])
         losses.append(F.cross_entropy(logits, labels_T[at_T], reduction="none").cpu().numpy())
         hits.append((logits.argmax(-1) == labels_T[at_T]).cpu().numpy())
     return np.concatenate(losses), np.concatenate(hits)

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from raydistil import rundir
-from raydistil.config import Config, StudentConfig
+from raydistil.config import Config
+from raydistil.config.student import StudentConfig
 from raydistil.errors import StorageError
 from raydistil.storage import whole_directory
 

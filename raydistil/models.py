@@ -2,10 +2,12 @@
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -51,6 +53,15 @@ def resolve(model: str, key: str = "teacher.model") -> str:
     return str(path)
 
 
+def shape_of(model: str, key: str) -> Any:
+    """The configuration of a checkpoint. Raises ModelError, naming `key`, where there is none to load."""
+    try:
+        return AutoConfig.from_pretrained(resolve(model, key))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{key}: expected a model in hub layout, cannot load {model!r}: {reason}") from error
+
+
 def load_tokenizer(model: str, key: str = "teacher.model") -> PreTrainedTokenizerBase:
     """Raises ModelError, about `key` of the configuration, where there is none to load."""
     try:
@@ -82,13 +93,13 @@ def outline(model: str, task: Task, num_labels: int | None = None, key: str = "t
 
     `num_labels` None: as many classes as the checkpoint has. Raises ModelError where there is no configuration to load.
     """
+    config = shape_of(model, key)
+    if num_labels is not None:
+        config.num_labels = num_labels
     try:
-        config = AutoConfig.from_pretrained(resolve(model, key))
-        if num_labels is not None:
-            config.num_labels = num_labels
         with torch.device("meta"):
             made: PreTrainedModel = LOADERS[task].from_config(config, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise _unloadable(model, f"{task} model", error, key) from error
     return made
 
@@ -98,33 +109,76 @@ def _unloadable(model: str, what: str, error: Exception, key: str) -> ModelError
     return ModelError(f"{key}: expected a {what} in hub layout, cannot load {model!r}: {reason}")
 
 
-def mlm_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """The map from hidden states [.., D] to vocabulary logits [.., V] of a masked language model."""
+@dataclass(frozen=True, slots=True)
+class VocabularyHead:
+    """From the last hidden states to vocabulary logits: `transform`, then one matrix product with the vocabulary."""
+
+    transform: Callable[[Tensor], Tensor]  # [.., D] -> [.., E]
+    weight_VE: Tensor
+    bias_V: Tensor | None
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """[.., D] -> [.., V]."""
+        return F.linear(self.transform(states), self.weight_VE, self.bias_V)
+
+
+def vocabulary_head(model: PreTrainedModel) -> VocabularyHead:
+    """The head of a language model, in its two parts. Raises ModelError where the model has none that is known."""
     parts: Any = model
     if hasattr(parts, "cls"):  # BERT, DeBERTa
-        return parts.cls  # type: ignore[no-any-return]
-    if hasattr(parts, "lm_head"):  # RoBERTa, MPNet
-        return parts.lm_head  # type: ignore[no-any-return]
-    if hasattr(parts, "generator_lm_head"):  # ELECTRA
-        return lambda hidden: parts.generator_lm_head(parts.generator_predictions(hidden))
-    if hasattr(parts, "vocab_projector"):  # DistilBERT keeps its head in pieces
-        return lambda hidden: parts.vocab_projector(
-            parts.vocab_layer_norm(parts.activation(parts.vocab_transform(hidden)))
+        return _with_decoder(parts.cls.predictions.transform, parts.cls.predictions.decoder)
+    if hasattr(parts, "lm_predictions"):  # DeBERTa as its authors wrote it
+        head = parts.lm_predictions.lm_head
+        words = parts.base_model.embeddings.word_embeddings.weight
+        return VocabularyHead(
+            lambda states: head.LayerNorm(head.transform_act_fn(head.dense(states))), words, head.bias
         )
-    if hasattr(parts, "lm_predictions"):  # DeBERTa with `legacy` off: the embeddings are the last matrix
-        return lambda hidden: parts.lm_predictions(hidden, parts.deberta.embeddings.word_embeddings)
-    if hasattr(parts, "head") and hasattr(parts, "decoder"):  # ModernBERT
-        return lambda hidden: parts.decoder(parts.head(hidden))
+    if hasattr(parts, "generator_lm_head"):  # ELECTRA
+        return _with_decoder(parts.generator_predictions, parts.generator_lm_head)
+    if hasattr(parts, "vocab_projector"):  # DistilBERT keeps its head in pieces
+        return _with_decoder(
+            lambda states: parts.vocab_layer_norm(parts.activation(parts.vocab_transform(states))),
+            parts.vocab_projector,
+        )
+    if hasattr(parts, "decoder") and hasattr(parts, "head"):  # ModernBERT
+        return _with_decoder(parts.head, parts.decoder)
+    if hasattr(parts, "lm_head") and hasattr(parts.lm_head, "dense"):  # RoBERTa, MPNet
+        head = parts.lm_head
+        return _with_decoder(lambda states: head.layer_norm(F.gelu(head.dense(states))), head.decoder)
+    if isinstance(getattr(parts, "lm_head", None), nn.Linear):  # GPT-2, Llama, Qwen
+        return _with_decoder(lambda states: states, parts.lm_head)
     raise ModelError(
-        f"expected a masked language model like BERT, RoBERTa, MPNet, ELECTRA, DeBERTa, ModernBERT or DistilBERT, got "
-        f"{type(model).__name__}"
+        f"expected a language model like BERT, RoBERTa, MPNet, ELECTRA, DistilBERT, DeBERTa-v2, ModernBERT, GPT-2 or "
+        f"Llama, got {type(model).__name__}"
     )
 
 
-class HeadedEncoder(nn.Module):
-    """A Hugging Face model as (hidden states, logits), with the masked-LM head applied at chosen tokens only.
+def _with_decoder(transform: Callable[[Tensor], Tensor], decoder: nn.Linear) -> VocabularyHead:
+    return VocabularyHead(transform, decoder.weight, decoder.bias)
 
-    Rows come padded; what leaves is without padding: hidden_TD holds the real tokens, row after row.
+
+def transformer_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The one ModuleList that holds the layers. Raises ModelError where there is no such list."""
+    return model.get_submodule(layer_list_name(model))  # type: ignore[return-value]
+
+
+def layer_list_name(model: PreTrainedModel) -> str:
+    """Dotted name of `transformer_layers`."""
+    depth = model.config.num_hidden_layers
+    lists = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == depth]
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    if len(outer) != 1:
+        raise ModelError(
+            f"{type(model).__name__}: expected its {depth} layers in one list, found {len(outer)} such lists: "
+            f"use a teacher such as BERT, RoBERTa, MPNet, ELECTRA, DeBERTa or ModernBERT"
+        )
+    return str(outer[0])
+
+
+class HeadedEncoder(nn.Module):
+    """A Hugging Face model as (hidden states, class logits); language models' heads are applied where they are needed.
+
+    Rows come padded; what leaves is without padding: states hold the real tokens, row after row.
     """
 
     def __init__(self, model: PreTrainedModel, task: Task, precision: Precision) -> None:
@@ -132,23 +186,39 @@ class HeadedEncoder(nn.Module):
         self.model = model
         self.task = task
         self._dtype = DTYPES[precision]
+        self.num_layers: int = model.config.num_hidden_layers
 
-    def forward(self, input_ids_BL: Tensor, mask_BL: Tensor, at_T: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(hidden_TD, logits): class logits [B, C], or vocabulary logits [N, V] of the N tokens where `at_T` is true.
+    def reckoning(self, device: str) -> torch.autocast:
+        """Matrix products in the chosen precision."""
+        return torch.autocast(device, self._dtype, enabled=self._dtype != torch.float32)
 
-        `at_T` None: no vocabulary logits. Both are float32 whatever the precision of the matrix products.
+    def forward(
+        self, input_ids_BL: Tensor, mask_BL: Tensor, states: tuple[int, ...] = ()
+    ) -> tuple[dict[int, Tensor], Tensor | None]:
+        """({n: state n as [T, D]}, class logits [B, C] or None), float32 whatever the precision of the products.
+
+        State n is what layer n made of the tokens, 0 the embeddings.
         """
-        with torch.autocast(input_ids_BL.device.type, self._dtype, enabled=self._dtype != torch.float32):
-            return self._forward(input_ids_BL, mask_BL, at_T)
+        with self.reckoning(input_ids_BL.device.type):
+            return self._forward(input_ids_BL, mask_BL, states)
 
-    def _forward(self, input_ids_BL: Tensor, mask_BL: Tensor, at_T: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if self.task == "classification":
-            out: Any = self.model(input_ids=input_ids_BL, attention_mask=mask_BL, output_hidden_states=True)
-            return out.hidden_states[-1][mask_BL].float(), out.logits.float()
-        encoder: Any = self.model.base_model
-        hidden_TD = encoder(input_ids=input_ids_BL, attention_mask=mask_BL).last_hidden_state[mask_BL]
-        logits = None if at_T is None else mlm_head(self.model)(hidden_TD[at_T]).float()
-        return hidden_TD.float(), logits
+    def _forward(
+        self, input_ids_BL: Tensor, mask_BL: Tensor, states: tuple[int, ...]
+    ) -> tuple[dict[int, Tensor], Tensor | None]:
+        classes = self.task == "classification"
+        run: Any = self.model if classes else self.model.base_model
+        inner = any(state < self.num_layers for state in states) or (classes and bool(states))
+        out = run(input_ids=input_ids_BL, attention_mask=mask_BL, output_hidden_states=inner)
+        found = {state: out.hidden_states[state] for state in states if state < self.num_layers}
+        if self.num_layers in states:  # the head's input, which some families norm once more
+            found[self.num_layers] = out.hidden_states[-1] if classes else out.last_hidden_state
+        unpadded = {state: states_BLD[mask_BL].float() for state, states_BLD in found.items()}
+        return unpadded, out.logits.float() if classes else None
+
+    def vocabulary_logits(self, states_ND: Tensor) -> Tensor:
+        """[N, V] float32 of the last states of some tokens."""
+        with self.reckoning(states_ND.device.type):
+            return vocabulary_head(self.model)(states_ND).float()
 
 
 def made_for_training(model: PreTrainedModel, dropout: float | None, device: torch.device) -> PreTrainedModel:

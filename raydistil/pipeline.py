@@ -11,14 +11,25 @@ import ray
 
 from raydistil import rundir
 from raydistil.cluster import cluster
-from raydistil.config import Config, EvaluateConfig, LossConfig, TrainConfig, result_hash
+from raydistil.config import Config, EvaluateConfig, TargetsConfig, TrainConfig, result_hash
+from raydistil.config.loss import LossConfig
 from raydistil.errors import ConfigError, unwrapped
 from raydistil.export import export
+from raydistil.layers import plan_layers
 from raydistil.manifest import Manifest
-from raydistil.models import load_model, resolve
+from raydistil.models import load_model, resolve, shape_of
 from raydistil.plan import cores, threads
 from raydistil.prepare import Prepared, Say, needs, prepare
-from raydistil.specs import Candidate, EvaluateSpec, ModelReport, SourceSpec, TeacherSpec, TrainRun, WorkerSpec
+from raydistil.specs import (
+    Candidate,
+    EvaluateSpec,
+    ModelReport,
+    SourceSpec,
+    TargetsSpec,
+    TeacherSpec,
+    TrainRun,
+    WorkerSpec,
+)  # fmt: skip
 from raydistil.storage import whole_directory
 from raydistil.student import build_student, save_model
 
@@ -39,7 +50,7 @@ def distill(run: Prepared) -> None:
     """Build the student and teach it what the teacher says: run_dir/distilled."""
     assert run.config.distill is not None
     config = run.config.distill
-    _train(run, "distill", config, config.loss, _student_init(run), rundir.DISTILLED, with_teacher=True)
+    _train(run, "distill", config, config.loss, _student_init(run), rundir.DISTILLED, config.targets)
 
 
 def _score(spec: EvaluateSpec, candidates: list[Candidate]) -> list[ModelReport]:
@@ -101,30 +112,49 @@ def _num_slots(run: Prepared, manifest: Manifest, config: TrainConfig) -> int:
 
 def _train(
     run: Prepared, stage: str, train_config: TrainConfig, loss: LossConfig, init: str, target: str,
-    with_teacher: bool = False, num_slots: int | None = None,
+    targets: TargetsConfig | None = None, num_slots: int | None = None,
 ) -> None:  # fmt: skip
-    """One training run, unless its model is there already; `num_slots` micro-batches, else every epoch to its end."""
+    """One training run, unless its model is there already; `num_slots` micro-batches, else every epoch to its end.
+
+    `targets`: how the teacher's come; None: without a teacher.
+    """
     from raydistil.train import train
 
     if (run.run_dir / target).exists():
         run.say(f"{stage}: done before, kept in {run.run_dir / target}")
         return
-    config, cluster = run.config, run.config.cluster
-    student_threads, teacher_threads = threads(cluster, with_teacher)
-    manifest = _manifest(run, train_config, with_teacher)
+    config = run.config
+    manifest = _manifest(run, train_config, targets is not None)
+    slots = num_slots or _num_slots(run, manifest, train_config)
+    worker = _worker(run, train_config, loss, init, targets, slots, manifest.per_epoch)
     masking = config.masking if config.task == "mlm" else None
-    teacher = TeacherSpec(run.teacher_dir, config.task, config.teacher.precision, teacher_threads)
-    worker = WorkerSpec(
-        task=config.task, init=init, tokenizer=resolve(config.teacher.model),
-        teacher=run.teacher_dir if with_teacher else None, labels=run.labels, train=train_config, loss=loss,
-        seed=config.seed, threads=student_threads, per_epoch=manifest.per_epoch,
-        num_slots=num_slots or _num_slots(run, manifest, train_config),
-    )  # fmt: skip
     source = SourceSpec(run.store.path, "train", manifest, masking)
-    job = TrainRun(stage, source, worker, teacher if with_teacher else None, cluster, run.run_dir)
-    summary = train(job, run.run_dir / target)
+    summary = train(TrainRun(stage, source, worker, config.cluster, run.run_dir), run.run_dir / target)
     rundir.write_summary(run.run_dir, stage, summary, {"rows": manifest.num_rows, "lr": train_config.lr})
     run.say(_describe(stage, summary))
+
+
+def _worker(
+    run: Prepared, train_config: TrainConfig, loss: LossConfig, init: str, targets: TargetsConfig | None,
+    num_slots: int, per_epoch: int,
+) -> WorkerSpec:  # fmt: skip
+    """What every student worker is given; the teacher with it."""
+    config = run.config
+    student_threads, teacher_threads = threads(config.cluster, targets is not None)
+    student = shape_of(init, "student.model")
+    teacher = student if targets is None else shape_of(run.teacher_dir, "teacher.model")
+    makes_logits = targets is not None and targets.codec == "hidden" and config.task != "classification" and loss.kd > 0
+    layers = plan_layers(loss, config.task, makes_logits, teacher.num_hidden_layers, student.num_hidden_layers)
+    spec = None
+    if targets is not None:
+        wanted = TargetsSpec(targets, loss, layers.teacher_states, loss.kd > 0 and not makes_logits, config.seed)
+        spec = TeacherSpec(run.teacher_dir, config.task, config.teacher.precision, teacher_threads, wanted)
+    return WorkerSpec(
+        task=config.task, init=init, tokenizer=resolve(config.teacher.model), teacher=spec,
+        frozen_teacher=makes_logits or bool(layers.attention_layers[0]), teacher_width=teacher.hidden_size,
+        layers=layers, labels=run.labels, train=train_config, loss=loss, seed=config.seed, threads=student_threads,
+        per_epoch=per_epoch, num_slots=num_slots,
+    )  # fmt: skip
 
 
 def _describe(stage: str, summary: Any) -> str:

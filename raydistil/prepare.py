@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistil import rundir
 from raydistil.cluster import check_before_start
 from raydistil.config import Config
 from raydistil.corpus import open_corpus
 from raydistil.errors import ConfigError, DataError, ModelError
-from raydistil.models import load_tokenizer, outline, quiet_transformers, resolve
+from raydistil.models import load_tokenizer, outline, quiet_transformers, resolve, shape_of
 from raydistil.plan import Need, need_of
 from raydistil.student import check_student, check_vocabularies, student_outline
 from raydistil.tokens import TokenStore, build_store
@@ -63,12 +63,12 @@ def needs(config: Config) -> list[Need]:
 
 def check_models(config: Config) -> None:
     """Raise ModelError for a teacher that cannot be loaded or a student that cannot be made from it."""
-    shape = _shape(config.teacher.model, "teacher.model")
+    shape = shape_of(config.teacher.model, "teacher.model")
     _check_head(config, shape)
     check_student(config.student, shape)
     tokenizer = load_tokenizer(config.teacher.model)
     _check_tokenizer(config, shape, tokenizer)
-    student = shape if config.student.model is None else _shape(config.student.model, "student.model")
+    student = shape if config.student.model is None else shape_of(config.student.model, "student.model")
     _check_widths(config, shape.hidden_size, config.student.hidden_size or student.hidden_size)
     if config.student.model is not None:
         check_vocabularies(config.teacher.model, config.student.model)
@@ -95,14 +95,6 @@ def _check_head(config: Config, shape: Any) -> None:
             f"teacher.model: expected a teacher with a head for task {config.task}, got {', '.join(kinds) or 'none'}: "
             f"add [finetune] to give it one"
         )
-
-
-def _shape(model: str, key: str) -> Any:
-    try:
-        return AutoConfig.from_pretrained(resolve(model, key))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{key}: expected a model in hub layout, cannot load {model!r}: {reason}") from error
 
 
 def _check_tokenizer(config: Config, shape: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -189,7 +181,7 @@ def check_store(config: Config, store: TokenStore) -> None:
             f"corpus.labelled_share, or leave [finetune] and evaluate.no_teacher_baseline out"
         )
     if config.task == "classification" and not config.finetune:
-        _check_classes(_shape(config.teacher.model, "teacher.model"), store.meta.labels)
+        _check_classes(shape_of(config.teacher.model, "teacher.model"), store.meta.labels)
 
 
 def _trains_on_labels(config: Config) -> bool:

@@ -6,7 +6,9 @@ Kept apart from the parts themselves, so that a process that only passes them on
 from dataclasses import dataclass
 from pathlib import Path
 
-from raydistil.config import ClusterConfig, EvaluateConfig, LossConfig, MaskingConfig, TrainConfig
+from raydistil.config import ClusterConfig, EvaluateConfig, MaskingConfig, TargetsConfig, TrainConfig
+from raydistil.config.loss import LossConfig
+from raydistil.layers import LayerPlan
 from raydistil.manifest import Manifest
 from raydistil.types import Precision, Score, Split, Task
 
@@ -22,6 +24,17 @@ class SourceSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class TargetsSpec:
+    """What a teacher says of a micro-batch, and how that crosses the wire."""
+
+    config: TargetsConfig
+    loss: LossConfig  # which places are compared, at which temperature
+    states: tuple[int, ...]  # hidden states, ascending; see `layers`
+    soft_labels: bool  # whether they travel; if not, the student's side makes them of the last state, or needs none
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
 class TeacherSpec:
     """What a teacher actor is made of."""
 
@@ -29,6 +42,7 @@ class TeacherSpec:
     task: Task
     precision: Precision
     threads: int
+    targets: TargetsSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +52,10 @@ class WorkerSpec:
     task: Task
     init: str  # directory or name of the model the training starts from
     tokenizer: str  # directory or name of the tokenizer that is saved beside it
-    teacher: str | None  # directory or name of the teacher; None: no teacher in this run
+    teacher: TeacherSpec | None  # None: no teacher in this run
+    frozen_teacher: bool  # whether the student's side needs parts of the teacher: its vocabulary head, its attention
+    teacher_width: int  # of its hidden states
+    layers: LayerPlan
     labels: tuple[str, ...]
     train: TrainConfig
     loss: LossConfig
@@ -55,7 +72,6 @@ class TrainRun:
     stage: str  # also the directory of its checkpoints
     source: SourceSpec
     worker: WorkerSpec
-    teacher: TeacherSpec | None
     cluster: ClusterConfig
     run_dir: Path
 

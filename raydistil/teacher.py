@@ -9,6 +9,7 @@ from uuid import uuid4
 
 import pyarrow as pa
 
+from raydistil.places import compared_places
 from raydistil.specs import TeacherSpec
 from raydistil.types import TeacherTiming, TokenBatch
 from raydistil.wire import batch_of, with_targets
@@ -26,6 +27,9 @@ class Teacher:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = HeadedEncoder(load_model(spec.model, spec.task), spec.task, spec.precision)
         self._model = model.eval().to(self._device)
+        head = spec.targets.soft_labels and spec.task != "classification"
+        self._states = tuple({*spec.targets.states, *((self._model.num_layers,) if head else ())})
+        self._spec = spec
         self._name = uuid4().hex
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
@@ -42,9 +46,13 @@ class Teacher:
         """The wire columns of one micro-batch."""
         import torch
 
-        from raydistil.codecs import hidden
         from raydistil.models import on_device
+        from raydistil.targets import encode_targets
 
+        wanted = self._spec.targets
         with torch.inference_mode():
-            ids_BL, mask_BL = on_device(batch, self._device)
-            return hidden.encode(*self._model(ids_BL, mask_BL, None))
+            states, logits = self._model(*on_device(batch, self._device), self._states)
+            if wanted.soft_labels and logits is None:
+                at_T = torch.from_numpy(compared_places(batch, wanted.loss, wanted.seed).at_T).to(self._device)
+                logits = self._model.vocabulary_logits(states[self._model.num_layers][at_T])
+            return encode_targets(wanted, batch.index, states, logits)

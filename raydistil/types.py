@@ -6,6 +6,7 @@ Everything here is frozen, free of torch, and cheap to import: the processes tha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -65,11 +66,26 @@ class TeacherTiming:
 
 
 @dataclass(frozen=True, slots=True)
-class TeacherTargets:
-    """What the student learns from, on its device. T: real tokens of the micro-batch, row after row."""
+class Sparse:
+    """Soft labels at N places: probabilities of a few of the C classes of each. With the tail they sum to 1.
 
-    hidden_TD: Tensor  # last hidden state, as the wire rounded it, float32
-    logits_BC: Tensor | None  # class logits, float32; None for masked-LM: the frozen teacher head makes those
+    The ids of a place are distinct, but for padding: an entry of probability 0 is not there, whatever its id.
+    """
+
+    ids_NK: Tensor  # int64
+    probs_NK: Tensor  # float32
+    tail_N: Tensor  # float32: the mass of all other classes; 0 where the entries are draws
+
+    def rows(self, rows: slice) -> Sparse:
+        return Sparse(self.ids_NK[rows], self.probs_NK[rows], self.tail_N[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherTargets:
+    """What the student learns from, on its device, as the wire rounded it. T: real tokens, row after row."""
+
+    states: Mapping[int, Tensor]  # [T, D] float32, by state: 0 the embeddings, n what layer n made of them
+    soft_labels: Tensor | Sparse | None  # float32 logits [N, C] or a few probabilities; None: made of the last state
 
 
 @dataclass(frozen=True, slots=True)

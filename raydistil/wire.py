@@ -23,8 +23,8 @@ BATCH = pa.schema([
 ])  # fmt: skip
 TARGETS = pa.schema([
     *BATCH,
-    ("hidden", pa.large_binary()),  # see codecs
-    ("logits", pa.large_binary()),
+    ("states", pa.large_binary()),  # see targets
+    ("soft_labels", pa.large_binary()),
     ("teacher", pa.string()),
     ("started_s", pa.float64()),
     ("ended_s", pa.float64()),
@@ -83,10 +83,10 @@ def with_targets(row: pa.Table, columns: dict[str, bytes], timing: TeacherTiming
 
 
 def targets_of(row: pa.Table) -> dict[str, Any] | None:
-    """The codec's columns as buffers, or None where no teacher was asked."""
-    if "hidden" not in row.column_names:
+    """The columns of `targets` as buffers, or None where no teacher was asked."""
+    if "states" not in row.column_names:
         return None
-    return {name: _bytes(row, name) for name in ("hidden", "logits")}
+    return {name: _bytes(row, name) for name in ("states", "soft_labels")}
 
 
 def timing_of(row: pa.Table, tokens: int) -> TeacherTiming | None:

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from raydistil import wire
 from raydistil.checkpoint import load_state, save_state
-from raydistil.codecs import hidden
-from raydistil.losses import LossInputs, LossOutputs, combined
+from raydistil.distiller import Distiller
+from raydistil.losses import LossOutputs, weights_at
 from raydistil.manifest import Ledger, keyed
-from raydistil.models import HeadedEncoder, load_model, made_for_training, mlm_head, on_device
+from raydistil.models import HeadedEncoder, load_model, made_for_training
 from raydistil.optim import deepspeed_config, linear_schedule, parameter_groups
 from raydistil.report import Meter
 from raydistil.specs import WorkerSpec
-from raydistil.types import IGNORE, TeacherTargets, TokenBatch
+from raydistil.targets import decode_targets
 
 
 class StudentWorker:
@@ -40,17 +40,13 @@ class StudentWorker:
         self._rows = rows
         self._engine = self._make_engine()
         self._device = torch.device(self._engine.device)
-        self._teacher_head = self._make_teacher_head()
         checkpoint = ray.train.get_checkpoint()
         self._ledger = Ledger() if checkpoint is None else load_state(checkpoint, self._engine)
         self._consumed: list[int] = []
         self._meter = Meter(self._rank, progress, self._num_steps, self._engine.global_steps)
 
     def _make_engine(self) -> Any:
-        spec = self._spec
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        loaded = made_for_training(load_model(spec.init, spec.task, spec.labels), spec.train.dropout, device)
-        model = HeadedEncoder(loaded, spec.task, spec.train.precision).train()
+        spec, model = self._spec, self._make_distiller()
         made, *_ = _deepspeed().initialize(
             model=model,
             model_parameters=parameter_groups(model, spec.train.weight_decay),
@@ -60,12 +56,15 @@ class StudentWorker:
         )
         return made
 
-    def _make_teacher_head(self) -> Any:
-        """The frozen map from the teacher's hidden states to vocabulary logits; None where none is needed."""
-        if self._spec.teacher is None or self._spec.task != "mlm" or not self._spec.loss.kd:
-            return None
-        teacher = load_model(self._spec.teacher, "mlm").requires_grad_(False).train(False)
-        return mlm_head(teacher.to(self._device))
+    def _make_distiller(self) -> Distiller:
+        spec = self._spec
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        loaded = made_for_training(load_model(spec.init, spec.task, spec.labels), spec.train.dropout, device)
+        encoder = HeadedEncoder(loaded, spec.task, spec.train.precision)
+        teacher: Any = load_model(spec.teacher.model, spec.task) if spec.teacher and spec.frozen_teacher else None
+        distiller = Distiller(encoder, spec.loss, spec.layers, spec.seed, teacher and teacher.to(device))
+        distiller.project(spec.teacher_width)
+        return distiller.train()
 
     def run(self) -> None:
         """Train on the whole stream, with checkpoints on the way and one at the end."""
@@ -93,11 +92,11 @@ class StudentWorker:
             raise RuntimeError(f"the stream ended after {len(self._consumed)} micro-batches of this worker's share")
         batch = wire.batch_of(row)
         columns = wire.targets_of(row)
-        targets = None
-        if columns is not None:
-            targets = hidden.decode(columns, batch.num_tokens, len(batch.lengths_B), self._device)
+        teacher, targets = self._spec.teacher, None
+        if columns is not None and teacher is not None:
+            targets = decode_targets(teacher.targets, columns, batch.num_tokens, self._device)
         torch.manual_seed(int(keyed(self._spec.seed, batch.index) >> np.uint64(1)))
-        out = self._loss(batch, targets)
+        out: LossOutputs = self._engine(batch, targets, weights_at(self._spec.loss, self._progress()))
         self._engine.backward(out.loss * (batch.num_rows / self._spec.train.micro_batch_size))
         self._engine.step()
         self._consumed.append(batch.index)
@@ -105,27 +104,10 @@ class StudentWorker:
         self._meter.micro_step(asked, started, time.time(), batch.num_tokens, timing, row.nbytes)
         return out
 
-    def _loss(self, batch: TokenBatch, targets: TeacherTargets | None) -> LossOutputs:
-        ids_BL, mask_BL = on_device(batch, self._device)
-        labels, at_T = self._labels(batch, mask_BL)
-        hidden_TD, logits = self._engine(ids_BL, mask_BL, at_T)
-        if targets is None:
-            return combined(LossInputs(logits, labels, hidden_TD), self._spec.loss)
-        teacher_logits = targets.logits_BC
-        if self._teacher_head is not None and at_T is not None:
-            with torch.no_grad():
-                teacher_logits = self._teacher_head(targets.hidden_TD[at_T]).float()
-        return combined(LossInputs(logits, labels, hidden_TD, teacher_logits, targets.hidden_TD), self._spec.loss)
-
-    def _labels(self, batch: TokenBatch, mask_BL: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(labels of the compared places, which real tokens are compared); classes are compared row by row."""
-        if batch.labels_BL is None:
-            assert batch.labels_B is not None
-            return torch.from_numpy(batch.labels_B.astype("int64")).to(self._device), None
-        labels_T = torch.from_numpy(batch.labels_BL.astype("int64")).to(self._device)[mask_BL]
-        everywhere = self._spec.loss.kd > 0 and self._spec.loss.kd_positions == "all"
-        at_T = torch.ones_like(labels_T, dtype=torch.bool) if everywhere else labels_T != IGNORE
-        return labels_T[at_T], at_T
+    def _progress(self) -> float:
+        """Share of the optimizer steps that are done; 1 in the last one."""
+        done: int = self._engine.global_steps
+        return float(min(1.0, done / max(1, self._num_steps - 1)))
 
     def _agreed(self, flag: bool) -> bool:
         """Rank 0's opinion, on every worker."""

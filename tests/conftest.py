@@ -100,6 +100,20 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def tiny_classifier(tiny_teacher: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny teacher with a random head for the classes of `sentences`."""
+    import torch
+
+    from raydistil.models import load_model, load_tokenizer
+
+    path = tmp_path_factory.mktemp("tiny") / "classifier"
+    torch.manual_seed(1)
+    load_model(tiny_teacher, "classification", tuple(sorted(WORDS))).save_pretrained(path)
+    load_tokenizer(tiny_teacher).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("corpus") / "items.jsonl", sentences(240))
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from raydistil import config as configuration
 from raydistil.config import Config, all_keys, explain, flatten, load_config, merged, read_toml, result_hash
+from raydistil.config.loss import TERMS
 from raydistil.errors import ConfigError
 
 BASE: dict[str, Any] = {
@@ -44,7 +45,20 @@ DEFINING: dict[str, Any] = {
     **{f"finetune.{key}": value for key, value in TRAIN.items()}, 
     **{f"distill.{key}": value for key, value in TRAIN.items()},
     "distill.loss.kd": 1.0, "distill.loss.temperature": 4.0, "distill.loss.task": 0.5, "distill.loss.cosine": 0.0,
-    "distill.loss.kd_positions": "all",
+    "distill.loss.kd_positions": "all", "distill.loss.kd_sample": 0.5, "distill.loss.divergence": "reverse_kl",
+    "distill.loss.beta": 0.3, "distill.loss.label_smoothing": 0.1, "distill.loss.hidden.weight": 2.0,
+    "distill.loss.hidden.layers": [[0, 0], [4, 2]], "distill.loss.pkd.weight": 2.0,
+    "distill.loss.pkd.layers": [[4, 2]], "distill.loss.attention.weight": 2.0,
+    "distill.loss.attention.layers": [[4, 2]], "distill.loss.minilm.weight": 2.0, "distill.loss.minilm.version": 1,
+    "distill.loss.minilm.teacher_layer": 5, "distill.loss.minilm.relation_heads": 12,
+    "distill.loss.triplet.weight": 2.0, "distill.loss.triplet.margin": 0.3, "distill.loss.triplet.guided": True,
+    "distill.loss.triplet.mining": "semi_hard", "distill.loss.triplet.largest_margin": 0.7,
+    "distill.loss.triplet.pooling": "mean", "distill.loss.contrastive.weight": 2.0,
+    "distill.loss.contrastive.temperature": 0.3, "distill.loss.contrastive.pooling": "mean",
+    **{f"distill.loss.schedule.{term}.linear": [1.0, 0.5] for term in TERMS},
+    **{f"distill.loss.schedule.{term}.steps": [[0.0, 1.0], [0.5, 2.0]] for term in TERMS},
+    "distill.targets.codec": "topk", "distill.targets.top_k": 8, "distill.targets.num_draws": 7,
+    "distill.targets.states": "int8",
 }  # fmt: skip
 PLACING: dict[str, Any] = {
     "name": "other", "output_dir": "elsewhere",
@@ -88,6 +102,10 @@ def changed(key: str) -> dict[str, Any]:
     flat = BASE | NEEDED.get(key, {}) | {key: LEAVES[key]}
     if key in ("student.model", "student.num_layers", "student.rule"):
         del flat["student.layers"]
+    _, scheduled, rest = key.partition("distill.loss.schedule.")
+    term = rest.partition(".")[0]
+    if scheduled and term not in ("kd", "task", "cosine"):
+        flat[f"distill.loss.{term}.weight"] = 1.0  # a schedule of a term that is left out is refused
     return flat
 
 
@@ -178,7 +196,29 @@ def test_a_typo_of_a_required_key_is_named_before_the_missing_key(tmp_path: Path
         (
             "distill.loss",
             {"kd": 0, "task": 0, "cosine": 0},
-            "distill.loss: expected at least one of kd, task and cosine",
+            "distill.loss: expected at least one of kd, task, cosine, hidden, pkd",
+        ),
+        (
+            "distill.loss",
+            {"schedule": {"hidden": {"linear": [1, 0]}}},
+            "distill.loss: schedule.hidden: expected a schedule of a term that has a weight",
+        ),
+        ("distill.loss.schedule.kd.linear", [1], "distill.loss.schedule.kd.linear.1 is missing"),
+        ("distill.loss.schedule.kd", {}, "distill.loss.schedule.kd: expected either linear = [from, to] or steps"),
+        (
+            "distill.loss.schedule.kd.steps",
+            [[0.5, 1]],
+            "distill.loss.schedule.kd: expected steps with ascending shares of the run, the first of them 0",
+        ),
+        (
+            "distill.loss.triplet",
+            {"guided": True, "margin": 0.6},
+            "distill.loss.triplet: expected largest_margin to be at least margin",
+        ),
+        (
+            "distill",
+            {"loss": {"divergence": "mse"}, "targets": {"codec": "topk"}},
+            "distill: targets.codec topk goes with loss.divergence forward_kl only",
         ),
     ],
 )

@@ -1,166 +1,246 @@
-"""The terms of the loss: closed-form numbers, gradients and laws."""
+"""Soft and hard labels in one pass, and the weighted sum of all terms."""
 
 import math
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from raydistil.config import LossConfig
-from raydistil.losses import LossInputs, combined, cosine, kd, task
+from raydistil.layers import plan_layers
+from raydistil.losses import LossInputs, LossOutputs, Projection, combined, kd_and_task, labels, weights_at
 from raydistil.types import IGNORE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LN3 = math.log(3)
 SEEDS = st.integers(0, 10_000)
+N, D, V = 11, 4, 7
 
 
-def logit(*rows: tuple[float, ...]) -> Tensor:
-    return torch.tensor(rows)
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks smaller than the inputs, and none that divides them."""
+    monkeypatch.setattr(labels, "ROWS_PER_PRODUCT", 5)
+    monkeypatch.setattr(labels, "ROWS_PER_PASS", 2)
 
 
-def inputs(student: Tensor, teacher: Tensor | None = None, labels: Tensor | None = None) -> LossInputs:
-    """Inputs that compare logits; the hidden states are the logits themselves."""
-    labels = torch.zeros(len(student), dtype=torch.int64) if labels is None else labels
-    return LossInputs(student, labels, student, teacher, teacher)
-
-
-def made(seed: int, rows: int = 4, classes: int = 5) -> LossInputs:
+def projections(seed: int = 0) -> tuple[Projection, Projection, Tensor]:
+    """(student's, teacher's, labels); the teacher is wider, two places have no label."""
     generator = torch.Generator().manual_seed(seed)
-    student, teacher, hidden, teacher_hidden = torch.randn(4, rows, classes, generator=generator, dtype=torch.float64)
-    labels = torch.randint(0, classes, (rows,), generator=generator)
-    labels[0] = IGNORE
-    return LossInputs(student, labels, hidden, teacher, teacher_hidden)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    labels_N = torch.randint(0, V, (N,), generator=generator)
+    labels_N[[2, 9]] = IGNORE
+    student = Projection(draw(N, D).requires_grad_(), draw(V, D).requires_grad_(), draw(V).requires_grad_())
+    return student, Projection(draw(N, 2 * D), draw(V, 2 * D), draw(V)), labels_N
 
 
-# ---- kd
+def logits_of(head: Projection) -> Tensor:
+    return F.linear(head.features_ND, head.weight_CD, head.bias_C)
 
 
-def test_kd_of_two_classes_by_hand() -> None:
-    """Teacher (3/4, 1/4), student (1/2, 1/2): KL = 3/4 ln(3/2) + 1/4 ln(1/2)."""
-    out = kd(inputs(logit((0.0, 0.0)), logit((LN3, 0.0))), 1.0)
-    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert out.loss.item() == pytest.approx(expected, abs=1e-7)
-    assert out.metrics["kd"].item() == out.loss.item()
+def plain(student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, kd_N: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    """(T^2 KL, CE) as one writes them in PyTorch."""
+    log_q, p = F.log_softmax(student_NV[kd_N] / t, -1), F.softmax(teacher_NV[kd_N] / t, -1)
+    return F.kl_div(log_q, p, reduction="batchmean") * t**2, F.cross_entropy(student_NV, labels_N)
 
 
-def test_kd_softens_by_the_temperature_and_scales_by_its_square() -> None:
-    """At T = 2 the logits 2 ln 3 and 0 are the same (3/4, 1/4), and the loss is 2^2 times the KL."""
-    out = kd(inputs(logit((0.0, 0.0)), logit((2 * LN3, 0.0))), 2.0)
-    expected = 4 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5))
-    assert out.loss.item() == pytest.approx(expected, abs=1e-6)
+# ---- the vocabulary in blocks
 
 
-def test_kd_looks_from_the_teacher_to_the_student() -> None:
-    """KL is not symmetric: teacher (1/2, 1/2), student (3/4, 1/4) is 1/2 ln(2/3) + 1/2 ln 2."""
-    out = kd(inputs(logit((LN3, 0.0)), logit((0.0, 0.0))), 1.0)
-    assert out.loss.item() == pytest.approx(0.5 * math.log(2 / 3) + 0.5 * math.log(2), abs=1e-7)
+@pytest.mark.parametrize("kd_everywhere", [True, False])
+def test_a_projection_gives_what_its_logits_give(kd_everywhere: bool) -> None:
+    student, teacher, labels_N = projections()
+    kd_N = torch.ones(N, dtype=torch.bool)
+    kd_N[[0, 4, 5]] = kd_everywhere
+    out = kd_and_task(LossInputs(student, labels_N, teacher, kd_N), LossConfig(temperature=3), 5.0, 2.0)
+    kd, task = plain(logits_of(student), logits_of(teacher), labels_N, kd_N, 3.0)
+    torch.testing.assert_close(out.loss, 5 * kd + 2 * task)
+    torch.testing.assert_close([out.metrics["kd"], out.metrics["task"]], [kd.detach(), task.detach()])
+    leaves = [student.features_ND, student.weight_CD, student.bias_C]
+    got, wanted = torch.autograd.grad(out.loss, leaves), torch.autograd.grad(5 * kd + 2 * task, leaves)
+    torch.testing.assert_close(got, wanted)
 
 
-def test_kd_is_a_mean_over_the_places() -> None:
-    two = inputs(logit((0.0, 0.0), (1.0, 1.0)), logit((LN3, 0.0), (5.0, 5.0)))
-    assert kd(two, 1.0).loss.item() == pytest.approx((0.75 * math.log(1.5) + 0.25 * math.log(0.5)) / 2, abs=1e-7)
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "mse"])
+def test_gradcheck_of_the_chunked_function(kind: str) -> None:
+    student, teacher, labels_N = projections()
+    config = LossConfig(divergence=kind, label_smoothing=0.1)
+
+    def of(features_ND: Tensor, weight_VD: Tensor, bias_V: Tensor) -> Tensor:
+        inputs = LossInputs(Projection(features_ND, weight_VD, bias_V), labels_N, teacher)
+        return kd_and_task(inputs, config, 1.5, 0.7).loss
+
+    assert torch.autograd.gradcheck(of, (student.features_ND, student.weight_CD, student.bias_C))
 
 
-@given(SEEDS, st.floats(0.5, 8))
-def test_kd_is_nothing_for_equal_logits_and_never_negative(seed: int, temperature: float) -> None:
-    same = made(seed)
-    equal = LossInputs(same.student_logits_NC, same.labels_N, same.student_hidden_TD, same.student_logits_NC + 3.5)
-    assert kd(equal, temperature).loss.item() == pytest.approx(0, abs=1e-12)
-    assert kd(made(seed), temperature).loss.item() > 0
+def test_gradcheck_without_bias_and_with_logits_for_a_teacher() -> None:
+    student, teacher, labels_N = projections()
+    taught_NV = logits_of(teacher)
+
+    def of(features_ND: Tensor, weight_VD: Tensor) -> Tensor:
+        inputs = LossInputs(Projection(features_ND, weight_VD, None), labels_N, taught_NV)
+        return kd_and_task(inputs, LossConfig(), 1.5, 0.7).loss
+
+    assert torch.autograd.gradcheck(of, (student.features_ND, student.weight_CD))
 
 
-def test_the_gradient_of_kd_hardly_depends_on_a_high_temperature() -> None:
-    """That is what T^2 is for: for high T the gradient tends to (s - t) / C where both sum to 0 (Hinton)."""
-    student = torch.tensor([[0.3, -0.1, -0.2]], dtype=torch.float64, requires_grad=True)
-    teacher = torch.tensor([[-0.5, 0.2, 0.3]], dtype=torch.float64)
-    kd(inputs(student, teacher), 1000.0).loss.backward()
-    assert student.grad is not None
-    assert torch.allclose(student.grad, (student.detach() - teacher) / 3, atol=1e-3)
+def test_gradcheck_of_logits_that_are_there() -> None:
+    student, teacher, labels_N = projections()
+    taught_NV = logits_of(teacher)
+    of = lambda s: kd_and_task(LossInputs(s, labels_N, taught_NV), LossConfig(), 1.5, 0.7).loss  # noqa: E731
+    assert torch.autograd.gradcheck(of, (logits_of(student).detach().requires_grad_(),))
 
 
-# ---- task
+class Widest(torch.utils._python_dispatch.TorchDispatchMode):
+    """Watches the largest float32 tensor as wide as the vocabulary that any operation makes."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for made in () if func.is_view else out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(made, Tensor) and made.ndim == 2 and made.shape[1] == V and made.dtype == torch.float32:
+                self.rows = max(self.rows, made.shape[0])
+        return out
+
+
+def test_the_logits_never_exist_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labels, "ROWS_PER_PRODUCT", 3)
+    student, teacher, labels_N = projections()
+    leaves = [leaf.detach().float().requires_grad_() for leaf in (student.features_ND, student.weight_CD)]
+    single = Projection(leaves[0], leaves[1], None)
+    wide = Projection(teacher.features_ND.float(), teacher.weight_CD.float(), None)
+    with Widest() as chunked:
+        kd_and_task(LossInputs(single, labels_N, wide), LossConfig(), 1.0, 1.0).loss.backward()
+    with Widest() as whole:
+        sum(plain(logits_of(single), logits_of(wide), labels_N, labels_N != IGNORE, 1.0)).backward()
+    assert chunked.rows == 3
+    assert whole.rows == N
+
+
+def test_bfloat16_products_keep_the_losses_in_float32() -> None:
+    student, teacher, labels_N = projections()
+    single = Projection(*(part.detach().float() for part in (student.features_ND, student.weight_CD, student.bias_C)))
+    wide = Projection(*(part.float() for part in (teacher.features_ND, teacher.weight_CD, teacher.bias_C)))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = kd_and_task(LossInputs(single, labels_N, wide), LossConfig(), 5.0, 2.0)
+    kd, task = plain(logits_of(single), logits_of(wide), labels_N, torch.ones(N, dtype=torch.bool), 2.0)
+    assert out.loss.dtype == torch.float32
+    torch.testing.assert_close(out.loss, 5 * kd + 2 * task, rtol=0.02, atol=0)
+    assert out.loss.item() == pytest.approx(5 * out.metrics["kd"].item() + 2 * out.metrics["task"].item(), rel=1e-6)
+
+
+# ---- labels
 
 
 def test_task_is_the_mean_over_the_labelled_places() -> None:
     """-ln(3/4) where the label is the likelier class, -ln(1/4) where not, and nothing where there is no label."""
-    student = logit((LN3, 0.0), (LN3, 0.0), (9.0, -9.0))
-    out = task(inputs(student, labels=torch.tensor([0, 1, IGNORE])))
+    student = torch.tensor([[math.log(3), 0.0], [math.log(3), 0.0], [9.0, -9.0]])
+    out = kd_and_task(LossInputs(student, torch.tensor([0, 1, IGNORE])), LossConfig(), 0.0, 1.0)
     assert out.loss.item() == pytest.approx((-math.log(0.75) - math.log(0.25)) / 2, abs=1e-6)
-    assert out.metrics["task"].item() == out.loss.item()
+    assert set(out.metrics) == {"task"}
 
 
-def test_task_is_nothing_where_no_place_has_a_label() -> None:
+def test_numbers_for_labels_make_it_a_regression() -> None:
+    student = torch.tensor([[3.0], [1.0]], requires_grad=True)
+    out = kd_and_task(LossInputs(student, torch.tensor([1.0, 2.0])), LossConfig(), 0.0, 1.0)
+    out.loss.backward()
+    assert out.loss.item() == 2.5
+    assert student.grad is not None
+    assert student.grad.tolist() == [[2.0], [-1.0]]
+
+
+def test_where_no_place_has_a_label_nothing_is_learned() -> None:
     student = torch.randn(3, 4, requires_grad=True)
-    out = task(inputs(student, labels=torch.full((3,), IGNORE)))
+    out = kd_and_task(LossInputs(student, torch.full((3,), IGNORE)), LossConfig(), 0.0, 1.0)
     out.loss.backward()
     assert out.loss.item() == 0
     assert student.grad is not None
     assert torch.equal(student.grad, torch.zeros(3, 4))
 
 
-# ---- cosine
-
-
-def test_cosine_by_hand() -> None:
-    """Same direction 0, right angle 1, opposite 2, 60 degrees 1/2: the mean is 3.5 / 4."""
-    student = logit((1.0, 0.0), (0.0, 2.0), (1.0, 1.0), (1.0, 0.0))
-    teacher = logit((5.0, 0.0), (3.0, 0.0), (-1.0, -1.0), (0.5, math.sqrt(3) / 2))
-    out = cosine(inputs(student, teacher))
-    assert out.loss.item() == pytest.approx(3.5 / 4, abs=1e-6)
-    assert out.metrics["cosine"].item() == out.loss.item()
-
-
-# ---- empty micro-batches, gradients and the sum
-
-
-def test_no_places_give_no_loss_and_no_nan() -> None:
-    empty = inputs(torch.zeros(0, 5, requires_grad=True), torch.zeros(0, 5))
-    out = combined(empty, LossConfig())
+@pytest.mark.parametrize("chunked", [True, False])
+def test_no_places_give_no_loss_and_no_nan(chunked: bool) -> None:
+    nothing, weight = torch.zeros(0, D, requires_grad=True), torch.ones(V, D, requires_grad=True)
+    student = Projection(nothing, weight, None) if chunked else nothing @ weight.T
+    out = kd_and_task(LossInputs(student, torch.zeros(0, dtype=torch.int64), torch.zeros(0, V)), LossConfig(), 1.0, 1.0)
     out.loss.backward()
-    assert {name: value.item() for name, value in out.metrics.items()} == {"loss": 0, "kd": 0, "task": 0, "cosine": 0}
+    assert {name: value.item() for name, value in out.metrics.items()} == {"kd": 0, "task": 0}
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.zeros(V, D))
 
 
-@pytest.mark.parametrize(
-    "loss", [lambda x: kd(x, 2.0).loss, lambda x: task(x).loss, lambda x: cosine(x).loss], ids=["kd", "task", "cosine"]
-)
-def test_gradients_are_those_of_the_function(loss: Callable[[LossInputs], Tensor]) -> None:
-    base = made(0)
-
-    def of(logits_NC: Tensor, hidden_TD: Tensor) -> Tensor:
-        given = LossInputs(logits_NC, base.labels_N, hidden_TD, base.teacher_logits_NC, base.teacher_hidden_TD)
-        return loss(given) + 0 * (logits_NC.sum() + hidden_TD.sum())
-
-    tensors = (base.student_logits_NC.requires_grad_(), base.student_hidden_TD.requires_grad_())
-    assert torch.autograd.gradcheck(of, tensors)
+# ---- the sum of terms
 
 
-@given(SEEDS, st.floats(0.1, 9), st.floats(0.1, 9), st.floats(0.1, 9))
-def test_the_sum_is_weighted_and_the_metrics_are_not(seed: int, a: float, b: float, c: float) -> None:
-    batch = made(seed)
-    out = combined(batch, LossConfig(kd=a, task=b, cosine=c, temperature=3.0))
-    terms = {"kd": kd(batch, 3.0).loss, "task": task(batch).loss, "cosine": cosine(batch).loss}
-    assert {name: out.metrics[name].item() for name in terms} == {name: loss.item() for name, loss in terms.items()}
-    assert out.loss.item() == pytest.approx(sum(w * t.item() for w, t in zip((a, b, c), terms.values(), strict=True)))
+def batch(seed: int) -> LossInputs:
+    """Two rows of three tokens, a classification; states of two layers on both sides."""
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher, one, two, three, four = torch.randn(6, 6, 5, generator=generator, dtype=torch.float64)
+    mask_BL = torch.ones(2, 3, dtype=torch.bool)
+    states = {1: one.requires_grad_(), 2: two.requires_grad_()}
+    return LossInputs(
+        student[:2].requires_grad_(), torch.tensor([0, 3]), teacher[:2], None, states, {1: three, 2: four},
+        mask_BL=mask_BL,
+    )  # fmt: skip
+
+
+def run(inputs: LossInputs, config: LossConfig, progress: float = 0.0) -> LossOutputs:
+    layers = plan_layers(config, "classification", False, 2, 2)
+    return combined(inputs, config, layers, weights_at(config, progress))
+
+
+@given(SEEDS, st.floats(0.1, 9), st.floats(0.1, 9), st.floats(0.1, 9), st.floats(0.1, 9))
+def test_the_sum_is_weighted_and_the_metrics_are_not(seed: int, a: float, b: float, c: float, d: float) -> None:
+    config = LossConfig(kd=a, task=b, cosine=c, hidden={"weight": d, "layers": ((1, 1), (2, 2))})
+    out = run(batch(seed), config)
+    alone = {
+        "kd": {"kd": 1},
+        "task": {"task": 1},
+        "cosine": {"cosine": 1},
+        "hidden": {"hidden": {"layers": ((1, 1), (2, 2))}},
+    }
+    for name, keys in alone.items():
+        single = run(batch(seed), LossConfig(**({"kd": 0, "task": 0, "cosine": 0} | keys)))
+        assert single.loss.item() == pytest.approx(out.metrics[name].item(), rel=1e-12)
+    parts = zip((a, b, c, d), alone, strict=True)
+    assert out.loss.item() == pytest.approx(sum(weight * out.metrics[name].item() for weight, name in parts))
     assert out.metrics["loss"].item() == out.loss.item()
-
-
-def test_metrics_hold_no_graph() -> None:
-    batch = made(0)
-    batch.student_logits_NC.requires_grad_()
-    out = combined(batch, LossConfig())
     assert out.loss.requires_grad
     assert not any(value.requires_grad for value in out.metrics.values())
 
 
-def test_a_weight_of_nothing_leaves_the_term_out() -> None:
-    batch = LossInputs(torch.zeros(1, 2), torch.tensor([0]), torch.zeros(1, 2))
-    out = combined(batch, LossConfig(kd=0, task=3, cosine=0))
+def test_cosine_by_hand() -> None:
+    """Same direction 0, right angle 1, opposite 2, 60 degrees 1/2: the mean is 3.5 / 4."""
+    student = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0], [1.0, 0.0]])
+    teacher = torch.tensor([[5.0, 0.0], [3.0, 0.0], [-1.0, -1.0], [0.5, math.sqrt(3) / 2]])
+    inputs = LossInputs(student, torch.zeros(4, dtype=torch.int64), None, None, {2: student}, {2: teacher})
+    assert run(inputs, LossConfig(kd=0, task=0)).loss.item() == pytest.approx(3.5 / 4, abs=1e-6)
+
+
+def test_a_term_without_weight_is_left_out() -> None:
+    inputs = LossInputs(torch.zeros(1, 2), torch.tensor([0]))
+    out = run(inputs, LossConfig(kd=0, task=3, cosine=0))
     assert set(out.metrics) == {"loss", "task"}
     assert out.loss.item() == pytest.approx(3 * math.log(2))
-    with pytest.raises(AssertionError, match="needs the teacher's side"):
-        combined(batch, LossConfig(kd=1, task=0, cosine=0))
+    with pytest.raises(AssertionError, match="need the teacher's side"):
+        run(inputs, LossConfig(kd=1, task=0, cosine=0))
+
+
+# ---- schedules
+
+
+def test_a_linear_schedule_goes_from_one_end_to_the_other() -> None:
+    config = LossConfig(kd=4, schedule={"kd": {"linear": (1.0, 0.5)}})
+    assert [weights_at(config, share)["kd"] for share in (0, 0.5, 1)] == [4, 3, 2]
+    assert weights_at(config, 0.5)["task"] == config.task
+
+
+def test_steps_hold_from_their_share_on() -> None:
+    config = LossConfig(task=2, schedule={"task": {"steps": ((0.0, 0.0), (0.25, 1.0), (0.5, 3.0))}})
+    assert [weights_at(config, share)["task"] for share in (0, 0.24, 0.25, 0.5, 1)] == [0, 0, 2, 6, 6]
+    assert weights_at(config, 0.9)["kd"] == config.kd

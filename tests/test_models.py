@@ -7,8 +7,21 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from transformers import BertConfig, DistilBertConfig, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    GPT2Config,
+    LlamaConfig,
+    ModernBertConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+from transformers.pytorch_utils import Conv1D
 
+from raydistil.attention import attention_of
 from raydistil.errors import ModelError
 from raydistil.models import (
     HeadedEncoder,
@@ -19,6 +32,7 @@ from raydistil.models import (
     on_device,
     outline,
     resolve,
+    transformer_layers,
 )
 from raydistil.types import TokenBatch
 
@@ -26,6 +40,24 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 DISTILBERT = DistilBertConfig(vocab_size=45, dim=16, n_layers=3, n_heads=2, hidden_dim=24, max_position_embeddings=32)
 FAMILIES: dict[str, PreTrainedConfig] = {**tiny.FAMILIES, "distilbert": DISTILBERT}
+DEEPER = DistilBertConfig(vocab_size=45, dim=16, n_layers=6, n_heads=2, hidden_dim=24, max_position_embeddings=32)
+SMALL = {**tiny.SHAPE, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+CAUSAL = {
+    "gpt2": GPT2Config(vocab_size=45, n_embd=16, n_layer=6, n_head=2, n_positions=32, bos_token_id=2, eos_token_id=3),
+    "llama": LlamaConfig(**SMALL, num_key_value_heads=1),
+    "qwen2": Qwen2Config(**SMALL, num_key_value_heads=1),
+}
+LANGUAGE: dict[str, PreTrainedConfig] = {
+    **tiny.FAMILIES, "distilbert": DEEPER, "deberta": DebertaV2Config(**tiny.SHAPE, relative_attention=True),
+    "deberta as written": DebertaV2Config(**tiny.SHAPE, legacy=False),
+    "modernbert": ModernBertConfig(**SMALL, cls_token_id=2, sep_token_id=3), **CAUSAL,
+}  # fmt: skip
+
+
+def causal(family: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(CAUSAL[family], dtype=torch.float32)
+    return model.eval()
 
 
 @pytest.fixture
@@ -87,9 +119,7 @@ def test_an_outline_has_shapes_and_no_weights(saved: Path) -> None:
     shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in (made, whole)]
     assert shapes[0] == shapes[1]
     assert outline(str(saved), "classification", 7).config.num_labels == 7
-    with pytest.raises(
-        ModelError, match=r"^student\.model: expected a mlm model in hub layout, cannot load '\S+/none'"
-    ):
+    with pytest.raises(ModelError, match=r"^student\.model: expected a model in hub layout, cannot load 'model/none'"):
         outline(f"{saved.name}/none", "mlm", key="student.model")
 
 
@@ -126,49 +156,78 @@ def test_a_tokenizer_that_is_not_there_or_broken(saved: Path) -> None:
 # ---- the encoder and its head
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LANGUAGE)
 def test_the_head_at_some_tokens_is_the_model_at_those_tokens(family: str) -> None:
-    model = tiny.model(FAMILIES[family], "mlm")
+    model = tiny.model(LANGUAGE[family], "mlm") if family not in CAUSAL else causal(family)
+    encoder = HeadedEncoder(model, "mlm", "float32")
     ids_BL, mask_BL = tiny.ids()
     at_T = torch.arange(int(mask_BL.sum())) % 3 == 0
     with torch.no_grad():
-        hidden_TD, logits_NV = HeadedEncoder(model, "mlm", "float32")(ids_BL, mask_BL, at_T)
+        states, none = encoder(ids_BL, mask_BL, (0, 2, 6))
         out = model(input_ids=ids_BL, attention_mask=mask_BL, output_hidden_states=True)
-    assert torch.allclose(logits_NV, out.logits[mask_BL][at_T], atol=1e-5)
-    assert torch.equal(hidden_TD, out.hidden_states[-1][mask_BL])
+        logits_NV = encoder.vocabulary_logits(states[6][at_T])
+    assert none is None
+    torch.testing.assert_close(logits_NV, out.logits[mask_BL][at_T], rtol=1e-4, atol=1e-5)
+    assert sorted(states) == [0, 2, 6]
+    assert all(torch.equal(states[n], out.hidden_states[n][mask_BL]) for n in (0, 2))
+    assert all(len(state_TD) == 9 + 6 for state_TD in states.values())
+
+
+@pytest.mark.parametrize("family", LANGUAGE)
+def test_queries_keys_and_values_are_those_of_the_layer(family: str) -> None:
+    """Without position terms and with one head's values in a row: what the layer's own matrices are called with."""
+    model = tiny.model(LANGUAGE[family], "mlm") if family not in CAUSAL else causal(family)
+    ids_BL, mask_BL = tiny.ids(rows=1)
+    made: list[torch.Tensor] = []
+    layer = transformer_layers(model)[3]
+    linears = [part for part in layer.modules() if isinstance(part, (torch.nn.Linear, Conv1D))]
+    hooks = [part.register_forward_hook(lambda *given: made.append(given[2])) for part in linears]
+    with torch.no_grad():
+        states, _ = HeadedEncoder(model, "mlm", "float32")(ids_BL, mask_BL, (3,))
+        during = torch.cat([out[0] for out in made if out.shape[1] == 9], -1)
+        for hook in hooks:
+            hook.remove()
+        attention = attention_of(model, 4, states[3])
+    wanted = torch.cat([attention.queries_TD, attention.keys_TD, attention.values_TD], -1)
+    columns = {tuple(column.tolist()) for column in during.T.round(decimals=4)}
+    found = [tuple(column.tolist()) in columns for column in wanted.T.round(decimals=4)]
+    assert sum(found) >= 0.95 * len(found)  # a rounding may fall on either side
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_class_logits_and_hidden_states_without_padding(family: str) -> None:
     model = tiny.model(FAMILIES[family], "classification")
     ids_BL, mask_BL = tiny.ids()
+    encoder = HeadedEncoder(model, "classification", "float32")
+    last = encoder.num_layers
     with torch.no_grad():
-        hidden_TD, logits_BC = HeadedEncoder(model, "classification", "float32")(ids_BL, mask_BL, None)
+        states, logits_BC = encoder(ids_BL, mask_BL, (last,))
         out = model(input_ids=ids_BL, attention_mask=mask_BL)
         encoded = model.base_model(input_ids=ids_BL, attention_mask=mask_BL)
     assert torch.equal(logits_BC, out.logits)
-    assert torch.equal(hidden_TD, encoded.last_hidden_state[mask_BL])
-    assert len(hidden_TD) == 9 + 6
+    assert torch.equal(states[last], encoded.last_hidden_state[mask_BL])
+    assert len(states[last]) == 9 + 6
 
 
 def test_padding_changes_nothing() -> None:
     model = HeadedEncoder(tiny.model(tiny.FAMILIES["bert"], "mlm"), "mlm", "float32")
     ids_BL, mask_BL = tiny.ids()
     with torch.no_grad():
-        before, none = model(ids_BL, mask_BL, None)
+        before, _ = model(ids_BL, mask_BL, (6,))
         ids_BL[~mask_BL] = 7
-        after, _ = model(ids_BL, mask_BL, None)
-    assert none is None
-    assert torch.allclose(before, after, atol=1e-6)
+        after, _ = model(ids_BL, mask_BL, (6,))
+    assert torch.allclose(before[6], after[6], atol=1e-6)
 
 
 def test_bfloat16_is_of_the_products_alone() -> None:
     model = tiny.model(tiny.FAMILIES["bert"], "classification")
     ids_BL, mask_BL = tiny.ids()
     with torch.no_grad():
-        exact = HeadedEncoder(model, "classification", "float32")(ids_BL, mask_BL, None)
-        rough = HeadedEncoder(model, "classification", "bfloat16")(ids_BL, mask_BL, None)
-    for a, b in zip(exact, rough, strict=True):
+        exact, rough = (
+            HeadedEncoder(model, "classification", precision)(ids_BL, mask_BL, (6,))
+            for precision in ("float32", "bfloat16")
+        )
+    for a, b in ((exact[0][6], rough[0][6]), (exact[1], rough[1])):
         assert a.dtype == b.dtype == torch.float32
         assert not torch.equal(a, b)
         assert torch.allclose(a, b, atol=0.2)

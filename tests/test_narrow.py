@@ -19,7 +19,7 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from raydistil.config import Narrowing, StudentConfig
+from raydistil.config.student import Narrowing, StudentConfig
 from raydistil.errors import ModelError
 from raydistil.student import build_student, check_student
 from raydistil.student.narrow import Widths, layer_norms, most_important, narrowed, unlike_units

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistil.errors import ModelError
-from raydistil.models import load_model, load_tokenizer, mlm_head, num_parameters
+from raydistil.models import load_model, load_tokenizer, num_parameters, vocabulary_head
 from raydistil.serve.schema import (
     MAX_BODY_BYTES,
     MAX_MASKS,
@@ -79,7 +79,7 @@ class ServedModel:
         # One request at a time: more would share the one CPU, and each hold activations of its own.
         self._busy = threading.Lock()
         if source.task == "mlm":
-            self._head = mlm_head(model)
+            self._head = vocabulary_head(model)
             self._mask_id = _mask_id(tokenizer)
         if len(tokenizer) > model.config.vocab_size:
             raise ModelError(f"expected at most {model.config.vocab_size} tokens, the tokenizer has {len(tokenizer)}")

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from raydistil.config import StudentConfig
+from raydistil.config.student import StudentConfig
 from raydistil.errors import ModelError
-from raydistil.models import load_model, load_tokenizer, mlm_head, outline
+from raydistil.models import load_model, load_tokenizer, outline, vocabulary_head
 from raydistil.student.distilbert import distilbert
 from raydistil.student.layers import check_layered, chosen_layers, shallower
 from raydistil.student.narrow import narrowed, widths
@@ -57,7 +57,7 @@ def build_student(teacher: PreTrainedModel, config: StudentConfig, task: Task) -
     else:
         student = _of_teacher(teacher, config)
     if task == "mlm":
-        mlm_head(student)
+        vocabulary_head(student)
     return student
 
 
@@ -82,7 +82,7 @@ def student_outline(
         with torch.device("meta"):
             student = _of_teacher(teacher, config.model_copy(update={"narrow": "random"}))
     if task == "mlm":
-        mlm_head(student)
+        vocabulary_head(student)
     return student
 
 

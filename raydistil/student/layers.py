@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from raydistil.config import LayerRule, StudentConfig
+from raydistil.config.student import LayerRule, StudentConfig
 from raydistil.errors import ModelError
+from raydistil.models import layer_list_name
 
 # Lists of a configuration with one entry a layer, in transformers 5.
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type")
@@ -82,7 +83,7 @@ def shallower(teacher: PreTrainedModel, layers: tuple[int, ...]) -> PreTrainedMo
     Raises ModelError where the layers are not in one list, or one of them has no place where it would come to lie.
     """
     check_layered(teacher.config.model_type)
-    prefix = re.escape(_layer_list(teacher))
+    prefix = re.escape(layer_list_name(teacher))
     places = {layer: place for place, layer in enumerate(layers)}
     weights = {}
     for name, tensor in teacher.state_dict().items():
@@ -114,19 +115,6 @@ def _fewer(teacher: Any, layers: tuple[int, ...]) -> Any:
             setattr(config, key, [values[layer] for layer in layers])
     config.num_hidden_layers = len(layers)
     return config
-
-
-def _layer_list(model: PreTrainedModel) -> str:
-    """Dotted name of the one ModuleList that holds the layers. Raises ModelError where there is no such list."""
-    depth = model.config.num_hidden_layers
-    lists = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == depth]
-    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    if len(outer) != 1:
-        raise ModelError(
-            f"{type(model).__name__}: expected its {depth} layers in one list, found {len(outer)} such lists: "
-            f"use a teacher such as BERT, RoBERTa, MPNet, ELECTRA, DeBERTa or ModernBERT"
-        )
-    return str(outer[0])
 
 
 def filled(student: PreTrainedModel, weights: dict[str, Tensor], teacher: PreTrainedModel) -> PreTrainedModel:

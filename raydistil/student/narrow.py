@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from raydistil.config import Narrowing, StudentConfig
+from raydistil.config.student import Narrowing, StudentConfig
 from raydistil.errors import ModelError
 from raydistil.student.layers import filled, fresh
 

@@ -13,15 +13,14 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from raydistil.config.loss import LossConfig
+from raydistil.config.section import Beta, Positive, Section, Share
+from raydistil.config.student import StudentConfig
 from raydistil.errors import ConfigError
 from raydistil.types import Precision, Task
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _ascending(ends: tuple[int, int]) -> tuple[int, int]:
@@ -30,15 +29,7 @@ def _ascending(ends: tuple[int, int]) -> tuple[int, int]:
     return ends
 
 
-LayerRule = Literal["uniform", "first", "last", "every_other"]
-Narrowing = Literal["importance", "svd", "random"]
 FewestMost = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
-
-
-class Section(BaseModel):
-    """Frozen; no unknown keys; docstrings stand under the fields."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class CorpusConfig(Section):
@@ -84,54 +75,6 @@ class TeacherConfig(Section):
     precision: Precision = "float32"
 
 
-class StudentConfig(Section):
-    layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """Teacher layers the student starts from, counted from 0: DistilBERT is [0, 2, 4, 7, 9, 11] of 12."""
-    num_layers: Positive | None = None
-    """How many layers, instead of a list of them; `rule` chooses which."""
-    rule: LayerRule = "uniform"
-    """`uniform`: evenly spread, first and last included. `every_other`: 0, 2, 4 ... `first`, `last`: those."""
-    start: Literal["finetuned", "checkpoint"] = "finetuned"
-    """Whose layers they are: the fine-tuned teacher's, or `teacher.model`'s as it came (Sun et al. 2019, PKD)."""
-    model: str | None = None
-    """Start from this checkpoint instead (written like teacher.model); it must have the teacher's vocabulary."""
-    family: Literal["same", "distilbert"] = "same"
-    """`same`: the teacher's architecture, shallower or narrower. `distilbert`: no token types, no pooler."""
-    hidden_size: Positive | None = None
-    """Width of the student; None: the teacher's. Without `layers` and `num_layers` all layers are kept."""
-    num_heads: Positive | None = None
-    """Attention heads of a layer; None: as many of the teacher's head size as fill `hidden_size`."""
-    ffn_size: Positive | None = None
-    """Neurons of a feed-forward part; None: the teacher's."""
-    narrow: Narrowing = "importance"
-    """What a narrower student starts from: the units of the `importance` largest in the teacher's weights, the main
-    directions of its embeddings (`svd`), or fresh weights (`random`)."""
-
-    @model_validator(mode="after")
-    def _one_start(self) -> "StudentConfig":
-        if self.layers and self.num_layers:
-            raise ValueError("expected either layers (a list) or num_layers (how many, chosen by rule)")
-        if bool(self.layers or self.num_layers or self.is_narrower) == bool(self.model):
-            raise ValueError(
-                "expected either layers, num_layers or a width (of the teacher) or model (a checkpoint of its own)"
-            )
-        if self.rule != "uniform" and not self.num_layers:
-            raise ValueError("rule chooses num_layers layers: set num_layers, or leave rule out")
-        return self
-
-    @model_validator(mode="after")
-    def _one_width(self) -> "StudentConfig":
-        if self.narrow != "importance" and not self.is_narrower:
-            raise ValueError("narrow says how a narrower student starts: set hidden_size, num_heads or ffn_size")
-        if self.is_narrower and self.family != "same":
-            raise ValueError(f"family {self.family} keeps the teacher's width: use family same for a narrower student")
-        return self
-
-    @property
-    def is_narrower(self) -> bool:
-        return bool(self.hidden_size or self.num_heads or self.ffn_size)
-
-
 class MaskingConfig(Section):
     kind: Literal["uniform", "frequency"] = "uniform"
     """`uniform`: each token alike. `frequency`: p ~ count^-smoothing over a micro-batch (DistilBERT, XLM)."""
@@ -165,28 +108,26 @@ class TrainConfig(Section):
     """Plain DeepSpeed keys, merged over the generated ones; `check` shows the outcome."""
 
 
-class LossConfig(Section):
-    """Weights of the terms: loss = kd * KD + task * CE + cosine * (1 - cos)."""
+class TargetsConfig(Section):
+    """How what the teacher says crosses the wire. Classes have few logits: there `hidden` ships them as they are."""
 
-    kd: Annotated[float, Field(ge=0)] = 5.0
-    """Soft labels: T^2 KL(teacher || student) (Hinton et al. 2015)."""
-    temperature: Annotated[float, Field(gt=0)] = 2.0
-    task: Annotated[float, Field(ge=0)] = 2.0
-    """Cross-entropy with the data's own labels: classes, or the masked tokens."""
-    cosine: Annotated[float, Field(ge=0)] = 1.0
-    """1 - cos of the last hidden states (Sanh et al. 2019)."""
-    kd_positions: Literal["masked", "all"] = "masked"
-    """Where the MLM soft labels are compared: the masked tokens, or every token that is not padding (DistilBERT)."""
-
-    @model_validator(mode="after")
-    def _something_to_learn(self) -> "LossConfig":
-        if not (self.kd or self.task or self.cosine):
-            raise ValueError("expected at least one of kd, task and cosine above 0")
-        return self
+    codec: Literal["hidden", "logits", "topk", "sampled"] = "hidden"
+    """Soft labels: made of the last hidden state on the student's side, or fp16 logits, the largest, or draws."""
+    top_k: Positive = 32
+    num_draws: Annotated[int, Field(ge=1, le=65_535)] = 50
+    states: Literal["fp16", "bf16", "int8"] = "fp16"
+    """Format of the hidden states."""
 
 
 class DistillConfig(TrainConfig):
     loss: LossConfig = LossConfig()
+    targets: TargetsConfig = TargetsConfig()
+
+    @model_validator(mode="after")
+    def _sparse_labels_have_one_divergence(self) -> "DistillConfig":
+        if self.targets.codec in ("topk", "sampled") and self.loss.divergence != "forward_kl":
+            raise ValueError(f"targets.codec {self.targets.codec} goes with loss.divergence forward_kl only")
+        return self
 
 
 class EvaluateConfig(Section):

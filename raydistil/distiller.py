@@ -1,0 +1,97 @@
+"""The student with its losses as one module: what DeepSpeed runs forward and backward.
+
+Besides the student it owns the projections of hidden states whose widths differ. The teacher's frozen parts (its
+vocabulary head, its attention's matrices) are used from outside of what is trained and saved.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from raydistil.attention import attention_of
+from raydistil.config.loss import LossConfig
+from raydistil.layers import LayerPlan
+from raydistil.losses import Attention, LossInputs, LossOutputs, Projection, Weights, combined
+from raydistil.models import HeadedEncoder, on_device, vocabulary_head
+from raydistil.places import compared_places
+from raydistil.types import Sparse, TeacherTargets, TokenBatch
+
+NO_TARGETS = TeacherTargets({}, None)
+
+
+class Distiller(nn.Module):
+    """forward: one micro-batch and what the teacher says of it -> the loss and its terms."""
+
+    def __init__(
+        self, encoder: HeadedEncoder, loss: LossConfig, layers: LayerPlan, seed: int, teacher: PreTrainedModel | None
+    ) -> None:
+        """`teacher`: where its frozen parts are needed on the student's side; on the student's device."""
+        super().__init__()
+        self.encoder = encoder
+        self._loss, self._layers, self._seed = loss, layers, seed
+        self._teacher = None if teacher is None else (teacher.requires_grad_(False).train(False),)  # not a submodule
+        self.projections = nn.ModuleDict()
+
+    def project(self, width: int) -> None:
+        """Give the compared states a learned map to the teacher's `width`, where the student's differs."""
+        own = self.model.config.hidden_size
+        if own != width:
+            self.projections.update({str(n): nn.Linear(own, width) for n in self._layers.projected_states})
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The student alone."""
+        return self.encoder.model
+
+    def forward(self, batch: TokenBatch, targets: TeacherTargets | None, weights: Weights) -> LossOutputs:
+        """`targets` None: there is no teacher."""
+        device = next(self.encoder.parameters()).device
+        ids_BL, mask_BL = on_device(batch, device)
+        states, logits_BC = self.encoder(ids_BL, mask_BL, self._layers.student_states)
+        with self.encoder.reckoning(device.type):
+            inputs = self._inputs(batch, mask_BL, states, logits_BC, targets or NO_TARGETS)
+        return combined(inputs, self._loss, self._layers, weights)
+
+    def _inputs(
+        self, batch: TokenBatch, mask_BL: Tensor, states: Mapping[int, Tensor], logits_BC: Tensor | None,
+        targets: TeacherTargets,
+    ) -> LossInputs:  # fmt: skip
+        teacher_layers, student_layers = self._layers.attention_layers
+        attention = _attention(self.model, student_layers, states)
+        taught = _attention(self._teacher[0], teacher_layers, targets.states) if self._teacher else {}
+        projected = {n: self._projected(n, state_TD) for n, state_TD in states.items()}
+        logits, labels_N, teacher_logits, kd_N = self._labels(batch, states, logits_BC, targets)
+        return LossInputs(logits, labels_N, teacher_logits, kd_N, projected, targets.states, attention, taught, mask_BL)
+
+    def _projected(self, n: int, state_TD: Tensor) -> Tensor:
+        return self.projections[str(n)](state_TD).float() if str(n) in self.projections else state_TD
+
+    def _labels(
+        self, batch: TokenBatch, states: Mapping[int, Tensor], logits_BC: Tensor | None, targets: TeacherTargets
+    ) -> tuple[Tensor | Projection, Tensor, Tensor | Projection | Sparse | None, Tensor | None]:
+        """(student's logits, data's labels, teacher's logits, where those are compared), at the compared places."""
+        if logits_BC is not None:
+            assert batch.labels_B is not None
+            labels_B = torch.from_numpy(batch.labels_B.astype("int64")).to(logits_BC.device)
+            return logits_BC, labels_B, targets.soft_labels, None
+        teacher, student = self._layers.last
+        device = states[student].device
+        places = compared_places(batch, self._loss, self._seed)
+        at_T, kd_N, labels_N = (
+            torch.from_numpy(part).to(device) for part in (places.at_T, places.kd_N, places.labels_N)
+        )
+        taught: Tensor | Projection | Sparse | None = targets.soft_labels
+        if taught is None and self._teacher and teacher in targets.states:
+            taught = _projection(self._teacher[0], targets.states[teacher][at_T])
+        return _projection(self.model, states[student][at_T]), labels_N, taught, kd_N
+
+
+def _projection(model: PreTrainedModel, states_ND: Tensor) -> Projection:
+    head = vocabulary_head(model)
+    return Projection(head.transform(states_ND), head.weight_VE, head.bias_V)
+
+
+def _attention(model: PreTrainedModel, layers: tuple[int, ...], states: Mapping[int, Tensor]) -> dict[int, Attention]:
+    return {layer: attention_of(model, layer, states[layer - 1]) for layer in layers}

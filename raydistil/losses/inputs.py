@@ -1,0 +1,60 @@
+"""What a loss sees and what it gives back.
+
+B rows of a micro-batch, L padded length, T real tokens, D hidden size, N compared places (rows of a classification
+batch, or tokens), C classes or vocabulary entries, K entries kept of C, A attention heads.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from raydistil.types import Sparse
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """Logits that are not made yet: `features_ND @ weight_CD.T + bias_C`. A vocabulary makes them too many to keep."""
+
+    features_ND: Tensor
+    weight_CD: Tensor
+    bias_C: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.features_ND)
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Queries, keys and values of one layer, heads side by side; widths of keys and queries are equal."""
+
+    queries_TD: Tensor
+    keys_TD: Tensor
+    values_TD: Tensor
+    num_heads: int
+
+
+@dataclass(frozen=True, slots=True)
+class LossInputs:
+    """What student and teacher say of one micro-batch, float32 (a projection in any dtype).
+
+    States are by layer: 0 the embeddings, n what layer n made of them, as Hugging Face numbers hidden states.
+    """
+
+    student_logits: Tensor | Projection
+    labels_N: Tensor  # int64 classes, IGNORE where there is none; float32 numbers where the task is a regression
+    teacher_logits: Tensor | Projection | Sparse | None = None
+    kd_N: Tensor | None = None  # bool: where soft labels are compared; None: everywhere
+    student_states: Mapping[int, Tensor] = field(default_factory=dict)  # [T, D] each
+    teacher_states: Mapping[int, Tensor] = field(default_factory=dict)
+    student_attention: Mapping[int, Attention] = field(default_factory=dict)
+    teacher_attention: Mapping[int, Attention] = field(default_factory=dict)
+    mask_BL: Tensor | None = None  # bool: which of the tokens are real
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutputs:
+    """A scalar to minimise, and detached scalars to log."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]

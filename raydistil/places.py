@@ -1,0 +1,42 @@
+"""The places of a language-modelling micro-batch whose distributions are compared, the same for teacher and student."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raydistil.config.loss import LossConfig
+from raydistil.manifest import keyed
+from raydistil.masking import uniforms
+from raydistil.types import IGNORE, TokenBatch
+
+_SAMPLE = 4  # a stream of random numbers apart from those of the masking
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Real tokens, row after row: which of them are compared at all, and which of those with soft labels."""
+
+    at_T: NDArray[np.bool_]
+    kd_N: NDArray[np.bool_]
+    labels_N: NDArray[np.int64]  # IGNORE where there is none
+
+
+def compared_places(batch: TokenBatch, loss: LossConfig, seed: int) -> Places:
+    """Where `loss` looks: at `loss.kd_positions`, and wherever a token is to be found where the task has a weight."""
+    assert batch.labels_BL is not None
+    real_BL = np.arange(batch.labels_BL.shape[1])[None, :] < batch.lengths_B[:, None]
+    labels_T = batch.labels_BL[real_BL].astype(np.int64)
+    kd_T = _kd_positions(labels_T, loss, keyed(seed, batch.index)) if loss.kd else np.zeros(len(labels_T), np.bool_)
+    at_T = kd_T | (labels_T != IGNORE) if loss.task else kd_T
+    return Places(at_T, kd_T[at_T], labels_T[at_T])
+
+
+def _kd_positions(labels_T: NDArray[np.int64], loss: LossConfig, key: np.uint64) -> NDArray[np.bool_]:
+    if loss.kd_positions == "all":
+        return np.ones(len(labels_T), np.bool_)
+    if loss.kd_positions == "sample":
+        chosen: NDArray[np.bool_] = uniforms(np.array([key]), len(labels_T), _SAMPLE)[0] < loss.kd_sample
+        return chosen
+    masked: NDArray[np.bool_] = labels_T != IGNORE
+    return masked

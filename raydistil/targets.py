@@ -1,0 +1,56 @@
+"""A teacher's targets of one micro-batch, as they cross the wire and as the student's side has them back.
+
+Hidden states travel one after the other in one column, in the order of `TargetsSpec.states`; soft labels in another.
+"""
+
+import torch
+from torch import Tensor
+
+from raydistil.codecs.buffers import Readable
+from raydistil.codecs.soft_labels import Logits, Sampled, SoftLabelCodec, TopK
+from raydistil.codecs.states import decode_states, encode_states
+from raydistil.config import TargetsConfig
+from raydistil.manifest import keyed
+from raydistil.specs import TargetsSpec
+from raydistil.types import TeacherTargets
+
+COLUMNS = ("states", "soft_labels")
+_DRAWS = 5  # a stream of random numbers apart from those of masking and sampling
+
+
+def soft_label_codec(config: TargetsConfig) -> SoftLabelCodec:
+    """What carries logits, where it is not the last hidden state."""
+    if config.codec == "topk":
+        return TopK(config.top_k)
+    return Sampled(config.num_draws) if config.codec == "sampled" else Logits()
+
+
+def encode_targets(
+    spec: TargetsSpec, index: int, states: dict[int, Tensor], logits_NC: Tensor | None
+) -> dict[str, bytes]:
+    """The columns of micro-batch `index`; `logits_NC` only where `spec` wants soft labels.
+
+    Raises ModelError where a number does not fit the format.
+    """
+    columns = {
+        "states": b"".join(encode_states(states[n], spec.config.states) for n in spec.states),
+        "soft_labels": b"",
+    }
+    if spec.soft_labels:
+        assert logits_NC is not None
+        key = int(keyed(spec.seed, index, _DRAWS))
+        columns["soft_labels"] = soft_label_codec(spec.config).encode(logits_NC, spec.loss.temperature, key)
+    return columns
+
+
+def decode_targets(
+    spec: TargetsSpec, columns: dict[str, Readable], num_tokens: int, device: torch.device
+) -> TeacherTargets:
+    """What `encode_targets` was given, rounded by the format, float32 on `device`."""
+    whole = memoryview(columns["states"])
+    size = len(whole) // max(1, len(spec.states))
+    parts = {n: whole[place * size : (place + 1) * size] for place, n in enumerate(spec.states)}
+    states = {n: decode_states(part, num_tokens, spec.config.states, device) for n, part in parts.items()}
+    if not spec.soft_labels:
+        return TeacherTargets(states, None)
+    return TeacherTargets(states, soft_label_codec(spec.config).decode(columns["soft_labels"], device))

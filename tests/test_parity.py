@@ -1,0 +1,269 @@
+"""What the stream delivers trains the student as one process would: losses and every parameter's gradient.
+
+The reference (`reference.py`) is written from the papers' formulas, runs one row at a time without padding, and is fed
+the targets as the wire rounded them. Dropout 0, one thread, float32.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from sources import class_source, mlm_source, streamed
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from raydistil import wire
+from raydistil.config import LossConfig, TargetsConfig
+from raydistil.distiller import Distiller
+from raydistil.layers import plan_layers
+from raydistil.losses import weights_at
+from raydistil.models import HeadedEncoder, load_model, load_tokenizer
+from raydistil.places import compared_places
+from raydistil.source import MicroBatches
+from raydistil.specs import SourceSpec, TargetsSpec, TeacherSpec
+from raydistil.student import build_student
+from raydistil.targets import decode_targets
+from raydistil.types import Sparse, TeacherTargets, TokenBatch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+ALL_STATES = (0, 1, 2, 3, 4)
+LABELS = ("fruit", "metal", "river")
+NOTHING: dict[str, Any] = {"kd": 0, "task": 0, "cosine": 0}
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """One micro-batch that came through Ray, and what it was made from."""
+
+    task: str
+    teacher_dir: str
+    targets: TargetsSpec
+    batch: TokenBatch
+    given: TeacherTargets
+    made: TokenBatch  # the same micro-batch, made here
+
+    def student(self) -> PreTrainedModel:
+        torch.manual_seed(5)
+        teacher = load_model(self.teacher_dir, self.task, LABELS if self.task == "classification" else ())
+        return build_student(teacher, student_config(), self.task)
+
+    def teacher(self) -> PreTrainedModel:
+        return load_model(self.teacher_dir, self.task).requires_grad_(False).eval()
+
+
+def student_config() -> Any:
+    from raydistil.config.student import StudentConfig
+
+    return StudentConfig(layers=(0, 2))
+
+
+def through_ray(
+    task: str, folder: str, source: SourceSpec, config: TargetsConfig, soft: bool, loss: LossConfig
+) -> Streamed:
+    targets = TargetsSpec(config, loss, ALL_STATES, soft, 3)
+    row = streamed(source, TeacherSpec(folder, task, "float32", 1, targets), total=4)[3]
+    batch = wire.batch_of(row)
+    given = decode_targets(targets, wire.targets_of(row), batch.num_tokens, CPU)
+    return Streamed(task, folder, targets, batch, given, MicroBatches(source).make(3))
+
+
+@pytest.fixture(scope="module")
+def opinionated(tiny_teacher: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny teacher with weights large enough that its distributions are far from even ones."""
+    path = tmp_path_factory.mktemp("teacher")
+    model = load_model(tiny_teacher, "mlm")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.15 * torch.randn_like(parameter)
+    model.save_pretrained(path)
+    load_tokenizer(tiny_teacher).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def mlm(ray_cluster: None, opinionated: str, tmp_path_factory: pytest.TempPathFactory) -> Streamed:
+    source = mlm_source(tmp_path_factory.mktemp("mlm"), opinionated)
+    return through_ray("mlm", opinionated, source, TargetsConfig(), False, LossConfig())
+
+
+@pytest.fixture(scope="module")
+def classes(ray_cluster: None, opinionated: str, tmp_path_factory: pytest.TempPathFactory) -> Streamed:
+    folder = tmp_path_factory.mktemp("classifier")
+    torch.manual_seed(1)
+    load_model(opinionated, "classification", LABELS).save_pretrained(folder)
+    source = class_source(tmp_path_factory.mktemp("classes"), opinionated)
+    return through_ray("classification", str(folder), source, TargetsConfig(), True, LossConfig())
+
+
+def gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check(case: Streamed, config: LossConfig, expected: Callable[[PreTrainedModel, reference.Rows], Tensor]) -> None:
+    """Loss and gradients of the library on what was streamed, against `expected` on what was made here."""
+    student = case.student()
+    layers = plan_layers(config, case.task, case.task == "mlm" and not case.targets.soft_labels, 4, 2)
+    distiller = Distiller(
+        HeadedEncoder(student, case.task, "float32"), config, layers, case.targets.seed, case.teacher()
+    ).train()
+    out = distiller(case.batch, case.given, weights_at(config, 0.0))
+    got = gradients(student, out.loss)
+    rows = reference.student_rows(student, case.made, dict(case.given.states))
+    loss = expected(student, rows)
+    wanted = gradients(student, loss)
+    assert loss.item() > 0
+    assert out.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert wanted.keys() == got.keys()
+    for name, gradient in wanted.items():
+        assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
+
+
+# ---- masked-LM: the triple loss and the layers'
+
+
+@pytest.mark.parametrize("positions", ["masked", "all"])
+def test_triple(mlm: Streamed, positions: str) -> None:
+    config = LossConfig(kd=5, task=2, cosine=1, temperature=2, kd_positions=positions)
+    check(mlm, config, lambda student, rows: reference.triple(rows, student, mlm.teacher(), config, 4))
+
+
+def test_hidden(mlm: Streamed) -> None:
+    config = LossConfig(**NOTHING, hidden={"weight": 0.7})
+    pairs = [(0, 0), (2, 1), (4, 2)]
+    check(mlm, config, lambda student, rows: 0.7 * reference.hidden_mse(rows, pairs))
+
+
+def test_pkd(mlm: Streamed) -> None:
+    config = LossConfig(**NOTHING, pkd={"weight": 3.0, "layers": ((1, 1), (4, 2))})
+    check(mlm, config, lambda student, rows: 3 * reference.patient(rows, [(1, 1), (4, 2)]))
+
+
+def test_attention(mlm: Streamed) -> None:
+    config = LossConfig(**NOTHING, attention={"weight": 2.0})
+    pairs = [(2, 1), (4, 2)]
+    check(mlm, config, lambda student, rows: 2 * reference.attention_mse(rows, student, mlm.teacher(), pairs))
+
+
+def test_minilm(mlm: Streamed) -> None:
+    config = LossConfig(**NOTHING, minilm={"version": 1})
+    check(
+        mlm, config,
+        lambda student, rows: reference.relation_kl(rows, student, mlm.teacher(), (4, 2), 4, reference.version1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("layer", "heads"), [(4, 4), (3, 8), (1, 2)])
+def test_minilm2(mlm: Streamed, layer: int, heads: int) -> None:
+    config = LossConfig(**NOTHING, minilm={"teacher_layer": layer, "relation_heads": heads})
+    check(
+        mlm, config,
+        lambda student, rows: reference.relation_kl(
+            rows, student, mlm.teacher(), (layer, 2), heads, reference.version2
+        ),
+    )  # fmt: skip
+
+
+# ---- masked-LM: soft labels that travel as such
+
+
+@pytest.mark.parametrize(("codec", "positions"), [("logits", "all"), ("topk", "sample"), ("sampled", "masked")])
+def test_codecs(ray_cluster: None, opinionated: str, tmp_path: Path, codec: str, positions: str) -> None:
+    """Fed what the codec left of them, soft labels train as the formula says; how much it leaves is tested apart."""
+    source = mlm_source(tmp_path, opinionated)
+    config = TargetsConfig(codec=codec, top_k=5, num_draws=20)
+    loss = LossConfig(kd=3, task=1, cosine=0, kd_positions=positions)
+    case = through_ray("mlm", opinionated, source, config, True, loss)
+    places = compared_places(case.made, loss, 3)
+    at_T, kd_N = torch.from_numpy(places.at_T), torch.from_numpy(places.kd_N)
+    given = case.given.soft_labels
+
+    def expected(student: PreTrainedModel, rows: reference.Rows) -> Tensor:
+        logits = student.cls(torch.cat([row[0][-1] for row in rows]))
+        labels = torch.cat([row[2] for row in rows])
+        compared = logits[at_T][kd_N]
+        if isinstance(given, Sparse):
+            soft = reference.sparse_kl(compared, given.ids_NK[kd_N], given.probs_NK[kd_N], given.tail_N[kd_N], 2.0)
+        else:
+            soft = reference.divergence("forward_kl", compared, given[kd_N], 2.0, 0.5)
+        return 3 * soft + torch.nn.functional.cross_entropy(logits, labels)
+
+    assert 0 < kd_N.sum() <= len(at_T)
+    check(case, loss, expected)
+
+
+# ---- classification
+
+
+def class_logits(student: PreTrainedModel, case: Streamed) -> Tensor:
+    ids_BL = torch.from_numpy(case.made.input_ids_BL.astype("int64"))
+    mask_BL = torch.arange(ids_BL.shape[1])[None] < torch.from_numpy(case.made.lengths_B)[:, None]
+    return student(input_ids=ids_BL, attention_mask=mask_BL).logits
+
+
+KINDS = ["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "mse"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_divergences_of_classes(classes: Streamed, kind: str) -> None:
+    config = LossConfig(kd=5, task=0.5, cosine=0, divergence=kind, temperature=3, beta=0.3, label_smoothing=0.1)
+
+    def expected(student: PreTrainedModel, rows: reference.Rows) -> Tensor:
+        logits = class_logits(student, classes)
+        labels = torch.from_numpy(classes.made.labels_B.astype("int64"))
+        hard = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+        return 5 * reference.divergence(kind, logits, classes.given.soft_labels, 3, 0.3) + 0.5 * hard
+
+    check(classes, config, expected)
+
+
+def first_units(rows: reference.Rows, side: int, layer: int) -> list[Tensor]:
+    return [row[side][layer][0] / row[side][layer][0].norm() for row in rows]
+
+
+def mean_units(rows: reference.Rows, layer: int) -> list[Tensor]:
+    means = [row[0][layer].mean(0) for row in rows]
+    return [mean / mean.norm() for mean in means]
+
+
+def test_triplet_hard(classes: Streamed) -> None:
+    config = LossConfig(**NOTHING, triplet={"margin": 0.4})
+    labels = classes.made.labels_B.tolist()
+    check(classes, config, lambda _, rows: reference.hard_triplets(first_units(rows, 0, 2), labels, 0.4))
+
+
+def test_triplet_semi_hard(classes: Streamed) -> None:
+    config = LossConfig(**NOTHING, triplet={"mining": "semi_hard", "pooling": "mean"})
+    labels = classes.made.labels_B.tolist()
+    check(classes, config, lambda _, rows: reference.semi_hard_triplets(mean_units(rows, 2), labels, 0.2))
+
+
+def test_triplet_guided(classes: Streamed) -> None:
+    config = LossConfig(**NOTHING, triplet={"guided": True, "margin": 0.1, "largest_margin": 0.9})
+    labels = classes.made.labels_B.tolist()
+    check(
+        classes, config,
+        lambda _, rows: reference.guided_triplets(
+            first_units(rows, 0, 2), first_units(rows, 1, 4), labels, 0.1, 0.9
+        ),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_contrastive(classes: Streamed, pooling: str) -> None:
+    config = LossConfig(**NOTHING, contrastive={"temperature": 0.2, "pooling": pooling})
+    labels = classes.made.labels_B.tolist()
+
+    def expected(_: PreTrainedModel, rows: reference.Rows) -> Tensor:
+        units = first_units(rows, 0, 2) if pooling == "first" else mean_units(rows, 2)
+        return reference.supervised_contrastive(units, labels, 0.2)
+
+    check(classes, config, expected)
