@@ -17,7 +17,8 @@ random      the narrower shape with fresh weights; the layers chosen only say ho
 
 Units that are left out stop counting in the mean and variance of a LayerNorm: the student is a start, not a copy.
 
-D hidden size, H heads, K size of a head, F feed-forward neurons; a prime marks the student's.
+D hidden size, E that of the student, H heads, K size of a head, F feed-forward neurons, V pieces, N units of any kind;
+a prime marks the student's.
 """
 
 import copy
@@ -75,13 +76,10 @@ class Kept:
 
     def along(self, axis: str, layer: int) -> Tensor:
         """Indices along an axis of AXES; `layer` -1: outside the layers, where heads are the same in all."""
-        if axis == "hidden":
-            return self.hidden
-        if axis == "pooled":
-            return self.pooled
-        return {"head": self.heads, "query": self.query, "key": self.query, "value": self.value, "ffn": self.ffn}[axis][
-            layer
-        ]
+        if axis in ("hidden", "pooled"):
+            return self.hidden if axis == "hidden" else self.pooled
+        parts = {"head": self.heads, "query": self.query, "key": self.query, "value": self.value, "ffn": self.ffn}
+        return parts[axis][layer]
 
 
 # ---- sizes
@@ -203,19 +201,19 @@ def most_important(model: PreTrainedModel, sizes: Widths) -> Kept:
     """The units of the largest weights, as the module's docstring measures them."""
     config = model.config
     units = _Units(model)
-    heads_LH = torch.stack([units.path(layer, "value").view(config.num_attention_heads, -1).norm(dim=1)
-                            for layer in range(config.num_hidden_layers)])  # fmt: skip
+    layers = range(config.num_hidden_layers)
+    values = [units.path(layer, "value") for layer in layers]
+    heads_LH = torch.stack([value.view(config.num_attention_heads, -1).norm(dim=1) for value in values])
     if config.model_type == "mpnet":  # one table of relative positions for the heads of all layers
         heads_LH = heads_LH.sum(0, keepdim=True).expand_as(heads_LH)
     heads = [_largest(scores_H, sizes.heads) for scores_H in heads_LH]
     each = sizes.hidden // sizes.heads
-    layers = range(config.num_hidden_layers)
     return Kept(
         hidden=_largest(units.hidden(), sizes.hidden),
         pooled=_largest(units.pooled(), sizes.hidden),
         heads=heads,
         query=[_inside(units.path(layer, "query"), heads[layer], config, each) for layer in layers],
-        value=[_inside(units.path(layer, "value"), heads[layer], config, each) for layer in layers],
+        value=[_inside(values[layer], heads[layer], config, each) for layer in layers],
         ffn=[_largest(units.path(layer, "ffn"), sizes.ffn) for layer in layers],
     )
 
@@ -237,9 +235,7 @@ class _Units:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._parameters = [
-            (name, _axes(name), parameter.detach()) for name, parameter in model.named_parameters()
-        ]  # fmt: skip
+        self._parameters = [(name, _axes(name), tensor.detach()) for name, tensor in model.named_parameters()]
 
     def path(self, layer: int, axis: str) -> Tensor:
         """[N] of one layer: |what a unit reads, its bias included| * |what is made of it|.
@@ -259,9 +255,8 @@ class _Units:
 
     def hidden(self) -> Tensor:
         """[D] mean square after the LayerNorms, times the root of the share of the matrices' squares."""
-        held_D = sum(
-            squares_D / squares_D.sum() for squares_D in (w.square() + b.square() for w, b in layer_norms(self._model))
-        )
+        squares_ND = torch.stack([w.square() + b.square() for w, b in layer_norms(self._model)])
+        held_D = (squares_ND / squares_ND.sum(1, keepdim=True)).sum(0)
         shares_D = torch.zeros(self._model.config.hidden_size)
         for _, axes, tensor in self._parameters:
             for dim, axis in enumerate(axes):
@@ -273,11 +268,10 @@ class _Units:
     def _squares(self, layer: int, axis: str, dim: int) -> Tensor:
         """[N] sums of squares, along an axis that lies in this dimension, of the weight and (dim 0) the bias."""
         found = [
-            tensor.flatten(1).square().sum(1) if dim == 0 and tensor.dim() == 2
-            else tensor.square() if tensor.dim() == 1 else tensor.square().sum(0)
+            tensor.square() if tensor.dim() == 1 else tensor.square().sum(1 - dim)
             for name, axes, tensor in self._parameters
-            if _layer(name) == layer and axes[dim : dim + 1] == (axis,) and (dim == 0 or tensor.dim() == 2)
-        ]  # fmt: skip
+            if _layer(name) == layer and dim < tensor.dim() and axes[dim] == axis
+        ]
         return torch.stack(found).sum(0)
 
 
