@@ -5,16 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistil import rundir
+from raydistil.attention import check_attention
 from raydistil.cluster import check_before_start
 from raydistil.config import Config
 from raydistil.corpus import open_corpus
 from raydistil.errors import ConfigError, DataError, ModelError
-from raydistil.models import load_tokenizer, quiet_transformers, resolve, shape_of
+from raydistil.layers import plan_layers
+from raydistil.models import load_tokenizer, outline, quiet_transformers, resolve, shape_of
 from raydistil.plan import Need, need_of
-from raydistil.student import check_family, check_layers, check_vocabularies
+from raydistil.student import check_student, check_vocabularies, student_outline
 from raydistil.tokens import TokenStore, build_store
 from raydistil.types import Task
 
@@ -65,15 +67,20 @@ def check_models(config: Config) -> None:
     """Raise ModelError for a teacher that cannot be loaded or a student that cannot be made from it."""
     shape = shape_of(config.teacher.model, "teacher.model")
     _check_head(config, shape)
-    check_family(config.student, shape.model_type, config.task)
-    check_layers(config.student.layers, shape.num_hidden_layers)
+    check_student(config.student, shape)
     tokenizer = load_tokenizer(config.teacher.model)
     _check_tokenizer(config, shape, tokenizer)
+    teacher, student = outlines(config)
+    check_losses(config, teacher.config, student.config)
     if config.student.model is not None:
         check_vocabularies(config.teacher.model, config.student.model)
-        student = shape_of(config.student.model, "student.model")
-        _check_positions(config, "student", student)
-        _check_widths(config, shape, student)
+        _check_positions(config, "student", student.config)
+
+
+def outlines(config: Config, num_labels: int | None = None) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The shapes of teacher and student, without weights. Raises ModelError for a student that cannot be made."""
+    teacher = outline(config.teacher.model, config.task, num_labels)
+    return teacher, student_outline(teacher, config.student, config.task, num_labels)
 
 
 HEADS: dict[Task, tuple[str, ...]] = {
@@ -118,13 +125,50 @@ def num_positions(shape: Any) -> int:
     return int(shape.max_position_embeddings - reserved)
 
 
-def _check_widths(config: Config, teacher: Any, student: Any) -> None:
-    compared = config.distill is not None and config.distill.loss.cosine > 0
-    if compared and teacher.hidden_size != student.hidden_size:
+def check_losses(config: Config, teacher: Any, student: Any) -> None:
+    """Raise where a loss cannot be had of these two models, or of this task."""
+    if config.distill is None:
+        return
+    loss = config.distill.loss
+    layers = plan_layers(loss, config.task, False, teacher.num_hidden_layers, student.num_hidden_layers)
+    weights = loss.weights()
+    if weights["cosine"] and teacher.hidden_size != student.hidden_size:
         raise ModelError(
             f"distill.loss.cosine compares hidden states of one width, got {teacher.hidden_size} in the teacher and "
-            f"{student.hidden_size} in the student: set it to 0, or use a student of the teacher's width"
+            f"{student.hidden_size} in the student: set it to 0 and use distill.loss.hidden, which projects them"
         )
+    for name in ("triplet", "contrastive"):
+        if weights[name] and config.task != "classification":
+            raise ConfigError(f"distill.loss.{name}: expected task classification, got {config.task}: leave it out")
+    for name, pairs in (("attention", layers.attention), ("minilm", layers.minilm)):
+        if pairs:
+            _check_attention(config, f"distill.loss.{name}", teacher, student)
+
+
+def _check_attention(config: Config, key: str, teacher: Any, student: Any) -> None:
+    minilm = config.distill.loss.minilm if config.distill and key.endswith("minilm") else None
+    plain = minilm is None or minilm.version == 1
+    for shape in (teacher, student):
+        check_attention(shape.model_type, plain, key)
+    if plain and teacher.num_attention_heads != student.num_attention_heads:
+        raise ModelError(
+            f"{key}: expected as many attention heads in the student as in the teacher, got "
+            f"{student.num_attention_heads} and {teacher.num_attention_heads}: use distill.loss.minilm version 2"
+        )
+    if minilm is not None and not plain:
+        widths = {width for shape in (teacher, student) for width in _attention_widths(shape)}
+        if any(width % minilm.relation_heads for width in widths):
+            raise ConfigError(
+                f"{key}.relation_heads: expected a divisor of {', '.join(map(str, sorted(widths)))}, got "
+                f"{minilm.relation_heads}: choose another"
+            )
+
+
+def _attention_widths(shape: Any) -> tuple[int, int]:
+    """Of queries, and of keys and values, which have fewer heads in some decoders."""
+    head: int = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    keys: int = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+    return head * shape.num_attention_heads, head * keys
 
 
 # ---- data
