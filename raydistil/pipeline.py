@@ -31,7 +31,7 @@ from raydistil.specs import (
     WorkerSpec,
 )  # fmt: skip
 from raydistil.storage import whole_directory
-from raydistil.student import build_student, save_model
+from raydistil.student import build_student, save_model, untune
 
 LABELS_ONLY = LossConfig(kd=0, task=1, cosine=0)
 
@@ -92,8 +92,9 @@ def _student_init(run: Prepared) -> str:
         import torch
 
         torch.manual_seed(run.config.seed)
-        start = run.config.teacher.model if run.config.student.start == "checkpoint" else run.teacher_dir
-        teacher = load_model(start, run.config.task, run.labels)
+        teacher = load_model(run.teacher_dir, run.config.task, run.labels)
+        if run.config.student.start == "checkpoint":
+            untune(teacher, load_model(run.config.teacher.model, run.config.task, run.labels))
         with whole_directory(path) as scratch:
             save_model(build_student(teacher, run.config.student, run.config.task), run.teacher_dir, scratch)
     return str(path)
@@ -128,7 +129,8 @@ def _train(
     slots = num_slots or _num_slots(run, manifest, train_config)
     worker = _worker(run, train_config, loss, init, targets, slots, manifest.per_epoch)
     masking = config.masking if config.task == "mlm" else None
-    source = SourceSpec(run.store.path, "train", manifest, masking)
+    augment = config.distill.augment if targets is not None and config.distill else None
+    source = SourceSpec(run.store.path, "train", manifest, masking, augment)
     summary = train(TrainRun(stage, source, worker, config.cluster, run.run_dir), run.run_dir / target)
     rundir.write_summary(run.run_dir, stage, summary, {"rows": manifest.num_rows, "lr": train_config.lr})
     run.say(_describe(stage, summary))

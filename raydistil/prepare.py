@@ -106,6 +106,9 @@ def _check_tokenizer(config: Config, shape: Any, tokenizer: PreTrainedTokenizerB
         )
     if config.task == "mlm" and tokenizer.mask_token_id is None:
         raise ModelError("teacher.model: expected a tokenizer with a mask token for task mlm, this one has none")
+    augment = config.distill.augment if config.distill else None
+    if augment is not None and augment.mask and tokenizer.mask_token_id is None:
+        raise ModelError("distill.augment.mask: expected a tokenizer with a mask token, this one has none: set it to 0")
     _check_positions(config, "teacher", shape)
 
 

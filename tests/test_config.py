@@ -58,7 +58,9 @@ DEFINING: dict[str, Any] = {
     **{f"distill.loss.schedule.{term}.linear": [1.0, 0.5] for term in TERMS},
     **{f"distill.loss.schedule.{term}.steps": [[0.0, 1.0], [0.5, 2.0]] for term in TERMS},
     "distill.targets.codec": "topk", "distill.targets.top_k": 8, "distill.targets.num_draws": 7,
-    "distill.targets.states": "int8",
+    "distill.targets.states": "int8", "distill.augment.keep": 0.5, "distill.augment.join": 0.1,
+    "distill.augment.cut": 0.1, "distill.augment.mask": 0.2, "distill.augment.replace": 0.2,
+    "distill.augment.drop": 0.2,
 }  # fmt: skip
 PLACING: dict[str, Any] = {
     "name": "other", "output_dir": "elsewhere",
@@ -209,6 +211,11 @@ def test_a_typo_of_a_required_key_is_named_before_the_missing_key(tmp_path: Path
             "distill.loss.schedule.kd.steps",
             [[0.5, 1]],
             "distill.loss.schedule.kd: expected steps with ascending shares of the run, the first of them 0",
+        ),
+        (
+            "distill.augment",
+            {"join": 0.8, "cut": 0.3},
+            "distill.augment: expected join + cut and mask + replace + drop",
         ),
         (
             "distill.loss.triplet",

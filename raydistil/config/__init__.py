@@ -119,8 +119,31 @@ class TargetsConfig(Section):
     """Format of the hidden states."""
 
 
+class AugmentConfig(Section):
+    """Variants of labelled texts that only the teacher labels; a text that stays as it was keeps its label."""
+
+    keep: Share = 0.25
+    """Share of the rows that stay as they are."""
+    join: Share = 0.35
+    """Of the others, the share that become parts of two texts in a row."""
+    cut: Share = 0.25
+    """Of the others, the share that become a part of themselves."""
+    mask: Share = 0.08
+    """Share of the tokens that become the mask token; so `replace` (by others, as often as they occur) and `drop`."""
+    replace: Share = 0.03
+    drop: Share = 0.03
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> "AugmentConfig":
+        if self.join + self.cut > 1 or self.mask + self.replace + self.drop > 1:
+            raise ValueError("expected join + cut and mask + replace + drop of at most 1")
+        return self
+
+
 class DistillConfig(TrainConfig):
     loss: LossConfig = LossConfig()
+    augment: AugmentConfig | None = None
+    """Task classification: distil on variants of the training texts, made anew in every epoch."""
     targets: TargetsConfig = TargetsConfig()
 
     @model_validator(mode="after")
@@ -195,6 +218,12 @@ class Config(Section):
     def _buckets_end_at_length(self) -> "Config":
         if any(bucket >= self.tokens.length for bucket in self.tokens.buckets):
             raise ValueError(f"tokens.buckets must lie below tokens.length = {self.tokens.length}")
+        return self
+
+    @model_validator(mode="after")
+    def _augmented_texts_are_of_classes(self) -> "Config":
+        if self.task != "classification" and self.distill is not None and self.distill.augment is not None:
+            raise ValueError(f"distill.augment is of task classification: leave it out for task {self.task}")
         return self
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ class StudentConfig(Section):
     rule: LayerRule = "uniform"
     """`uniform`: evenly spread, first and last included. `every_other`: 0, 2, 4 ... `first`, `last`: those."""
     start: Literal["finetuned", "checkpoint"] = "finetuned"
-    """Whose layers they are: the fine-tuned teacher's, or `teacher.model`'s as it came (Sun et al. 2019, PKD)."""
+    """Whose layers they are: the fine-tuned teacher's, or `teacher.model`'s as it came, below the fine-tuned head."""
     model: str | None = None
     """Start from this checkpoint instead (written like teacher.model); it must have the teacher's vocabulary."""
     family: Literal["same", "distilbert"] = "same"
