@@ -170,6 +170,20 @@ def bench_losses(
     _emit(lambda: losses.bench_losses(widths, positions, vocabulary, rounds, used, _say), as_json, tables.show_losses)
 
 
+@bench.command("fidelity")
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="train, validation and test.jsonl.")
+@click.option("--output", default=Path("runs/fidelity"), show_default=True, type=click.Path(path_type=Path))
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1))
+@click.option("--only", type=click.Choice(["default"]), help="The default recipe alone, at 3 and 2 layers.")
+@_json
+def bench_fidelity(data: Path, output: Path, seeds: int, only: str | None, as_json: bool) -> None:
+    """What each loss is worth in task distillation; goes on where it stopped."""
+    from raydistil import tables
+    from raydistil.bench import fidelity
+
+    _emit(lambda: fidelity.bench_fidelity(data, output, seeds, only is not None, _say), as_json, tables.show_fidelity)
+
+
 def main() -> None:
     """Entry point: turns errors into exit codes."""
     sys.exit(_guarded(sys.argv[1:]))

@@ -148,7 +148,7 @@ def _worker(
     makes_logits = targets is not None and targets.codec == "hidden" and config.task != "classification" and loss.kd > 0
     layers = plan_layers(loss, config.task, makes_logits, teacher.num_hidden_layers, student.num_hidden_layers)
     spec = None
-    if targets is not None:
+    if targets is not None and (layers.teacher_states or loss.kd):
         wanted = TargetsSpec(targets, loss, layers.teacher_states, loss.kd > 0 and not makes_logits, config.seed)
         spec = TeacherSpec(run.teacher_dir, config.task, config.teacher.precision, teacher_threads, wanted)
     return WorkerSpec(
@@ -183,16 +183,22 @@ def evaluate(run: Prepared) -> dict[str, Any]:
         config.task, run.store.path, "test", config.masking if config.task == "mlm" else None, run.labels,
         config.teacher.precision, wanted, cores(),
     )  # fmt: skip
-    score = ray.remote(num_cpus=1, num_gpus=config.cluster.student_gpus)(_score)
-    try:
-        rows = ray.get(score.remote(spec, _candidates(run, wanted)))
-    except ray.exceptions.RayTaskError as error:
-        raise unwrapped(error) from error
+    rows = score(config, spec, _candidates(run, wanted))
     report = build_report(run, {row.name: row for row in rows})
     if wanted.no_teacher_baseline:
         report["stages"]["no-teacher"] = rundir.read_summary(run.run_dir, _no_teacher(config))
     rundir.write_json(run.run_dir / rundir.REPORT, report)
     return report
+
+
+def score(config: Config, spec: EvaluateSpec, candidates: list[Candidate]) -> list[ModelReport]:
+    """Score models where the accelerators are."""
+    remote = ray.remote(num_cpus=1, num_gpus=config.cluster.student_gpus)(_score)
+    try:
+        found: list[ModelReport] = ray.get(remote.remote(spec, candidates))
+    except ray.exceptions.RayTaskError as error:
+        raise unwrapped(error) from error
+    return found
 
 
 def _candidates(run: Prepared, config: EvaluateConfig) -> list[Candidate]:

@@ -40,11 +40,11 @@ DEFINING: dict[str, Any] = {
     "masking.kind": "frequency", "masking.share": 0.3, "masking.smoothing": 0.5,
     "teacher.model": "another", "teacher.precision": "bfloat16",
     "student.layers": [1], "student.model": "small", "student.family": "distilbert",
-    "student.start": "checkpoint", "student.num_layers": 2, "student.rule": "last", "student.hidden_size": 16,
+    "student.start": "finetuned", "student.num_layers": 2, "student.rule": "last", "student.hidden_size": 16,
     "student.num_heads": 2, "student.ffn_size": 8, "student.narrow": "svd",
     **{f"finetune.{key}": value for key, value in TRAIN.items()}, 
     **{f"distill.{key}": value for key, value in TRAIN.items()},
-    "distill.loss.kd": 1.0, "distill.loss.temperature": 4.0, "distill.loss.task": 0.5, "distill.loss.cosine": 0.0,
+    "distill.loss.kd": 1.0, "distill.loss.temperature": 4.0, "distill.loss.task": 0.75, "distill.loss.cosine": 0.25,
     "distill.loss.kd_positions": "all", "distill.loss.kd_sample": 0.5, "distill.loss.divergence": "reverse_kl",
     "distill.loss.beta": 0.3, "distill.loss.label_smoothing": 0.1, "distill.loss.hidden.weight": 2.0,
     "distill.loss.hidden.layers": [[0, 0], [4, 2]], "distill.loss.pkd.weight": 2.0,
@@ -106,7 +106,9 @@ def changed(key: str) -> dict[str, Any]:
         del flat["student.layers"]
     _, scheduled, rest = key.partition("distill.loss.schedule.")
     term = rest.partition(".")[0]
-    if scheduled and term not in ("kd", "task", "cosine"):
+    if scheduled and term == "cosine":
+        flat["distill.loss.cosine"] = 1.0
+    elif scheduled and term not in ("kd", "task"):
         flat[f"distill.loss.{term}.weight"] = 1.0  # a schedule of a term that is left out is refused
     return flat
 
@@ -197,13 +199,13 @@ def test_a_typo_of_a_required_key_is_named_before_the_missing_key(tmp_path: Path
         ("student", {"family": "distilbert", "ffn_size": 8}, "student: family distilbert keeps the teacher's width"),
         (
             "distill.loss",
-            {"kd": 0, "task": 0, "cosine": 0},
+            {"kd": 0, "task": 0, "hidden": {"weight": 0}},
             "distill.loss: expected at least one of kd, task, cosine, hidden, pkd",
         ),
         (
             "distill.loss",
-            {"schedule": {"hidden": {"linear": [1, 0]}}},
-            "distill.loss: schedule.hidden: expected a schedule of a term that has a weight",
+            {"schedule": {"pkd": {"linear": [1, 0]}}},
+            "distill.loss: schedule.pkd: expected a schedule of a term that has a weight",
         ),
         ("distill.loss.schedule.kd.linear", [1], "distill.loss.schedule.kd.linear.1 is missing"),
         ("distill.loss.schedule.kd", {}, "distill.loss.schedule.kd: expected either linear = [from, to] or steps"),

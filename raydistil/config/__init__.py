@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 from pydantic_core import ErrorDetails
 
 from raydistil.config.loss import LossConfig
+from raydistil.config.recipes import over_recipe
 from raydistil.config.section import Beta, Positive, Section, Share
 from raydistil.config.student import StudentConfig
 from raydistil.errors import ConfigError
@@ -242,7 +243,7 @@ def load_config(path: Path, overrides: list[str]) -> Config:
 
     Raises ConfigError: no such file, not TOML, unknown key, wrong type or range.
     """
-    return _validate(merged(read_toml(path), overrides))
+    return config_of(merged(read_toml(path), overrides))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -283,10 +284,13 @@ def _value(text: str) -> Any:
     return parsed["value"] if len(parsed) == 1 else text
 
 
-def _validate(tree: dict[str, Any]) -> Config:
-    """Strictly: `true` is no number and `"3"` no integer. JSON mode lets a list stand for a tuple."""
+def config_of(tree: dict[str, Any]) -> Config:
+    """A configuration from plain JSON values. Raises ConfigError: unknown key, wrong type or range.
+
+    Strictly: `true` is no number and `"3"` no integer. JSON mode lets a list stand for a tuple.
+    """
     try:
-        return Config.model_validate_json(json.dumps(tree), strict=True)
+        return Config.model_validate_json(json.dumps(over_recipe(tree)), strict=True)
     except ValidationError as error:
         first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a typo explains what is missing
         more = "" if error.error_count() == 1 else f" (and {error.error_count() - 1} more)"
