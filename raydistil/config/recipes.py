@@ -24,7 +24,7 @@ RECIPES: dict[Task, Tree] = {"classification": CLASSIFICATION, "mlm": {}}
 
 def over_recipe(tree: Tree) -> Tree:
     """`tree` with the recipe of its task below it, in the sections it has."""
-    recipe = RECIPES.get(tree.get("task", ""), {})
+    recipe = next((recipe for task, recipe in RECIPES.items() if task == tree.get("task")), {})
     return {**tree, **{name: _over(part, tree[name]) for name, part in recipe.items() if _is_section(tree, name)}}
 
 
