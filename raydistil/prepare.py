@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistil import rundir
 from raydistil.attention import check_attention
+from raydistil.chain import assistants
 from raydistil.cluster import check_before_start
 from raydistil.config import Config
 from raydistil.corpus import open_corpus
@@ -67,20 +69,24 @@ def check_models(config: Config) -> None:
     """Raise ModelError for a teacher that cannot be loaded or a student that cannot be made from it."""
     shape = shape_of(config.teacher.model, "teacher.model")
     _check_head(config, shape)
-    check_student(config.student, shape)
     tokenizer = load_tokenizer(config.teacher.model)
     _check_tokenizer(config, shape, tokenizer)
-    teacher, student = outlines(config)
-    check_losses(config, teacher.config, student.config)
+    *chain, student = outlines(config)
+    for taught_by, taught in pairwise((*chain, student)):
+        check_losses(config, taught_by.config, taught.config)
     if config.student.model is not None:
         check_vocabularies(config.teacher.model, config.student.model)
         _check_positions(config, "student", student.config)
 
 
-def outlines(config: Config, num_labels: int | None = None) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The shapes of teacher and student, without weights. Raises ModelError for a student that cannot be made."""
-    teacher = outline(config.teacher.model, config.task, num_labels)
-    return teacher, student_outline(teacher, config.student, config.task, num_labels)
+def outlines(config: Config, num_labels: int | None = None) -> list[PreTrainedModel]:
+    """The shapes of teacher, assistants and student, without weights. Raises ModelError for one that cannot be made."""
+    made = [outline(config.teacher.model, config.task, num_labels)]
+    between = [student for student, _, _ in assistants(config)] if config.distill else []
+    for student in (*between, config.student):
+        check_student(student, made[-1].config)
+        made.append(student_outline(made[-1], student, config.task, num_labels))
+    return made
 
 
 HEADS: dict[Task, tuple[str, ...]] = {

@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 from raydistil.config.loss import LossConfig
 from raydistil.config.recipes import over_recipe
 from raydistil.config.section import Beta, Positive, Section, Share
-from raydistil.config.student import StudentConfig
+from raydistil.config.student import AssistantConfig, StudentConfig
 from raydistil.errors import ConfigError
 from raydistil.types import Precision, Task
 
@@ -204,6 +204,8 @@ class Config(Section):
     masking: MaskingConfig = MaskingConfig()
     teacher: TeacherConfig
     student: StudentConfig
+    assistants: tuple[AssistantConfig, ...] = ()
+    """Models between teacher and student, largest first: the teacher teaches the first, the last one the student."""
     finetune: TrainConfig | None = None
     """Teach the teacher the task before the distillation."""
     distill: DistillConfig | None = None
@@ -324,7 +326,7 @@ def _nearest(path: str) -> str:
 
     Without either, the keys of the section.
     """
-    section, _, name = path.rpartition(".")
+    section, _, name = ".".join(part for part in path.split(".") if not part.isdigit()).rpartition(".")
     known = sorted(all_keys(Config))
     siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
     namesakes = [key for key in known if key.rpartition(".")[2] == name]
@@ -336,7 +338,7 @@ def _nearest(path: str) -> str:
 
 
 def all_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
-    """Dotted names of every key below `model`, sections included."""
+    """Dotted names of every key below `model`, sections included; of a list of sections, those of each of them."""
     keys: set[str] = set()
     for name, field in model.model_fields.items():
         keys.add(prefix + name)
