@@ -1,5 +1,6 @@
 """check: the resolved configuration, a sample of the data and the plan. Trains nothing and starts no Ray process."""
 
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from raydistil.errors import DataError
 from raydistil.models import load_tokenizer, quiet_transformers
 from raydistil.optim import deepspeed_config
 from raydistil.plan import cores, local_cpus, threads
-from raydistil.prepare import check_models, needs
+from raydistil.prepare import check_models, needs, outlines
+from raydistil.size import describe_model
 from raydistil.tokens import class_names
 from raydistil.types import TextRow
 
@@ -33,6 +35,7 @@ def check(path: Path, overrides: list[str], show: int) -> dict[str, Any]:
     return {
         "config": [{"key": key, "value": value, "origin": origin} for key, value, origin in origins],
         "examples": _examples(config, rows[:show]),
+        "models": _models(config, rows),
         "data": [*notes, f"read {len(rows):,} rows without complaint (run reads all)"],
         "plan": _plan(config),
         "deepspeed": None if config.distill is None else deepspeed_config(config.distill),
@@ -48,6 +51,16 @@ def _sample(config: Config) -> tuple[list[TextRow], tuple[str, ...]]:
     if labelled and len(rows) < ROWS_READ:
         class_names(rows)
     return rows, corpus.notes
+
+
+def _models(config: Config, rows: list[TextRow]) -> dict[str, dict[str, Any]]:
+    """The sizes of teacher and student, with a class head for the classes of the rows that were read."""
+    classes = {row.label for row in rows if row.label is not None}
+    outlined = outlines(config, len(classes) if config.task == "classification" and config.finetune else None)
+    sizes = [describe_model(model, config.tokens.length) for model in outlined]
+    return {
+        name: asdict(size) | {"text": size.line()} for name, size in zip(("teacher", "student"), sizes, strict=True)
+    }
 
 
 def _examples(config: Config, rows: list[TextRow]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from raydistil import rundir
 from raydistil.config import Config
+from raydistil.config.student import StudentConfig
 from raydistil.errors import StorageError
 from raydistil.storage import whole_directory
 
@@ -30,12 +31,22 @@ def model_card(config: Config, report: dict[str, Any]) -> str:
     license_line = f"license: {config.export.license}\n" if config.export and config.export.license else ""
     pipeline_tag = "text-classification" if config.task == "classification" else "fill-mask"
     head = f"---\n{license_line}library_name: transformers\npipeline_tag: {pipeline_tag}\n---\n\n# {config.name}\n\n"
-    layers = f"layers {list(config.student.layers)} of it" if config.student.layers else config.student.model
     body = (
-        f"A student of `{config.teacher.model}`, started from {layers} and distilled on `{config.corpus.source}` with "
-        f"raydistil (seed {config.seed}).\n"
+        f"A student of `{config.teacher.model}`, started from {_start(config.student)} and distilled on "
+        f"`{config.corpus.source}` with raydistil (seed {config.seed}).\n"
     )
     return head + body + (_card_table(report) if report else "\nNot evaluated.\n")
+
+
+def _start(config: StudentConfig) -> str:
+    """Where the student's weights come from, in words."""
+    if config.model is not None:
+        return config.model
+    sizes = {"hidden size": config.hidden_size, "heads": config.num_heads, "feed-forward size": config.ffn_size}
+    width = ", ".join(f"{name} {size}" for name, size in sizes.items() if size)
+    layers = f"layers {list(config.layers)}" if config.layers else f"{config.num_layers or 'all'} layers"
+    rule = f" ({config.rule})" if config.num_layers else ""
+    return f"{layers}{rule} of it" + (f", cut to {width} ({config.narrow})" if width else "")
 
 
 def _card_table(report: dict[str, Any]) -> str:

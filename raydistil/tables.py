@@ -58,7 +58,7 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 
 
 def show_check(result: dict[str, Any]) -> None:
-    """Configuration with origins, sample, data, plan."""
+    """Configuration with origins, sample, models, data, plan."""
     console = Console()
     table = Table(title="configuration")
     for heading in ("key", "value", "from"):
@@ -70,7 +70,8 @@ def show_check(result: dict[str, Any]) -> None:
         console.print(f"[bold]{escape(example['source'])}[/bold] {escape(example['label'] or '')}", highlight=False)
         console.print("  " + example["text"], markup=False, highlight=False)
         console.print("  " + " ".join(example["tokens"]), style="dim", markup=False, highlight=False)
-    for line in (*result["data"], *result["plan"]):
+    sizes = [f"{name}: {size['text']}" for name, size in result["models"].items()]
+    for line in (*sizes, *result["data"], *result["plan"]):
         console.print(line, markup=False, highlight=False)
 
 

@@ -82,7 +82,10 @@ def complaint(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("tokens.length=4096", "expected at most the teacher's 64 positions, got 4096"),
         ("cluster.students=1000", "1000 students x 1"),
         ("cluster.teacher_gpus=1", "GPUs"),
-        ("student.family=distilbert", "student.family distilbert: expected a BERT with a masked-LM head"),
+        ("student.hidden_size=20", "student.hidden_size: expected a multiple of the teacher's head size 8, got 20"),
+        ("student.hidden_size=16", "distill.loss.cosine compares hidden states of one width, got 32 in the teacher"),
+        ("student.num_heads=2", "student.num_heads: expected heads of at most the teacher's size 8, got 32 / 2"),
+        ("student.ffn_size=65", "student.ffn_size: expected at most the teacher's 64, got 65"),
         ("evaluate.latency_length=65", "evaluate.latency_length: expected at most the teacher's 64 positions, got 65"),
         ("nonsense", "--set expects section.key=value"),
     ],
@@ -126,6 +129,37 @@ def test_a_student_with_another_vocabulary_is_refused(
     tokenizer.save_pretrained(other)
     overrides = ["--set", "student.layers=[]", "--set", f"student.model={other}"]
     assert "expected one vocabulary, got 30522 tokens" in complaint(capfd, "check", str(config), *overrides)
+
+
+def test_a_student_that_is_not_there_is_not_called_a_teacher(capfd: pytest.CaptureFixture[str], config: Path) -> None:
+    for model in ("./nowhere", "package:no_such_package/model"):
+        overrides = ["--set", "student.layers=[]", "--set", f"student.model={model}"]
+        assert complaint(capfd, "check", str(config), *overrides).startswith("error: student.model: ")
+
+
+def test_a_rule_chooses_no_more_layers_than_there_are(capfd: pytest.CaptureFixture[str], config: Path) -> None:
+    overrides = ["--set", "student.layers=[]", "--set", "student.num_layers=3", "--set", "student.rule=every_other"]
+    expected = "student.num_layers: expected at most 2 for rule every_other of a teacher with 4 layers, got 3: lower it"
+    assert expected in complaint(capfd, "check", str(config), *overrides)
+
+
+def test_check_says_how_large_the_models_are(capfd: pytest.CaptureFixture[str], config: Path) -> None:
+    assert (
+        _guarded(["check", str(config), "--json", "--set", "student.ffn_size=32", "--set", "student.layers=[0]"]) == 0
+    )
+    models = json.loads(capfd.readouterr().out)["models"]
+    tables = (30522 + 64 + 2) * 32 + 2 * 32
+    attention, pooler = 4 * (32 * 32 + 32) + 2 * 32, 32 * 32 + 32
+    layers = {name: count * (attention + 2 * 32 * ffn + ffn + 32 + 2 * 32)
+              for name, count, ffn in (("teacher", 4, 64), ("student", 1, 32))}  # fmt: skip
+    for name, parameters in layers.items():
+        assert models[name]["parameters"] == tables + parameters + pooler + 3 * 32 + 3
+        assert models[name]["bytes"] == 4 * models[name]["parameters"]
+        assert models[name]["length"] == 32
+    assert _guarded(["check", str(config), "--show", "0"]) == 0
+    out = capfd.readouterr().out
+    assert re.search(r"^teacher: 1\.0 M parameters \(1\.0 M embeddings\), 4 MiB, ", out, re.MULTILINE)
+    assert re.search(r"^student: 1\.0 M parameters", out, re.MULTILINE)
 
 
 def test_unknown_commands_and_missing_files(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ DEFINING: dict[str, Any] = {
     "masking.kind": "frequency", "masking.share": 0.3, "masking.smoothing": 0.5,
     "teacher.model": "another", "teacher.precision": "bfloat16",
     "student.layers": [1], "student.model": "small", "student.family": "distilbert",
-    "student.start": "checkpoint",
+    "student.start": "checkpoint", "student.num_layers": 2, "student.rule": "last", "student.hidden_size": 16,
+    "student.num_heads": 2, "student.ffn_size": 8, "student.narrow": "svd",
     **{f"finetune.{key}": value for key, value in TRAIN.items()}, 
     **{f"distill.{key}": value for key, value in TRAIN.items()},
     "distill.loss.kd": 1.0, "distill.loss.temperature": 4.0, "distill.loss.task": 0.5, "distill.loss.cosine": 0.0,
@@ -70,6 +71,9 @@ PLACING: dict[str, Any] = {
     "cluster.teacher_threads": 1, "cluster.max_bytes_in_flight": 1 << 21,
 }  # fmt: skip
 LEAVES = DEFINING | PLACING
+NEEDED: dict[str, dict[str, Any]] = {  # keys that make no sense alone
+    "student.rule": {"student.num_layers": 2}, "student.narrow": {"student.ffn_size": 8},
+}  # fmt: skip
 
 JSON_VALUES = st.recursive(
     st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -95,8 +99,8 @@ def write(path: Path, flat: dict[str, Any]) -> Path:
 
 def changed(key: str) -> dict[str, Any]:
     """BASE with another value for `key`."""
-    flat = BASE | {key: LEAVES[key]}
-    if key == "student.model":
+    flat = BASE | NEEDED.get(key, {}) | {key: LEAVES[key]}
+    if key in ("student.model", "student.num_layers", "student.rule"):
         del flat["student.layers"]
     _, scheduled, rest = key.partition("distill.loss.schedule.")
     term = rest.partition(".")[0]
@@ -179,7 +183,16 @@ def test_a_typo_of_a_required_key_is_named_before_the_missing_key(tmp_path: Path
         ("distill.betas", [0.9, 1.0], "distill.betas.1: input should be less than 1, got 1.0"),
         ("task", "qa", "task: input should be 'classification' or 'mlm', got 'qa'"),
         ("tokens.buckets", [128], "tokens.buckets must lie below tokens.length = 128"),
-        ("student.model", "small", "student: expected either layers (of the teacher) or model"),
+        ("student.model", "small", "student: expected either layers, num_layers or a width (of the teacher) or model"),
+        ("student.num_layers", 2, "student: expected either layers (a list) or num_layers (how many, chosen by rule)"),
+        ("student.rule", "last", "student: rule chooses num_layers layers: set num_layers, or leave rule out"),
+        (
+            "student.rule",
+            "some",
+            "student.rule: input should be 'uniform', 'first', 'last' or 'every_other', got 'some'",
+        ),
+        ("student.narrow", "svd", "student: narrow says how a narrower student starts: set hidden_size, num_heads or "),
+        ("student", {"family": "distilbert", "ffn_size": 8}, "student: family distilbert keeps the teacher's width"),
         (
             "distill.loss",
             {"kd": 0, "task": 0, "cosine": 0},

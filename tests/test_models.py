@@ -30,6 +30,7 @@ from raydistil.models import (
     made_for_training,
     num_parameters,
     on_device,
+    outline,
     resolve,
     transformer_layers,
 )
@@ -103,6 +104,23 @@ def test_a_whole_checkpoint_loads_in_float32(saved: Path) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     teacher = tiny.model(tiny.FAMILIES["bert"], "mlm").state_dict()
     assert all(torch.equal(tensor, teacher[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("model", ["./none", "package:nope/model", "package:json/nope"])
+def test_an_error_names_the_key_the_model_came_from(model: str) -> None:
+    for load in (lambda: load_model(model, "mlm", key="student.model"), lambda: load_tokenizer(model, "student.model")):
+        with pytest.raises(ModelError, match=r"^student\.model: "):
+            load()
+
+
+def test_an_outline_has_shapes_and_no_weights(saved: Path) -> None:
+    made, whole = outline(str(saved), "mlm"), load_model(str(saved), "mlm")
+    assert {parameter.device.type for parameter in made.parameters()} == {"meta"}
+    shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in (made, whole)]
+    assert shapes[0] == shapes[1]
+    assert outline(str(saved), "classification", 7).config.num_labels == 7
+    with pytest.raises(ModelError, match=r"^student\.model: expected a model in hub layout, cannot load 'model/none'"):
+        outline(f"{saved.name}/none", "mlm", key="student.model")
 
 
 def test_labels_name_the_classes(saved: Path) -> None:

@@ -58,7 +58,7 @@ class Streamed:
 
 
 def student_config() -> Any:
-    from raydistil.config import StudentConfig
+    from raydistil.config.student import StudentConfig
 
     return StudentConfig(layers=(0, 2))
 

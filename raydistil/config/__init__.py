@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from raydistil.config.loss import LossConfig
 from raydistil.config.section import Beta, Positive, Section, Share
+from raydistil.config.student import StudentConfig
 from raydistil.errors import ConfigError
 from raydistil.types import Precision, Task
 
@@ -72,23 +73,6 @@ class TeacherConfig(Section):
     model: str
     """Local directory in hub layout, hub name, or `package:NAME/SUBDIR` for weights shipped in a Python package."""
     precision: Precision = "float32"
-
-
-class StudentConfig(Section):
-    layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """Teacher layers the student starts from, counted from 0: DistilBERT is [0, 2, 4, 7, 9, 11] of 12."""
-    start: Literal["finetuned", "checkpoint"] = "finetuned"
-    """Whose layers they are: the fine-tuned teacher's, or `teacher.model`'s as it came (Sun et al. 2019, PKD)."""
-    model: str | None = None
-    """Start from this checkpoint instead (written like teacher.model); it must have the teacher's vocabulary."""
-    family: Literal["same", "distilbert"] = "same"
-    """`same`: the teacher's architecture, shallower. `distilbert`: no token types, no pooler."""
-
-    @model_validator(mode="after")
-    def _one_start(self) -> "StudentConfig":
-        if bool(self.layers) == bool(self.model):
-            raise ValueError("expected either layers (of the teacher) or model (a checkpoint of its own)")
-        return self
 
 
 class MaskingConfig(Section):

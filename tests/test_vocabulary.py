@@ -1,0 +1,164 @@
+"""A vocabulary cut down to a corpus: the same pieces, the same numbers at what is kept."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from conftest import MINILM, sentences
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from transformers import (
+    BertConfig,
+    BertTokenizer,
+    MPNetConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RobertaTokenizer,
+)
+
+from raydistil.errors import ModelError
+from raydistil.models import load_model, load_tokenizer
+from raydistil.student.vocabulary import Pruned, prune_vocabulary
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LETTERS = tuple("abc") + tuple(f"##{letter}" for letter in "abc")
+PIECES = ("ab", "##bc", "##ca", "abc", "cab", "##abca", "cc", "##cc", "bb", "##bb")
+WORD = st.text("abc", min_size=1, max_size=8)
+
+
+def toy(
+    pieces: tuple[str, ...] = LETTERS + PIECES, specials: tuple[str, ...] = tiny.SPECIAL
+) -> PreTrainedTokenizerBase:
+    """Unused pieces come first, so that every other id moves."""
+    words = ("[PAD]", "[unused0]", "[unused1]", *specials[1:], *pieces)
+    return BertTokenizer(vocab={word: number for number, word in enumerate(words)})
+
+
+def counts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> NDArray[np.int64]:
+    ids = [number for text in texts for number in tokenizer(text)["input_ids"]]
+    return np.bincount(ids, minlength=len(tokenizer))
+
+
+def pruned(texts: list[str], min_count: int = 1) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Pruned]:
+    tokenizer = toy()
+    model = tiny.model(BertConfig(**{**tiny.SHAPE, "vocab_size": len(tokenizer), "num_hidden_layers": 1}), "mlm")
+    return model, tokenizer, prune_vocabulary(model, tokenizer, counts(tokenizer, texts), min_count)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.lists(WORD, min_size=1, max_size=4).map(" ".join), min_size=1, max_size=6))
+def test_texts_that_were_counted_are_cut_as_before(texts: list[str]) -> None:
+    _, tokenizer, small = pruned(texts)
+    for text in texts:
+        assert small.tokenizer.tokenize(text) == tokenizer.tokenize(text)
+        new_ids = small.tokenizer(text)["input_ids"]
+        assert small.kept_ids_W[new_ids].tolist() == tokenizer(text)["input_ids"]
+
+
+@settings(max_examples=30)
+@given(st.lists(st.lists(WORD, min_size=1, max_size=4).map(" ".join), min_size=1, max_size=6), st.integers(2, 5))
+def test_rare_pieces_fall_apart_and_nothing_becomes_unknown(texts: list[str], min_count: int) -> None:
+    _, tokenizer, small = pruned(texts, min_count)
+    for text in texts:
+        pieces = small.tokenizer.tokenize(text)
+        assert "[UNK]" not in pieces
+        assert "".join(piece.removeprefix("##") for piece in pieces) == text.replace(" ", "")
+    used = Counter(piece for text in texts for piece in tokenizer.tokenize(text))
+    longer = {piece for piece in small.tokenizer.get_vocab() if len(piece.removeprefix("##")) > 1}
+    assert longer - set(tiny.SPECIAL) == {
+        piece for piece, count in used.items() if count >= min_count and len(piece.removeprefix("##")) > 1
+    }
+
+
+def test_what_is_kept_and_what_goes() -> None:
+    _, tokenizer, small = pruned(["abcca ab"])
+    assert tokenizer.tokenize("abcca ab") == ["abc", "##ca", "ab"]
+    kept = tokenizer.convert_ids_to_tokens(small.kept_ids_W.tolist())
+    assert kept == [*tiny.SPECIAL, *LETTERS, "ab", "##ca", "abc"]
+    assert [small.tokenizer.convert_ids_to_tokens(number) for number in range(len(kept))] == kept
+    assert len(small.tokenizer) == len(kept) == small.model.config.vocab_size
+    assert small.tokenizer("ab")["input_ids"] == [2, kept.index("ab"), 3]
+    assert small.tokenizer.mask_token_id == 4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "electra"])
+def test_the_logits_of_the_kept_pieces_are_the_same(family: str, tied: bool) -> None:
+    tokenizer = toy()
+    shape = {**tiny.SHAPE, "vocab_size": len(tokenizer) + 3, "tie_word_embeddings": tied}  # three rows no piece has
+    model = tiny.model(type(tiny.FAMILIES[family])(**shape), "mlm")
+    small = prune_vocabulary(model, tokenizer, counts(tokenizer, ["abcca ab", "cab"]))
+    assert small.model.config.vocab_size < 24
+    before, after = (
+        found(torch.tensor([pair("abcca cab")["input_ids"]])).logits
+        for found, pair in ((model, tokenizer), (small.model, small.tokenizer))
+    )
+    assert torch.allclose(before[..., small.kept_ids_W], after, atol=1e-6)
+    shared = small.model.get_output_embeddings().weight is small.model.get_input_embeddings().weight
+    assert shared == tied
+
+
+def test_class_logits_are_the_same_and_files_are_whole(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(MINILM)
+    model = load_model(MINILM, "classification", ("a", "b")).eval()
+    texts = [row["text"] for row in sentences(60)]
+    small = prune_vocabulary(model, tokenizer, counts(tokenizer, texts))
+    assert len(small.kept_ids_W) < 300
+    small.model.save_pretrained(tmp_path)
+    small.tokenizer.save_pretrained(tmp_path)
+    model_again, tokenizer_again = load_model(str(tmp_path), "classification"), load_tokenizer(str(tmp_path))
+    assert model_again.config.pad_token_id == 0
+    old, new = (one(texts[:8], padding=True, return_tensors="pt") for one in (tokenizer, tokenizer_again))
+    assert small.kept_ids_W[new["input_ids"]].tolist() == old["input_ids"].tolist()
+    with torch.no_grad():
+        assert torch.allclose(model(**old).logits, model_again.eval()(**new).logits, atol=1e-6)
+    assert len(tokenizer) == model.config.vocab_size == 30522
+
+
+def test_special_ids_of_the_configuration_move_with_their_tokens() -> None:
+    tokenizer = toy(specials=("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))
+    shape = BertConfig(**{**tiny.SHAPE, "vocab_size": len(tokenizer)}, bos_token_id=4, eos_token_id=5)
+    small = prune_vocabulary(tiny.model(shape, "mlm"), tokenizer, counts(tokenizer, ["ab"]))
+    assert (small.model.config.pad_token_id, small.model.config.bos_token_id, small.model.config.eos_token_id) == (
+        0,
+        2,
+        3,
+    )
+
+
+def test_added_tokens_stay() -> None:
+    tokenizer = toy()
+    tokenizer.add_tokens(["<code>"])
+    model = tiny.model(BertConfig(**{**tiny.SHAPE, "vocab_size": len(tokenizer)}), "mlm")
+    small = prune_vocabulary(model, tokenizer, counts(tokenizer, ["ab"]))
+    assert small.tokenizer.tokenize("ab <code>") == ["ab", "<code>"]
+    assert small.kept_ids_W[small.tokenizer.convert_tokens_to_ids("<code>")] == len(tokenizer) - 1
+
+
+# ---- what cannot be
+
+
+def test_a_padding_id_that_positions_are_counted_from_must_not_move() -> None:
+    words = ("[unused0]", *tiny.SPECIAL, "a")
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
+    model = tiny.model(MPNetConfig(**{**tiny.SHAPE, "vocab_size": len(words)}), "mlm")
+    with pytest.raises(
+        ModelError, match=r"MPNetForMaskedLM counts positions from its id 1, which would become 0: keep"
+    ):
+        prune_vocabulary(model, tokenizer, counts(tokenizer, ["a"]))
+
+
+def test_other_tokenizers_are_refused() -> None:
+    letters = {
+        letter: number for number, letter in enumerate(("<s>", "<pad>", "</s>", "<unk>", "<mask>", "a", "b", "ab"))
+    }
+    tokenizer = RobertaTokenizer(vocab=letters, merges=[("a", "b")])
+    with pytest.raises(
+        ModelError, match="expected a WordPiece tokenizer to prune, got BPE: a piece of another kind is"
+    ):
+        prune_vocabulary(tiny.model(tiny.FAMILIES["roberta"], "mlm"), tokenizer, np.ones(8, np.int64))
