@@ -1,5 +1,6 @@
 """prepare: everything that can be wrong with the input shows here, before any Ray process starts."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,7 @@ def needs(config: Config) -> list[Need]:
 def check_models(config: Config) -> None:
     """Raise ModelError for a teacher that cannot be loaded or a student that cannot be made from it."""
     shape = shape_of(config.teacher.model, "teacher.model")
+    _check_decoder(config, "teacher", shape)
     _check_head(config, shape)
     check_student(config.student, shape)
     tokenizer = load_tokenizer(config.teacher.model)
@@ -72,8 +74,10 @@ def check_models(config: Config) -> None:
     _check_widths(config, shape.hidden_size, config.student.hidden_size or student.hidden_size)
     if config.student.model is not None:
         check_vocabularies(config.teacher.model, config.student.model)
+        _check_decoder(config, "student", student)
         _check_positions(config, "student", student)
-    outlines(config)
+    for whose, model in zip(("teacher", "student"), outlines(config), strict=True):
+        _check_relations(config, whose, model.config)
 
 
 def outlines(config: Config, num_labels: int | None = None) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -84,7 +88,9 @@ def outlines(config: Config, num_labels: int | None = None) -> tuple[PreTrainedM
 
 HEADS: dict[Task, tuple[str, ...]] = {
     "mlm": ("ForMaskedLM", "ForPreTraining"), "classification": ("ForSequenceClassification",),
+    "clm": ("ForCausalLM", "LMHeadModel"),
 }  # fmt: skip
+DECODERS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")  # they take positions and masks of documents as they come
 
 
 def _check_head(config: Config, shape: Any) -> None:
@@ -97,6 +103,39 @@ def _check_head(config: Config, shape: Any) -> None:
         )
 
 
+def _check_decoder(config: Config, whose: str, shape: Any) -> None:
+    """A causal model must keep the documents of a block apart, in each of its layers."""
+    if config.task != "clm":
+        return
+    if shape.model_type not in DECODERS:
+        raise ModelError(
+            f"{whose}.model: expected one of {', '.join(DECODERS)} for task clm, got {shape.model_type}: choose "
+            f"another, or task mlm for an encoder"
+        )
+    window = getattr(shape, "sliding_window", None)
+    if window is not None and window < config.tokens.length:
+        raise ConfigError(
+            f"tokens.length: expected at most the {whose}'s attention window of {window} for task clm, got "
+            f"{config.tokens.length}: lower it"
+        )
+
+
+def _check_relations(config: Config, whose: str, shape: Any) -> None:
+    """MiniLMv2 cuts queries, keys and values into parts; a decoder's keys and values may be narrower."""
+    loss = config.distill.loss if config.distill else None
+    if loss is None or loss.minilm is None or not loss.minilm.weight or loss.minilm.version != 2:
+        return
+    head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    heads = {shape.num_attention_heads, getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads}
+    parts = loss.minilm.relation_heads
+    for width in sorted(number * head for number in heads):
+        if width % parts:
+            raise ConfigError(
+                f"distill.loss.minilm.relation_heads: expected a divisor of {width}, the width of the {whose}'s "
+                f"queries, keys or values, got {parts}: choose for example {math.gcd(width, parts)}"
+            )
+
+
 def _check_tokenizer(config: Config, shape: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     if len(tokenizer) > shape.vocab_size:
         raise ModelError(
@@ -105,6 +144,8 @@ def _check_tokenizer(config: Config, shape: Any, tokenizer: PreTrainedTokenizerB
         )
     if config.task == "mlm" and tokenizer.mask_token_id is None:
         raise ModelError("teacher.model: expected a tokenizer with a mask token for task mlm, this one has none")
+    if config.task == "clm" and tokenizer.eos_token_id is None:
+        raise ModelError("teacher.model: expected a tokenizer with an eos token for task clm, this one has none")
     _check_positions(config, "teacher", shape)
 
 
@@ -139,7 +180,8 @@ def _check_widths(config: Config, teacher: int, student: int) -> None:
 def make_store(config: Config) -> Path:
     labelled = config.task == "classification"
     corpus = open_corpus(config.corpus, labelled)
-    return build_store(corpus, load_tokenizer(config.teacher.model), config.tokens, labelled)
+    tokenizer = load_tokenizer(config.teacher.model)
+    return build_store(corpus, tokenizer, config.tokens, labelled, documents=config.task == "clm")
 
 
 def describe_store(store: TokenStore) -> list[str]:

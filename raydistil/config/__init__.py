@@ -199,8 +199,24 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _labels_are_of_classes(self) -> "Config":
-        if self.task == "mlm" and self.corpus.labelled_share < 1:
-            raise ValueError("corpus.labelled_share is of task classification: leave it out for task mlm")
+        if self.task != "classification" and self.corpus.labelled_share < 1:
+            raise ValueError(f"corpus.labelled_share is of task classification: leave it out for task {self.task}")
+        return self
+
+    @model_validator(mode="after")
+    def _causal_models_predict_what_follows(self) -> "Config":
+        if self.task != "clm":
+            return self
+        if "masking" in self.model_fields_set:
+            raise ValueError("masking is of task mlm: leave [masking] out for task clm")
+        loss = self.distill.loss if self.distill else LossConfig()
+        strange = [name for name in ("pkd", "attention", "triplet", "contrastive") if loss.weights()[name]]
+        strange += ["minilm version 1"] if loss.minilm and loss.minilm.weight and loss.minilm.version == 1 else []
+        if strange:
+            raise ValueError(
+                f"distill.loss: expected kd, task, cosine, hidden or minilm version 2 for task clm, got {strange[0]}: "
+                f"leave it out"
+            )
         return self
 
 
