@@ -24,7 +24,7 @@ from raydistil.corpus import open_corpus
 from raydistil.models import load_tokenizer
 from raydistil.tokens import build_store
 
-BOS, EOS = "<s>", "</s>"
+BOS, EOS = "<s>", "<|endoftext|>"  # EOS as GPT-2 and Qwen2 have it
 
 
 @cache

@@ -167,7 +167,7 @@ def test_more_tokens_than_positions_or_than_the_window(tmp_path: Path) -> None:
     assert said == "tokens.length: expected at most the teacher's 64 positions, got 65: lower it"
     shape = decoders.shape("qwen2").to_dict()
     shape |= {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2, "layer_types": None}
-    Qwen2Config(**shape, architectures=["Qwen2ForCausalLM"]).save_pretrained(teacher)
+    Qwen2Config(**shape | {"architectures": ["Qwen2ForCausalLM"]}).save_pretrained(teacher)
     said = complaint(ConfigError, config_for(tmp_path, teacher))
     assert said == "tokens.length: expected at most the teacher's attention window of 16 for task clm, got 32: lower it"
 

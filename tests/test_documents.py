@@ -62,11 +62,11 @@ def test_blocks_hold_every_document_once_and_say_where_it_begins(texts: list[str
 
 
 def test_a_block_by_hand() -> None:
-    """`a b </s> c </s>` and the first half of the next; the rest of it begins the next block."""
-    ids = {word: decoders.tokenizer().convert_tokens_to_ids(word) for word in ("a", "b", "c", "</s>")}
+    """`a b eos c eos` and the first half of the next; the rest of it begins the next block."""
+    ids = {word: decoders.tokenizer().convert_tokens_to_ids(word) for word in ("a", "b", "c", decoders.EOS)}
     _, rows = stored(["ab", "c", "abcab"], 8, False)
-    letters = [[next(word for word, n in ids.items() if n == token) for token in block] for block, _ in rows]
-    assert letters == [["a", "b", "</s>", "c", "</s>", "a", "b", "c"], ["a", "b", "</s>"]]
+    letters = [[next(word[0] for word, n in ids.items() if n == token) for token in block] for block, _ in rows]
+    assert ["".join(block) for block in letters] == ["ab<c<abc", "ab<"]
     assert [starts for _, starts in rows] == [[1, 0, 0, 1, 0, 1, 0, 0], [1, 0, 0]]
 
 
