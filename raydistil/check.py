@@ -58,8 +58,10 @@ def _models(config: Config, rows: list[TextRow]) -> dict[str, dict[str, Any]]:
     classes = {row.label for row in rows if row.label is not None}
     outlined = outlines(config, len(classes) if config.task == "classification" and config.finetune else None)
     sizes = [describe_model(model, config.tokens.length) for model in outlined]
+    between = [f"assistant-{number}" for number in range(1, len(sizes) - 1)]
     return {
-        name: asdict(size) | {"text": size.line()} for name, size in zip(("teacher", "student"), sizes, strict=True)
+        name: asdict(size) | {"text": size.line()}
+        for name, size in zip(("teacher", *between, "student"), sizes, strict=True)
     }
 
 

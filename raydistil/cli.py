@@ -147,6 +147,43 @@ def serve(run_dir: Path, host: str, port: int, replicas: int) -> None:
     serve_forever(run_dir, host, port, replicas, _say)
 
 
+@app.group()
+def bench() -> None:
+    """Measure what the README claims."""
+
+
+@bench.command("losses")
+@click.option("--width", "widths", multiple=True, type=click.IntRange(min=1), default=(768, 384), show_default=True)
+@click.option("--positions", default=2048, show_default=True, type=click.IntRange(min=1))
+@click.option("--vocabulary", default=30_522, show_default=True, type=click.IntRange(min=2))
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1))
+@click.option("--threads", default=None, type=click.IntRange(min=1), help="Of torch; all cores if left out.")
+@_json
+def bench_losses(
+    widths: tuple[int, ...], positions: int, vocabulary: int, rounds: int, threads: int | None, as_json: bool
+) -> None:
+    """The chunked pass over the vocabulary against plain PyTorch: time and peak memory."""
+    from raydistil import plan, tables
+    from raydistil.bench import losses
+
+    used = threads or plan.cores()
+    _emit(lambda: losses.bench_losses(widths, positions, vocabulary, rounds, used, _say), as_json, tables.show_losses)
+
+
+@bench.command("fidelity")
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="train, validation and test.jsonl.")
+@click.option("--output", default=Path("runs/fidelity"), show_default=True, type=click.Path(path_type=Path))
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1))
+@click.option("--only", type=click.Choice(["default"]), help="The default recipe alone, at 3 and 2 layers.")
+@_json
+def bench_fidelity(data: Path, output: Path, seeds: int, only: str | None, as_json: bool) -> None:
+    """What each loss is worth in task distillation; goes on where it stopped."""
+    from raydistil import tables
+    from raydistil.bench import fidelity
+
+    _emit(lambda: fidelity.bench_fidelity(data, output, seeds, only is not None, _say), as_json, tables.show_fidelity)
+
+
 def main() -> None:
     """Entry point: turns errors into exit codes."""
     sys.exit(_guarded(sys.argv[1:]))

@@ -10,8 +10,9 @@ from typing import Any
 import ray
 
 from raydistil import rundir
+from raydistil.chain import Link, assistants, links
 from raydistil.cluster import cluster
-from raydistil.config import Config, EvaluateConfig, TargetsConfig, TrainConfig, result_hash
+from raydistil.config import Config, EvaluateConfig, TrainConfig, result_hash
 from raydistil.config.loss import LossConfig
 from raydistil.errors import ConfigError, unwrapped
 from raydistil.export import export
@@ -31,7 +32,7 @@ from raydistil.specs import (
     WorkerSpec,
 )  # fmt: skip
 from raydistil.storage import whole_directory
-from raydistil.student import build_student, save_model
+from raydistil.student import build_student, save_model, untune
 
 LABELS_ONLY = LossConfig(kd=0, task=1, cosine=0)
 
@@ -47,10 +48,9 @@ def finetune(run: Prepared) -> None:
 
 
 def distill(run: Prepared) -> None:
-    """Build the student and teach it what the teacher says: run_dir/distilled."""
-    assert run.config.distill is not None
-    config = run.config.distill
-    _train(run, "distill", config, config.loss, _student_init(run), rundir.DISTILLED, config.targets)
+    """Build the student and teach it what the teacher says, over assistants if there are any: run_dir/distilled."""
+    for link in links(run.config, run.teacher_dir, run.run_dir):
+        _train(run, link.stage, link.train, link.train.loss, _student_init(run, link), link.target, link)
 
 
 def _score(spec: EvaluateSpec, candidates: list[Candidate]) -> list[ModelReport]:
@@ -74,7 +74,8 @@ def train_baseline(run: Prepared) -> None:
     config = distill.model_copy(update={"lr": _baseline_lr(run.config), "epochs": epochs})
     steps = _num_slots(run, _manifest(run, distill, with_teacher=True), distill)
     name = _no_teacher(run.config)
-    _train(run, name, config, LABELS_ONLY, _student_init(run), name, num_slots=steps)
+    *_, last = links(run.config, run.teacher_dir, run.run_dir)
+    _train(run, name, config, LABELS_ONLY, _student_init(run, last), name, num_slots=steps)
 
 
 def _baseline_lr(config: Config) -> float:
@@ -87,17 +88,18 @@ def _no_teacher(config: Config) -> str:
     return f"{rundir.NO_TEACHER}-{_baseline_lr(config):g}"
 
 
-def _student_init(run: Prepared) -> str:
-    """The directory of the untrained student, written once."""
-    path = run.run_dir / rundir.STUDENT_INIT
+def _student_init(run: Prepared, link: Link) -> str:
+    """The directory of the untrained student of `link`, written once."""
+    path = run.run_dir / link.init
     if not path.exists():
         import torch
 
         torch.manual_seed(run.config.seed)
-        start = run.config.teacher.model if run.config.student.start == "checkpoint" else run.teacher_dir
-        teacher = load_model(start, run.config.task, run.labels)
+        teacher = load_model(link.teacher, run.config.task, run.labels)
+        if link.student.start == "checkpoint":
+            untune(teacher, load_model(link.untuned, run.config.task, run.labels))
         with whole_directory(path) as scratch:
-            save_model(build_student(teacher, run.config.student, run.config.task), run.teacher_dir, scratch)
+            save_model(build_student(teacher, link.student, run.config.task), link.teacher, scratch)
     return str(path)
 
 
@@ -114,11 +116,11 @@ def _num_slots(run: Prepared, manifest: Manifest, config: TrainConfig) -> int:
 
 def _train(
     run: Prepared, stage: str, train_config: TrainConfig, loss: LossConfig, init: str, target: str,
-    targets: TargetsConfig | None = None, num_slots: int | None = None,
+    link: Link | None = None, num_slots: int | None = None,
 ) -> None:  # fmt: skip
     """One training run, unless its model is there already; `num_slots` micro-batches, else every epoch to its end.
 
-    `targets`: how the teacher's come; None: without a teacher.
+    `link`: whose teacher speaks; None: without a teacher.
     """
     from raydistil.train import train
 
@@ -126,31 +128,35 @@ def _train(
         run.say(f"{stage}: done before, kept in {run.run_dir / target}")
         return
     config = run.config
-    manifest = _manifest(run, train_config, targets is not None)
+    manifest = _manifest(run, train_config, link is not None)
     slots = num_slots or _num_slots(run, manifest, train_config)
-    worker = _worker(run, train_config, loss, init, targets, slots, manifest.per_epoch)
+    worker = _worker(run, train_config, loss, init, link, slots, manifest.per_epoch)
     masking = config.masking if config.task == "mlm" else None
-    source = SourceSpec(run.store.path, "train", manifest, masking)
+    augment = None if link is None else link.train.augment
+    source = SourceSpec(run.store.path, "train", manifest, masking, augment)
     summary = train(TrainRun(stage, source, worker, config.cluster, run.run_dir), run.run_dir / target)
     rundir.write_summary(run.run_dir, stage, summary, {"rows": manifest.num_rows, "lr": train_config.lr})
     run.say(_describe(stage, summary))
 
 
 def _worker(
-    run: Prepared, train_config: TrainConfig, loss: LossConfig, init: str, targets: TargetsConfig | None,
-    num_slots: int, per_epoch: int,
+    run: Prepared, train_config: TrainConfig, loss: LossConfig, init: str, link: Link | None, num_slots: int,
+    per_epoch: int,
 ) -> WorkerSpec:  # fmt: skip
     """What every student worker is given; the teacher with it."""
     config = run.config
-    student_threads, teacher_threads = threads(config.cluster, targets is not None)
+    targets = None if link is None else link.train.targets
+    student_threads, teacher_threads = threads(config.cluster, link is not None)
     student = shape_of(init, "student.model")
-    teacher = student if targets is None else shape_of(run.teacher_dir, "teacher.model")
+    teacher = student if link is None else shape_of(link.teacher, "teacher.model")
     makes_logits = targets is not None and targets.codec == "hidden" and config.task != "classification" and loss.kd > 0
     layers = plan_layers(loss, config.task, makes_logits, teacher.num_hidden_layers, student.num_hidden_layers)
     spec = None
-    if targets is not None:
-        wanted = TargetsSpec(targets, loss, layers.teacher_states, loss.kd > 0 and not makes_logits, config.seed)
-        spec = TeacherSpec(run.teacher_dir, config.task, config.teacher.precision, teacher_threads, wanted)
+    if link is not None and (layers.teacher_states or loss.kd):
+        wanted = TargetsSpec(
+            link.train.targets, loss, layers.teacher_states, loss.kd > 0 and not makes_logits, config.seed
+        )
+        spec = TeacherSpec(link.teacher, config.task, config.teacher.precision, teacher_threads, wanted)
     return WorkerSpec(
         task=config.task, init=init, tokenizer=resolve(config.teacher.model), teacher=spec,
         frozen_teacher=makes_logits or bool(layers.attention_layers[0]), teacher_width=teacher.hidden_size,
@@ -183,11 +189,7 @@ def evaluate(run: Prepared) -> dict[str, Any]:
         config.task, run.store.path, "test", config.masking if config.task == "mlm" else None, run.labels,
         config.teacher.precision, wanted, cores(),
     )  # fmt: skip
-    score = ray.remote(num_cpus=1, num_gpus=config.cluster.student_gpus)(_score)
-    try:
-        rows = ray.get(score.remote(spec, _candidates(run, wanted)))
-    except ray.exceptions.RayTaskError as error:
-        raise unwrapped(error) from error
+    rows = score(config, spec, _candidates(run, wanted))
     report = build_report(run, {row.name: row for row in rows})
     if wanted.no_teacher_baseline:
         report["stages"]["no-teacher"] = rundir.read_summary(run.run_dir, _no_teacher(config))
@@ -195,11 +197,22 @@ def evaluate(run: Prepared) -> dict[str, Any]:
     return report
 
 
+def score(config: Config, spec: EvaluateSpec, candidates: list[Candidate]) -> list[ModelReport]:
+    """Score models where the accelerators are."""
+    remote = ray.remote(num_cpus=1, num_gpus=config.cluster.student_gpus)(_score)
+    try:
+        found: list[ModelReport] = ray.get(remote.remote(spec, candidates))
+    except ray.exceptions.RayTaskError as error:
+        raise unwrapped(error) from error
+    return found
+
+
 def _candidates(run: Prepared, config: EvaluateConfig) -> list[Candidate]:
     """What stands in the table: teacher and student, and what the configuration wants beside them."""
     found = [Candidate("teacher", run.teacher_dir, True), _candidate(run, "student", rundir.DISTILLED, True)]
     if run.config.task != "classification":
         found.append(_candidate(run, "untrained", rundir.STUDENT_INIT, False))
+    found += [_candidate(run, name, name, True) for _, _, name in assistants(run.config)]
     if config.no_teacher_baseline:
         found.append(_candidate(run, "no_teacher", _no_teacher(run.config), False))
     return found
@@ -229,9 +242,13 @@ def build_report(run: Prepared, rows: dict[str, Any]) -> dict[str, Any]:
         "seed": run.config.seed,
         "config_hash": result_hash(run.config),
         "models": [asdict(row) for row in rows.values()],
-        "stages": {stage: rundir.read_summary(run.run_dir, stage) for stage in ("finetune", "distill")},
+        "stages": {stage: rundir.read_summary(run.run_dir, stage) for stage in _stage_names(run.config)},
     }
     return report
+
+
+def _stage_names(config: Config) -> list[str]:
+    return ["finetune", *(name for _, _, name in assistants(config)), rundir.DISTILL]
 
 
 def run_all(config: Config, say: Say) -> dict[str, Any]:

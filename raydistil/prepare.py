@@ -1,18 +1,21 @@
 """prepare: everything that can be wrong with the input shows here, before any Ray process starts."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistil import rundir
+from raydistil.attention import check_attention
+from raydistil.chain import assistants
 from raydistil.cluster import check_before_start
 from raydistil.config import Config
 from raydistil.corpus import open_corpus
 from raydistil.errors import ConfigError, DataError, ModelError
+from raydistil.layers import plan_layers
 from raydistil.models import load_tokenizer, outline, quiet_transformers, resolve, shape_of
 from raydistil.plan import Need, need_of
 from raydistil.student import check_student, check_vocabularies, student_outline
@@ -67,23 +70,25 @@ def check_models(config: Config) -> None:
     shape = shape_of(config.teacher.model, "teacher.model")
     _check_decoder(config, "teacher", shape)
     _check_head(config, shape)
-    check_student(config.student, shape)
     tokenizer = load_tokenizer(config.teacher.model)
     _check_tokenizer(config, shape, tokenizer)
-    student = shape if config.student.model is None else shape_of(config.student.model, "student.model")
-    _check_widths(config, shape.hidden_size, config.student.hidden_size or student.hidden_size)
+    *chain, student = outlines(config)
+    for taught_by, taught in pairwise((*chain, student)):
+        check_losses(config, taught_by.config, taught.config)
     if config.student.model is not None:
         check_vocabularies(config.teacher.model, config.student.model)
-        _check_decoder(config, "student", student)
-        _check_positions(config, "student", student)
-    for whose, model in zip(("teacher", "student"), outlines(config), strict=True):
-        _check_relations(config, whose, model.config)
+        _check_decoder(config, "student", student.config)
+        _check_positions(config, "student", student.config)
 
 
-def outlines(config: Config, num_labels: int | None = None) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The shapes of teacher and student, without weights. Raises ModelError for a student that cannot be made."""
-    teacher = outline(config.teacher.model, config.task, num_labels)
-    return teacher, student_outline(teacher, config.student, config.task, num_labels)
+def outlines(config: Config, num_labels: int | None = None) -> list[PreTrainedModel]:
+    """The shapes of teacher, assistants and student, without weights. Raises ModelError for one that cannot be made."""
+    made = [outline(config.teacher.model, config.task, num_labels)]
+    between = [student for student, _, _ in assistants(config)] if config.distill else []
+    for student in (*between, config.student):
+        check_student(student, made[-1].config)
+        made.append(student_outline(made[-1], student, config.task, num_labels))
+    return made
 
 
 HEADS: dict[Task, tuple[str, ...]] = {
@@ -120,22 +125,6 @@ def _check_decoder(config: Config, whose: str, shape: Any) -> None:
         )
 
 
-def _check_relations(config: Config, whose: str, shape: Any) -> None:
-    """MiniLMv2 cuts queries, keys and values into parts; a decoder's keys and values may be narrower."""
-    loss = config.distill.loss if config.distill else None
-    if loss is None or loss.minilm is None or not loss.minilm.weight or loss.minilm.version != 2:
-        return
-    head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    heads = {shape.num_attention_heads, getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads}
-    parts = loss.minilm.relation_heads
-    for width in sorted(number * head for number in heads):
-        if width % parts:
-            raise ConfigError(
-                f"distill.loss.minilm.relation_heads: expected a divisor of {width}, the width of the {whose}'s "
-                f"queries, keys or values, got {parts}: choose for example {math.gcd(width, parts)}"
-            )
-
-
 def _check_tokenizer(config: Config, shape: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     if len(tokenizer) > shape.vocab_size:
         raise ModelError(
@@ -146,6 +135,9 @@ def _check_tokenizer(config: Config, shape: Any, tokenizer: PreTrainedTokenizerB
         raise ModelError("teacher.model: expected a tokenizer with a mask token for task mlm, this one has none")
     if config.task == "clm" and tokenizer.eos_token_id is None:
         raise ModelError("teacher.model: expected a tokenizer with an eos token for task clm, this one has none")
+    augment = config.distill.augment if config.distill else None
+    if augment is not None and augment.mask and tokenizer.mask_token_id is None:
+        raise ModelError("distill.augment.mask: expected a tokenizer with a mask token, this one has none: set it to 0")
     _check_positions(config, "teacher", shape)
 
 
@@ -165,13 +157,50 @@ def num_positions(shape: Any) -> int:
     return int(shape.max_position_embeddings - reserved)
 
 
-def _check_widths(config: Config, teacher: int, student: int) -> None:
-    compared = config.distill is not None and config.distill.loss.cosine > 0
-    if compared and teacher != student:
+def check_losses(config: Config, teacher: Any, student: Any) -> None:
+    """Raise where a loss cannot be had of these two models, or of this task."""
+    if config.distill is None:
+        return
+    loss = config.distill.loss
+    layers = plan_layers(loss, config.task, False, teacher.num_hidden_layers, student.num_hidden_layers)
+    weights = loss.weights()
+    if weights["cosine"] and teacher.hidden_size != student.hidden_size:
         raise ModelError(
-            f"distill.loss.cosine compares hidden states of one width, got {teacher} in the teacher and {student} in "
-            f"the student: set it to 0, or use a student of the teacher's width"
+            f"distill.loss.cosine compares hidden states of one width, got {teacher.hidden_size} in the teacher and "
+            f"{student.hidden_size} in the student: set it to 0 and use distill.loss.hidden, which projects them"
         )
+    for name in ("triplet", "contrastive"):
+        if weights[name] and config.task != "classification":
+            raise ConfigError(f"distill.loss.{name}: expected task classification, got {config.task}: leave it out")
+    for name, pairs in (("attention", layers.attention), ("minilm", layers.minilm)):
+        if pairs:
+            _check_attention(config, f"distill.loss.{name}", teacher, student)
+
+
+def _check_attention(config: Config, key: str, teacher: Any, student: Any) -> None:
+    minilm = config.distill.loss.minilm if config.distill and key.endswith("minilm") else None
+    plain = minilm is None or minilm.version == 1
+    for shape in (teacher, student):
+        check_attention(shape.model_type, plain, key)
+    if plain and teacher.num_attention_heads != student.num_attention_heads:
+        raise ModelError(
+            f"{key}: expected as many attention heads in the student as in the teacher, got "
+            f"{student.num_attention_heads} and {teacher.num_attention_heads}: use distill.loss.minilm version 2"
+        )
+    if minilm is not None and not plain:
+        widths = {width for shape in (teacher, student) for width in _attention_widths(shape)}
+        if any(width % minilm.relation_heads for width in widths):
+            raise ConfigError(
+                f"{key}.relation_heads: expected a divisor of {', '.join(map(str, sorted(widths)))}, got "
+                f"{minilm.relation_heads}: choose another"
+            )
+
+
+def _attention_widths(shape: Any) -> tuple[int, int]:
+    """Of queries, and of keys and values, which have fewer heads in some decoders."""
+    head: int = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    keys: int = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+    return head * shape.num_attention_heads, head * keys
 
 
 # ---- data

@@ -15,6 +15,7 @@ REPORT = "report.json"
 TEACHER = "teacher"  # fine-tuned
 STUDENT_INIT = "student_init"  # before training
 DISTILLED = "distilled"
+DISTILL = "distill"  # the stage that makes it
 NO_TEACHER = "no-teacher"  # the same student, trained on the labels alone; its learning rate follows
 STUDENT = "student"  # exported
 CHECKPOINTS = "checkpoints"  # of the stage that is being trained
@@ -42,7 +43,8 @@ def claim(config: Config, data: str) -> Path:
 
 def _has_results(path: Path) -> bool:
     """Whether a stage has left anything: a run that failed before is no reason to refuse its mended configuration."""
-    return any((path / name).exists() for name in (TEACHER, STUDENT_INIT, DISTILLED, STUDENT, CHECKPOINTS))
+    kept = any((path / name).exists() for name in (TEACHER, STUDENT_INIT, DISTILLED, STUDENT, CHECKPOINTS))
+    return kept or any(path.glob("assistant-*"))
 
 
 def _changes(before: dict[str, Any], config: Config) -> str:

@@ -12,6 +12,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from raydistil import wire
+from raydistil.augment import Words, augment
 from raydistil.documents import next_tokens, positions_of
 from raydistil.manifest import Ints, Ledger, Slot
 from raydistil.masking import Vocabulary, mask_tokens
@@ -27,8 +28,10 @@ class MicroBatches:
         self._spec = spec
         self._store = TokenStore(spec.store)
         meta = self._store.meta
-        counts = self._store.token_counts() if spec.masking and spec.masking.kind == "frequency" else None
+        counted = spec.augment is not None or (spec.masking is not None and spec.masking.kind == "frequency")
+        counts = self._store.token_counts() if counted else None
         self._vocabulary = Vocabulary(meta.vocab_size, meta.mask_id, meta.special_ids, counts)
+        self._words = None if counts is None else Words(meta.pad_id, meta.mask_id, counts, meta.special_ids)
 
     def make(self, index: int) -> TokenBatch:
         """Micro-batch `index`; past the end of the manifest one that holds a single row of no weight."""
@@ -40,11 +43,17 @@ class MicroBatches:
             positions = self._positions(slot.bucket, slot.rows)
             return TokenBatch(index, ids, lengths, None, next_tokens(ids, positions), len(slot.rows), positions)
         if self._spec.masking is None:
-            return TokenBatch(index, ids, lengths, labels, None, len(slot.rows))
+            return self._varied(TokenBatch(index, ids, lengths, labels, None, len(slot.rows)))
         masked, token_labels = mask_tokens(
             ids, lengths, self._spec.masking, self._vocabulary, self._spec.manifest.seed, index, slot.positions
         )
         return TokenBatch(index, masked, lengths, None, token_labels, len(slot.rows))
+
+    def _varied(self, batch: TokenBatch) -> TokenBatch:
+        if self._spec.augment is None:
+            return batch
+        assert self._words is not None
+        return augment(batch, self._spec.augment, self._words, self._spec.manifest.seed)
 
     def _positions(self, bucket: int, rows: Ints) -> NDArray[np.int32]:
         return positions_of(self._store.starts(self._spec.split, bucket, rows))

@@ -6,7 +6,7 @@ Kept apart from the parts themselves, so that a process that only passes them on
 from dataclasses import dataclass
 from pathlib import Path
 
-from raydistil.config import ClusterConfig, EvaluateConfig, MaskingConfig, TargetsConfig, TrainConfig
+from raydistil.config import AugmentConfig, ClusterConfig, EvaluateConfig, MaskingConfig, TargetsConfig, TrainConfig
 from raydistil.config.loss import LossConfig
 from raydistil.layers import LayerPlan
 from raydistil.manifest import Manifest
@@ -21,6 +21,7 @@ class SourceSpec:
     split: Split
     manifest: Manifest
     masking: MaskingConfig | None  # None: labelled examples, or a causal LM's documents
+    augment: AugmentConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)

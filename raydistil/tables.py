@@ -59,6 +59,37 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
     return "" if value is None else f"{value:{form}}{unit}"
 
 
+def show_fidelity(result: dict[str, Any]) -> None:
+    """A line a recipe: scores of both splits and what is kept of the teacher's."""
+    title = f"teacher {_spread(result['teacher_score'], result['teacher_score_sd'])} on the test split, "
+    table = Table(title=title + f"{result['seeds']} seeds", box=SIMPLE_HEAD, title_justify="left")
+    for heading in ("recipe", "layers", "validation", "test", "retention"):
+        table.add_column(heading, justify="left" if heading == "recipe" else "right")
+    for row in result["rows"]:
+        spreads = [_spread(**row[name]) for name in ("validation", "test", "test_retention")]
+        table.add_row(row["name"], str(row["layers"]), *spreads)
+    Console().print(table)
+
+
+def _spread(mean: float, sd: float | None) -> str:
+    return f"{mean:.4f}" if sd is None else f"{mean:.4f} ± {sd:.4f}"
+
+
+def show_losses(result: dict[str, Any]) -> None:
+    """Time and memory of both sides, a line each width and precision."""
+    title = f"KD and cross-entropy, {result['positions']:,} positions x {result['vocabulary']:,}, {result['device']}"
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
+    for heading in ("width", "precision", "plain", "chunked", "faster", "plain peak", "chunked peak", "memory"):
+        table.add_column(heading, justify="right")
+    for row in result["rows"]:
+        table.add_row(
+            str(row["width"]), row["precision"], f"{row['plain_s']:.2f} s", f"{row['chunked_s']:.2f} s",
+            f"{row['speedup']:.2f}x", f"{row['plain_peak_mib']:,.0f} MiB", f"{row['chunked_peak_mib']:,.0f} MiB",
+            f"{row['memory_share']:.2f}",
+        )  # fmt: skip
+    Console().print(table)
+
+
 def show_check(result: dict[str, Any]) -> None:
     """Configuration with origins, sample, models, data, plan."""
     console = Console()

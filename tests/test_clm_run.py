@@ -177,7 +177,7 @@ def test_relations_that_cut_no_key_in_equal_parts(tmp_path: Path) -> None:
     fitting = config_for(tmp_path, teacher, distill={"loss": {"minilm": {"relation_heads": 16}}})
     check_models(fitting)
     said = complaint(ConfigError, config_for(tmp_path, teacher, distill={"loss": {"minilm": {"relation_heads": 32}}}))
-    assert said.endswith("the width of the teacher's queries, keys or values, got 32: choose for example 16")
+    assert said.endswith("expected a divisor of 16, 32, got 32: choose another")
 
 
 def test_the_shipped_recipe_is_the_published_one() -> None:

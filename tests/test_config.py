@@ -40,11 +40,12 @@ DEFINING: dict[str, Any] = {
     "masking.kind": "frequency", "masking.share": 0.3, "masking.smoothing": 0.5,
     "teacher.model": "another", "teacher.precision": "bfloat16",
     "student.layers": [1], "student.model": "small", "student.family": "distilbert",
-    "student.start": "checkpoint", "student.num_layers": 2, "student.rule": "last", "student.hidden_size": 16,
+    "assistants": [{"num_layers": 4, "rule": "last", "epochs": 2, "lr": 0.5}],
+    "student.start": "finetuned", "student.num_layers": 2, "student.rule": "last", "student.hidden_size": 16,
     "student.num_heads": 2, "student.ffn_size": 8, "student.narrow": "svd",
     **{f"finetune.{key}": value for key, value in TRAIN.items()}, 
     **{f"distill.{key}": value for key, value in TRAIN.items()},
-    "distill.loss.kd": 1.0, "distill.loss.temperature": 4.0, "distill.loss.task": 0.5, "distill.loss.cosine": 0.0,
+    "distill.loss.kd": 1.0, "distill.loss.temperature": 4.0, "distill.loss.task": 0.75, "distill.loss.cosine": 0.25,
     "distill.loss.kd_positions": "all", "distill.loss.kd_sample": 0.5, "distill.loss.divergence": "reverse_kl",
     "distill.loss.beta": 0.3, "distill.loss.label_smoothing": 0.1, "distill.loss.hidden.weight": 2.0,
     "distill.loss.hidden.layers": [[0, 0], [4, 2]], "distill.loss.pkd.weight": 2.0,
@@ -58,7 +59,9 @@ DEFINING: dict[str, Any] = {
     **{f"distill.loss.schedule.{term}.linear": [1.0, 0.5] for term in TERMS},
     **{f"distill.loss.schedule.{term}.steps": [[0.0, 1.0], [0.5, 2.0]] for term in TERMS},
     "distill.targets.codec": "topk", "distill.targets.top_k": 8, "distill.targets.num_draws": 7,
-    "distill.targets.states": "int8",
+    "distill.targets.states": "int8", "distill.augment.keep": 0.5, "distill.augment.join": 0.1,
+    "distill.augment.cut": 0.1, "distill.augment.mask": 0.2, "distill.augment.replace": 0.2,
+    "distill.augment.drop": 0.2,
 }  # fmt: skip
 PLACING: dict[str, Any] = {
     "name": "other", "output_dir": "elsewhere",
@@ -104,7 +107,9 @@ def changed(key: str) -> dict[str, Any]:
         del flat["student.layers"]
     _, scheduled, rest = key.partition("distill.loss.schedule.")
     term = rest.partition(".")[0]
-    if scheduled and term not in ("kd", "task", "cosine"):
+    if scheduled and term == "cosine":
+        flat["distill.loss.cosine"] = 1.0
+    elif scheduled and term not in ("kd", "task"):
         flat[f"distill.loss.{term}.weight"] = 1.0  # a schedule of a term that is left out is refused
     return flat
 
@@ -130,7 +135,8 @@ def base(base_file: Path) -> Config:
 
 def test_the_tables_above_name_every_leaf() -> None:
     keys = all_keys(Config)
-    assert {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)} == set(LEAVES)
+    ends = {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)}
+    assert {key for key in ends if not key.startswith("assistants.")} | {"assistants"} == set(LEAVES)
 
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("jobs/*.toml")), ids=lambda path: path.stem)
@@ -148,11 +154,18 @@ def test_every_shipped_job_loads(path: Path) -> None:
         ("distill.loss.temprature", "distill.loss.temperature"),
         ("nmae", "name"),
         ("distill.temperature", "distill.loss.temperature"),
+        ("assistants", "assistants.layers"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_one(tmp_path: Path, key: str, nearest: str) -> None:
     written = key.partition(".")[0] if key.startswith("corpuss") else key
-    assert complaint(tmp_path, BASE | {key: 5}) == f"unknown key {written}: did you mean {nearest}?"
+    value: Any = 5
+    if key == "assistants":
+        written, value = "assistants.0.layrs", [{"layrs": [0]}]
+    assert (
+        complaint(tmp_path, BASE | {key: value}).removesuffix(" (and 1 more)")
+        == f"unknown key {written}: did you mean {nearest}?"
+    )
 
 
 def test_an_unknown_key_far_from_all_lists_its_section(tmp_path: Path) -> None:
@@ -195,13 +208,13 @@ def test_a_typo_of_a_required_key_is_named_before_the_missing_key(tmp_path: Path
         ("student", {"family": "distilbert", "ffn_size": 8}, "student: family distilbert keeps the teacher's width"),
         (
             "distill.loss",
-            {"kd": 0, "task": 0, "cosine": 0},
+            {"kd": 0, "task": 0, "hidden": {"weight": 0}},
             "distill.loss: expected at least one of kd, task, cosine, hidden, pkd",
         ),
         (
             "distill.loss",
-            {"schedule": {"hidden": {"linear": [1, 0]}}},
-            "distill.loss: schedule.hidden: expected a schedule of a term that has a weight",
+            {"schedule": {"pkd": {"linear": [1, 0]}}},
+            "distill.loss: schedule.pkd: expected a schedule of a term that has a weight",
         ),
         ("distill.loss.schedule.kd.linear", [1], "distill.loss.schedule.kd.linear.1 is missing"),
         ("distill.loss.schedule.kd", {}, "distill.loss.schedule.kd: expected either linear = [from, to] or steps"),
@@ -209,6 +222,11 @@ def test_a_typo_of_a_required_key_is_named_before_the_missing_key(tmp_path: Path
             "distill.loss.schedule.kd.steps",
             [[0.5, 1]],
             "distill.loss.schedule.kd: expected steps with ascending shares of the run, the first of them 0",
+        ),
+        (
+            "distill.augment",
+            {"join": 0.8, "cut": 0.3},
+            "distill.augment: expected join + cut and mask + replace + drop",
         ),
         (
             "distill.loss.triplet",

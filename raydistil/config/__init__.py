@@ -17,8 +17,9 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 from pydantic_core import ErrorDetails
 
 from raydistil.config.loss import LossConfig
+from raydistil.config.recipes import over_recipe
 from raydistil.config.section import Beta, Positive, Section, Share
-from raydistil.config.student import StudentConfig
+from raydistil.config.student import AssistantConfig, StudentConfig
 from raydistil.errors import ConfigError
 from raydistil.types import Precision, Task
 
@@ -119,8 +120,31 @@ class TargetsConfig(Section):
     """Format of the hidden states."""
 
 
+class AugmentConfig(Section):
+    """Variants of labelled texts that only the teacher labels; a text that stays as it was keeps its label."""
+
+    keep: Share = 0.25
+    """Share of the rows that stay as they are."""
+    join: Share = 0.35
+    """Of the others, the share that become parts of two texts in a row."""
+    cut: Share = 0.25
+    """Of the others, the share that become a part of themselves."""
+    mask: Share = 0.08
+    """Share of the tokens that become the mask token; so `replace` (by others, as often as they occur) and `drop`."""
+    replace: Share = 0.03
+    drop: Share = 0.03
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> "AugmentConfig":
+        if self.join + self.cut > 1 or self.mask + self.replace + self.drop > 1:
+            raise ValueError("expected join + cut and mask + replace + drop of at most 1")
+        return self
+
+
 class DistillConfig(TrainConfig):
     loss: LossConfig = LossConfig()
+    augment: AugmentConfig | None = None
+    """Task classification: distil on variants of the training texts, made anew in every epoch."""
     targets: TargetsConfig = TargetsConfig()
 
     @model_validator(mode="after")
@@ -180,6 +204,8 @@ class Config(Section):
     masking: MaskingConfig = MaskingConfig()
     teacher: TeacherConfig
     student: StudentConfig
+    assistants: tuple[AssistantConfig, ...] = ()
+    """Models between teacher and student, largest first: the teacher teaches the first, the last one the student."""
     finetune: TrainConfig | None = None
     """Teach the teacher the task before the distillation."""
     distill: DistillConfig | None = None
@@ -195,6 +221,12 @@ class Config(Section):
     def _buckets_end_at_length(self) -> "Config":
         if any(bucket >= self.tokens.length for bucket in self.tokens.buckets):
             raise ValueError(f"tokens.buckets must lie below tokens.length = {self.tokens.length}")
+        return self
+
+    @model_validator(mode="after")
+    def _augmented_texts_are_of_classes(self) -> "Config":
+        if self.task != "classification" and self.distill is not None and self.distill.augment is not None:
+            raise ValueError(f"distill.augment is of task classification: leave it out for task {self.task}")
         return self
 
     @model_validator(mode="after")
@@ -229,7 +261,7 @@ def load_config(path: Path, overrides: list[str]) -> Config:
 
     Raises ConfigError: no such file, not TOML, unknown key, wrong type or range.
     """
-    return _validate(merged(read_toml(path), overrides))
+    return config_of(merged(read_toml(path), overrides))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -270,10 +302,13 @@ def _value(text: str) -> Any:
     return parsed["value"] if len(parsed) == 1 else text
 
 
-def _validate(tree: dict[str, Any]) -> Config:
-    """Strictly: `true` is no number and `"3"` no integer. JSON mode lets a list stand for a tuple."""
+def config_of(tree: dict[str, Any]) -> Config:
+    """A configuration from plain JSON values. Raises ConfigError: unknown key, wrong type or range.
+
+    Strictly: `true` is no number and `"3"` no integer. JSON mode lets a list stand for a tuple.
+    """
     try:
-        return Config.model_validate_json(json.dumps(tree), strict=True)
+        return Config.model_validate_json(json.dumps(over_recipe(tree)), strict=True)
     except ValidationError as error:
         first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a typo explains what is missing
         more = "" if error.error_count() == 1 else f" (and {error.error_count() - 1} more)"
@@ -307,7 +342,7 @@ def _nearest(path: str) -> str:
 
     Without either, the keys of the section.
     """
-    section, _, name = path.rpartition(".")
+    section, _, name = ".".join(part for part in path.split(".") if not part.isdigit()).rpartition(".")
     known = sorted(all_keys(Config))
     siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
     namesakes = [key for key in known if key.rpartition(".")[2] == name]
@@ -319,7 +354,7 @@ def _nearest(path: str) -> str:
 
 
 def all_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
-    """Dotted names of every key below `model`, sections included."""
+    """Dotted names of every key below `model`, sections included; of a list of sections, those of each of them."""
     keys: set[str] = set()
     for name, field in model.model_fields.items():
         keys.add(prefix + name)

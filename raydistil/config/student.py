@@ -10,6 +10,26 @@ LayerRule = Literal["uniform", "first", "last", "every_other"]
 Narrowing = Literal["importance", "svd", "random"]
 
 
+class AssistantConfig(Section):
+    """A model between teacher and student, with the student's own settings but for these."""
+
+    layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Layers of the model before it in the chain, counted from 0."""
+    num_layers: Positive | None = None
+    """How many layers, instead of a list of them; `rule` chooses which."""
+    rule: LayerRule = "uniform"
+    epochs: Positive | None = None
+    """Of its own distillation; None: `distill.epochs`."""
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Of its own distillation; None: `distill.lr`."""
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> "AssistantConfig":
+        if bool(self.layers) == bool(self.num_layers):
+            raise ValueError("expected either layers (a list) or num_layers (how many, chosen by rule)")
+        return self
+
+
 class StudentConfig(Section):
     layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Teacher layers the student starts from, counted from 0: DistilBERT is [0, 2, 4, 7, 9, 11] of 12."""
@@ -18,7 +38,7 @@ class StudentConfig(Section):
     rule: LayerRule = "uniform"
     """`uniform`: evenly spread, first and last included. `every_other`: 0, 2, 4 ... `first`, `last`: those."""
     start: Literal["finetuned", "checkpoint"] = "finetuned"
-    """Whose layers they are: the fine-tuned teacher's, or `teacher.model`'s as it came (Sun et al. 2019, PKD)."""
+    """Whose layers they are: the fine-tuned teacher's, or `teacher.model`'s as it came, below the fine-tuned head."""
     model: str | None = None
     """Start from this checkpoint instead (written like teacher.model); it must have the teacher's vocabulary."""
     family: Literal["same", "distilbert"] = "same"

@@ -89,7 +89,9 @@ def cross_entropy(student_NC: Tensor, labels_N: Tensor, smoothing: float) -> Gra
     loss_N = (smoothing - 1) * log_q_NC.gather(-1, labels_N[:, None])[:, 0]
     if smoothing:
         loss_N = loss_N - smoothing * log_q_NC.mean(-1)
-    grad_NC = log_q_NC.exp_().sub_(smoothing / student_NC.shape[-1])
+    grad_NC = log_q_NC.exp_()
+    if smoothing:
+        grad_NC.sub_(smoothing / student_NC.shape[-1])
     grad_NC.scatter_add_(-1, labels_N[:, None], torch.full_like(grad_NC[:, :1], smoothing - 1))
     return loss_N, grad_NC
 

@@ -20,7 +20,7 @@ from raydistil.losses.inputs import LossInputs, LossOutputs, Projection
 from raydistil.losses.sparse import sparse_kl
 from raydistil.types import IGNORE, Sparse
 
-ROWS_PER_PRODUCT = 512  # places that go through the head at once: enough for the matrix products to run at full speed
+ROWS_PER_PRODUCT = 1024  # places that go through the head at once: enough for the matrix products to run at full speed
 ROWS_PER_PASS = 16  # places a CPU takes the elementwise passes over at once, so that they stay in its cache
 
 
@@ -87,7 +87,7 @@ class _Compared:
         if len(labelled_n):
             loss_n, task_grad_nC = self._task(block, labelled_n)
             sums[1] = loss_n.sum()
-            grad_nC.index_add_(0, labelled_n, task_grad_nC.mul_(task / self._counts[1]))
+            _add_rows(grad_nC, labelled_n, task_grad_nC.mul_(task / self._counts[1]))
         return sums, grad_nC
 
     def _kd(self, block: _Block) -> tuple[Tensor, Tensor]:
@@ -208,6 +208,14 @@ class _ChunkedHead:
             self.grad_weight_CD.addmm_(grad_nC.T, features_nD)
         else:
             self.grad_weight_CD += grad_nC.T @ features_nD
+
+
+def _add_rows(total_nC: Tensor, rows_m: Tensor, part_mC: Tensor) -> None:
+    """Add to some rows; a plain sum, which is several times faster, where they are all of them."""
+    if len(rows_m) == len(total_nC):
+        total_nC += part_mC
+    else:
+        total_nC.index_add_(0, rows_m, part_mC)
 
 
 def _taught(

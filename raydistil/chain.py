@@ -1,0 +1,49 @@
+"""The distillations of a run, one after the other: over assistants to the student.
+
+A student far smaller than its teacher learns more from one in between (teacher assistants: Mirzadeh et al. 2020,
+arXiv:1902.03393), so a run may go 12 -> 6 -> 3 layers: each link's student is the next one's teacher.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from raydistil import rundir
+from raydistil.config import Config, DistillConfig
+from raydistil.config.student import StudentConfig
+from raydistil.models import resolve
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One distillation; directories are names below the run's, or whole paths."""
+
+    stage: str
+    teacher: str
+    untuned: str  # what the teacher was before it was taught: where layers of `start = "checkpoint"` are from
+    student: StudentConfig
+    train: DistillConfig
+    init: str  # the student before
+    target: str  # and after
+
+
+def links(config: Config, teacher: str, run_dir: Path) -> Iterator[Link]:
+    """The links in order, the student's last. `teacher`: the directory of the first one."""
+    assert config.distill is not None
+    untuned = resolve(config.teacher.model)
+    for student, train, name in assistants(config):
+        yield Link(name, teacher, untuned, student, train, f"{name}-init", name)
+        teacher, untuned = str(run_dir / name), str(run_dir / f"{name}-init")
+    yield Link(rundir.DISTILL, teacher, untuned, config.student, config.distill, rundir.STUDENT_INIT, rundir.DISTILLED)
+
+
+def assistants(config: Config) -> Iterator[tuple[StudentConfig, DistillConfig, str]]:
+    """(what it is made of, how it is trained, its name) of every assistant."""
+    assert config.distill is not None
+    for number, assistant in enumerate(config.assistants, start=1):
+        student = StudentConfig(
+            layers=assistant.layers, num_layers=assistant.num_layers, rule=assistant.rule, start=config.student.start
+        )
+        given = {"epochs": assistant.epochs, "lr": assistant.lr}
+        train = config.distill.model_copy(update={name: value for name, value in given.items() if value is not None})
+        yield student, train, f"assistant-{number}"

@@ -1,0 +1,39 @@
+"""What a task's distillation is unless the file says otherwise. `raydistil bench fidelity` measures it."""
+
+from typing import Any
+
+from raydistil.types import Task
+
+Tree = dict[str, Any]
+
+# Task distillation: soft labels of texts made anew in every epoch, hidden states of layers evenly spread, a student
+# that starts from layers as they were before the fine-tuning, below the fine-tuned head.
+CLASSIFICATION: Tree = {
+    "student": {"start": "checkpoint"},
+    "distill": {
+        "epochs": 6,
+        "lr": 3e-4,
+        "warmup_share": 0.1,
+        "dropout": 0.0,
+        "loss": {"kd": 5.0, "temperature": 2.0, "task": 0.5, "cosine": 0.0, "hidden": {"weight": 1.0}},
+        "augment": {},
+    },
+}
+RECIPES: dict[Task, Tree] = {"classification": CLASSIFICATION, "mlm": {}}
+
+
+def over_recipe(tree: Tree) -> Tree:
+    """`tree` with the recipe of its task below it, in the sections it has."""
+    recipe = next((recipe for task, recipe in RECIPES.items() if task == tree.get("task")), {})
+    return {**tree, **{name: _over(part, tree[name]) for name, part in recipe.items() if _is_section(tree, name)}}
+
+
+def _over(recipe: Tree, tree: Tree) -> Tree:
+    """`tree`, with what it does not say taken from `recipe`."""
+    merged = recipe | tree
+    shared = [name for name, part in recipe.items() if isinstance(part, dict) and _is_section(tree, name)]
+    return merged | {name: _over(recipe[name], tree[name]) for name in shared}
+
+
+def _is_section(tree: Tree, name: str) -> bool:
+    return isinstance(tree.get(name), dict)

@@ -1,0 +1,43 @@
+"""Defaults by task: below what the file says, and only in the sections it has."""
+
+from raydistil.config import config_of
+from raydistil.config.recipes import CLASSIFICATION, over_recipe
+
+BASE = {"corpus": {"source": "x.jsonl"}, "teacher": {"model": "t"}, "student": {"num_layers": 3}, "distill": {}}
+
+
+def test_task_distillation_has_its_recipe() -> None:
+    config = config_of(BASE | {"task": "classification"})
+    assert config.distill is not None
+    assert config.distill.augment is not None
+    assert config.distill.loss.hidden is not None
+    assert (config.distill.epochs, config.distill.loss.cosine) == (6, 0)
+    assert config.student.start == "checkpoint"
+
+
+def test_language_models_keep_distilberts() -> None:
+    config = config_of(BASE | {"task": "mlm"})
+    assert config.distill is not None
+    assert config.distill.augment is None
+    loss = config.distill.loss
+    assert (loss.kd, loss.task, loss.cosine, loss.hidden) == (5, 2, 1, None)
+
+
+def test_the_file_wins_key_by_key() -> None:
+    tree = BASE | {"task": "classification", "distill": {"epochs": 2, "loss": {"cosine": 1, "hidden": {"weight": 0}}}}
+    config = config_of(tree)
+    assert config.distill is not None
+    assert (config.distill.epochs, config.distill.lr) == (2, CLASSIFICATION["distill"]["lr"])
+    assert (config.distill.loss.cosine, config.distill.loss.kd) == (1, 5)
+    assert config.distill.loss.weights()["hidden"] == 0
+
+
+def test_a_section_that_is_not_there_stays_away() -> None:
+    assert config_of({**BASE, "task": "classification", "distill": {}}).finetune is None
+    without = {name: part for name, part in BASE.items() if name != "distill"}
+    assert config_of({**without, "task": "classification"}).distill is None
+
+
+def test_trees_that_are_no_trees_are_left_to_the_validation() -> None:
+    for tree in ({"task": "classification", "distill": 5}, {"task": ["mlm"]}, {}, {"task": "classification"}):
+        assert over_recipe(tree) == tree
