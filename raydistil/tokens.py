@@ -1,11 +1,8 @@
 """tokens: rows -> token store, written once as memory-mapped Arrow IPC and reused while its inputs are the same.
 
-Masked language modelling packs texts into full blocks, `[CLS] text [SEP] text [SEP] ... [SEP]`, cut every `length`
-tokens: no padding but in the very last block. Causal language modelling packs documents, `[bos] text eos [bos] text eos
-...`, and keeps where each begins; one that a block's end cuts goes on in the next block as a document of its own, with
-no bos, and the token across the cut is nobody's label. Labelled examples stay whole, cut at `length`, and are stored by
-padded length (bucket), those with a label first, so a micro-batch of one bucket wastes little and the labelled rows can
-be had alone. Nothing is left out silently: the counts are in `meta.json`.
+Language modelling packs texts into full blocks (see `packing`). Labelled examples stay whole, cut at `length`, and are
+stored by padded length (bucket), those with a label first, so a micro-batch of one bucket wastes little and the
+labelled rows can be had alone. Nothing is left out silently: the counts are in `meta.json`.
 """
 
 import json
@@ -22,8 +19,9 @@ from numpy.typing import NDArray
 
 from raydistil.config import TokensConfig, digest
 from raydistil.corpus import Corpus
-from raydistil.errors import DataError, ModelError
+from raydistil.errors import DataError
 from raydistil.manifest import Ints
+from raydistil.packing import DocumentPacker, Packer, edges
 from raydistil.storage import cache_dir, whole_directory
 from raydistil.types import IGNORE, SPLITS, Split, TextRow
 
@@ -131,7 +129,7 @@ class _Writer:
         self._files: dict[tuple[Split, int], _BucketFile] = {}
 
     def write(self) -> None:
-        packer = _DocumentPacker if self._documents else _Packer
+        packer = DocumentPacker if self._documents else Packer
         pack = packer(self._tokenizer, self._config.length)
         for row, ids in self._tokenized():
             if self._labels:
@@ -180,7 +178,7 @@ class _Writer:
     def _add_example(self, row: TextRow, ids: list[int]) -> None:
         room = self._config.length - 2
         self._counts[row.split].truncated += len(ids) > room
-        block = [*_edges(self._tokenizer)[0], *ids[:room], *_edges(self._tokenizer)[1]]
+        block = [*edges(self._tokenizer)[0], *ids[:room], *edges(self._tokenizer)[1]]
         bucket = next(length for length in self._buckets if length >= len(block))
         self._add(row.split, block, bucket, IGNORE if row.label is None else self._ids[row.label])
 
@@ -215,77 +213,8 @@ class _Writer:
         )  # fmt: skip
 
 
-def _edges(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    """Tokens before and after a single text. Raises ModelError for a tokenizer that has none."""
-    first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
-    if first is None or last is None:
-        raise ModelError("expected an encoder's tokenizer, with [CLS] and [SEP], got one without: use an encoder")
-    return [first], [last]
-
-
-def document_edges(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    """Tokens before and after a document: bos, where the tokenizer has one that differs from eos, and eos.
-
-    Raises ModelError for a tokenizer without eos.
-    """
-    first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if last is None:
-        raise ModelError("expected a decoder's tokenizer, with an eos token, got one without: use a decoder")
-    return [] if first is None or first == last else [first], [last]
-
-
 def _pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
-
-
-Block = tuple[list[int], list[int] | None]  # (ids, 1 where a document begins; None: that is not kept)
-
-
-class _Packer:
-    """Cuts the stream of texts of each split into full blocks."""
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", length: int) -> None:
-        self._tokenizer = tokenizer
-        self._room = length - 2
-        self._pending: dict[Split, list[int]] = {split: [] for split in SPLITS}
-
-    def add(self, split: Split, ids: list[int]) -> Iterator[Block]:
-        first, last = _edges(self._tokenizer)
-        pending = self._pending[split]
-        pending += ids if not pending else [*last, *ids]
-        while len(pending) >= self._room:
-            yield [*first, *pending[: self._room], *last], None
-            del pending[: self._room]
-
-    def rest(self) -> Iterator[tuple[Split, list[int], None]]:
-        for split, pending in self._pending.items():
-            if pending:
-                first, last = _edges(self._tokenizer)
-                yield split, [*first, *pending, *last], None
-
-
-class _DocumentPacker:
-    """Cuts the stream of documents of each split into full blocks, and keeps where each begins."""
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", length: int) -> None:
-        self._first, self._last = document_edges(tokenizer)
-        self._length = length
-        self._pending: dict[Split, list[int]] = {split: [] for split in SPLITS}
-        self._starts: dict[Split, list[int]] = {split: [] for split in SPLITS}
-
-    def add(self, split: Split, ids: list[int]) -> Iterator[Block]:
-        document = [*self._first, *ids, *self._last]
-        pending, starts = self._pending[split], self._starts[split]
-        pending += document
-        starts += [1] + [0] * (len(document) - 1)
-        while len(pending) >= self._length:
-            yield pending[: self._length], [1, *starts[1 : self._length]]
-            del pending[: self._length], starts[: self._length]
-
-    def rest(self) -> Iterator[tuple[Split, list[int], list[int]]]:
-        for split, pending in self._pending.items():
-            if pending:
-                yield split, pending, [1, *self._starts[split][1:]]
 
 
 class _BucketFile:

@@ -237,18 +237,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _causal_models_predict_what_follows(self) -> "Config":
-        if self.task != "clm":
-            return self
-        if "masking" in self.model_fields_set:
+        if self.task == "clm" and "masking" in self.model_fields_set:
             raise ValueError("masking is of task mlm: leave [masking] out for task clm")
-        loss = self.distill.loss if self.distill else LossConfig()
-        strange = [name for name in ("pkd", "attention", "triplet", "contrastive") if loss.weights()[name]]
-        strange += ["minilm version 1"] if loss.minilm and loss.minilm.weight and loss.minilm.version == 1 else []
-        if strange:
-            raise ValueError(
-                f"distill.loss: expected kd, task, cosine, hidden or minilm version 2 for task clm, got {strange[0]}: "
-                f"leave it out"
-            )
+        if self.task == "clm" and self.distill is not None:
+            self.distill.loss.check_causal()
         return self
 
 

@@ -148,5 +148,19 @@ class LossConfig(Section):
         scalars: dict[TermName, float] = {"kd": self.kd, "task": self.task, "cosine": self.cosine}
         return scalars | {name: part.weight if part else 0.0 for name, part in parts.items()}
 
+    def check_causal(self) -> None:
+        """Raise ValueError for a term that a causal language model has no use for.
+
+        A first token knows nothing of its text, and attention scores are compared over pairs that attention leaves out.
+        """
+        weights = self.weights()
+        found = [name for name in ("pkd", "attention", "triplet", "contrastive") if weights[name]]
+        found += ["minilm version 1"] if weights["minilm"] and self.minilm and self.minilm.version == 1 else []
+        if found:
+            raise ValueError(
+                f"distill.loss: expected kd, task, cosine, hidden or minilm version 2 for task clm, got {found[0]}: "
+                f"leave it out"
+            )
+
 
 TERMS: tuple[TermName, ...] = get_args(TermName)
