@@ -27,6 +27,7 @@ from raydistil.source import MicroBatches
 from raydistil.specs import SourceSpec, TargetsSpec, TeacherSpec
 from raydistil.student import build_student
 from raydistil.targets import decode_targets
+from raydistil.teacher import Teacher
 from raydistil.types import Sparse, TeacherTargets, TokenBatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,11 +64,16 @@ def student_config() -> Any:
     return StudentConfig(layers=(0, 2))
 
 
-def through_ray(
-    task: str, folder: str, source: SourceSpec, config: TargetsConfig, soft: bool, loss: LossConfig
+def one_micro_batch(
+    task: str, folder: str, source: SourceSpec, config: TargetsConfig, soft: bool, loss: LossConfig, ray: bool
 ) -> Streamed:
+    """The fourth micro-batch of the stream; without `ray` the teacher alone makes it, for other codecs."""
     targets = TargetsSpec(config, loss, ALL_STATES, soft, 3)
-    row = streamed(source, TeacherSpec(folder, task, "float32", 1, targets), total=4)[3]
+    spec = TeacherSpec(folder, task, "float32", 1, targets)
+    if ray:
+        row = streamed(source, spec, total=4)[3]
+    else:
+        (row,) = Teacher(spec)(wire.table_of([MicroBatches(source).make(3)]))
     batch = wire.batch_of(row)
     given = decode_targets(targets, wire.targets_of(row), batch.num_tokens, CPU)
     return Streamed(task, folder, targets, batch, given, MicroBatches(source).make(3))
@@ -90,7 +96,7 @@ def opinionated(tiny_teacher: str, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def mlm(ray_cluster: None, opinionated: str, tmp_path_factory: pytest.TempPathFactory) -> Streamed:
     source = mlm_source(tmp_path_factory.mktemp("mlm"), opinionated)
-    return through_ray("mlm", opinionated, source, TargetsConfig(), False, LossConfig())
+    return one_micro_batch("mlm", opinionated, source, TargetsConfig(), False, LossConfig(), ray=True)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +105,7 @@ def classes(ray_cluster: None, opinionated: str, tmp_path_factory: pytest.TempPa
     torch.manual_seed(1)
     load_model(opinionated, "classification", LABELS).save_pretrained(folder)
     source = class_source(tmp_path_factory.mktemp("classes"), opinionated)
-    return through_ray("classification", str(folder), source, TargetsConfig(), True, LossConfig())
+    return one_micro_batch("classification", str(folder), source, TargetsConfig(), True, LossConfig(), ray=True)
 
 
 def gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -176,12 +182,12 @@ def test_minilm2(mlm: Streamed, layer: int, heads: int) -> None:
 
 
 @pytest.mark.parametrize(("codec", "positions"), [("logits", "all"), ("topk", "sample"), ("sampled", "masked")])
-def test_codecs(ray_cluster: None, opinionated: str, tmp_path: Path, codec: str, positions: str) -> None:
+def test_codecs(opinionated: str, tmp_path: Path, codec: str, positions: str) -> None:
     """Fed what the codec left of them, soft labels train as the formula says; how much it leaves is tested apart."""
     source = mlm_source(tmp_path, opinionated)
     config = TargetsConfig(codec=codec, top_k=5, num_draws=20)
     loss = LossConfig(kd=3, task=1, cosine=0, kd_positions=positions)
-    case = through_ray("mlm", opinionated, source, config, True, loss)
+    case = one_micro_batch("mlm", opinionated, source, config, True, loss, ray=False)
     places = compared_places(case.made, loss, 3)
     at_T, kd_N = torch.from_numpy(places.at_T), torch.from_numpy(places.kd_N)
     given = case.given.soft_labels

@@ -64,13 +64,13 @@ def bench_fidelity(data: Path, output: Path, seeds: int, only_default: bool, say
         if not (data / f"{split}.jsonl").is_file():
             raise DataError(f"expected {split}.jsonl (text, label) in {data}, found none: name another --data")
     rows = DEFAULTS if only_default else ROWS
-    first = _config(data, output, rows[0], 0)
+    first = config_for(data, output, rows[0], 0)
     with cluster(first.cluster, needs(first)):
         scores = {(row, seed): _scores(data, output, row, seed, say) for seed in range(seeds) for row in rows}
     return _table(rows, seeds, scores, first)
 
 
-def _config(data: Path, output: Path, row: Row, seed: int) -> Config:
+def config_for(data: Path, output: Path, row: Row, seed: int) -> Config:
     """MiniLM-L6, three epochs of fine-tuning, then the recipe with what `row` changes."""
     fast = {"precision": "bfloat16"}
     return config_of({
@@ -94,7 +94,7 @@ def _slug(row: Row) -> str:
 
 def _scores(data: Path, output: Path, row: Row, seed: int, say: Say) -> Tree:
     """{split: {teacher, student}} of one run, made unless it is there."""
-    config = _config(data, output, row, seed)
+    config = config_for(data, output, row, seed)
     path = config.run_dir / "scores.json"
     run = prepare(config, lambda line: None)  # also refuses scores of another configuration
     if path.exists():
