@@ -14,7 +14,7 @@ from raydistil.attention import attention_of
 from raydistil.config.loss import LossConfig
 from raydistil.layers import LayerPlan
 from raydistil.losses import Attention, LossInputs, LossOutputs, Projection, Weights, combined
-from raydistil.models import HeadedEncoder, on_device, vocabulary_head
+from raydistil.models import HeadedEncoder, document_pairs, on_device, positions_on, vocabulary_head
 from raydistil.places import compared_places
 from raydistil.types import Sparse, TeacherTargets, TokenBatch
 
@@ -49,7 +49,7 @@ class Distiller(nn.Module):
         """`targets` None: there is no teacher."""
         device = next(self.encoder.parameters()).device
         ids_BL, mask_BL = on_device(batch, device)
-        states, logits_BC = self.encoder(ids_BL, mask_BL, self._layers.student_states)
+        states, logits_BC = self.encoder(ids_BL, mask_BL, self._layers.student_states, positions_on(batch, device))
         with self.encoder.reckoning(device.type):
             inputs = self._inputs(batch, mask_BL, states, logits_BC, targets or NO_TARGETS)
         return combined(inputs, self._loss, self._layers, weights)
@@ -63,7 +63,10 @@ class Distiller(nn.Module):
         taught = _attention(self._teacher[0], teacher_layers, targets.states) if self._teacher else {}
         projected = {n: self._projected(n, state_TD) for n, state_TD in states.items()}
         logits, labels_N, teacher_logits, kd_N = self._labels(batch, states, logits_BC, targets)
-        return LossInputs(logits, labels_N, teacher_logits, kd_N, projected, targets.states, attention, taught, mask_BL)
+        return LossInputs(
+            logits, labels_N, teacher_logits, kd_N, projected, targets.states, attention, taught, mask_BL,
+            _pairs(batch, mask_BL) if attention else None,
+        )  # fmt: skip
 
     def _projected(self, n: int, state_TD: Tensor) -> Tensor:
         return self.projections[str(n)](state_TD).float() if str(n) in self.projections else state_TD
@@ -91,6 +94,12 @@ class Distiller(nn.Module):
 def _projection(model: PreTrainedModel, states_ND: Tensor) -> Projection:
     head = vocabulary_head(model)
     return Projection(head.transform(states_ND), head.weight_VE, head.bias_V)
+
+
+def _pairs(batch: TokenBatch, mask_BL: Tensor) -> Tensor | None:
+    """bool [B, L, L]: which tokens of its own document each real one may look at; None where that is all of its row."""
+    positions_BL = positions_on(batch, mask_BL.device)
+    return None if positions_BL is None else document_pairs(positions_BL) & mask_BL[:, :, None]
 
 
 def _attention(model: PreTrainedModel, layers: tuple[int, ...], states: Mapping[int, Tensor]) -> dict[int, Attention]:

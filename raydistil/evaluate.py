@@ -2,6 +2,8 @@
 
 Classification: accuracy with its Wilson interval, and macro F1. Masked-LM: the share of masked tokens found and the
 mean cross-entropy at them, on masks that depend on nothing but the text's place, so every model meets the same ones.
+Causal LM: the share of next tokens found, the mean cross-entropy of each given those of its document before it in the
+block, and its exponential, the perplexity.
 Latency: median over interleaved rounds, one row, one thread, float32.
 """
 
@@ -19,9 +21,10 @@ from numpy.typing import NDArray
 from sklearn.metrics import f1_score
 
 from raydistil.manifest import Manifest
-from raydistil.models import HeadedEncoder, load_model, num_parameters, on_device
+from raydistil.models import HeadedEncoder, load_model, num_parameters, on_device, positions_on
 from raydistil.source import MicroBatches
 from raydistil.specs import Candidate, EvaluateSpec, ModelReport, SourceSpec
+from raydistil.targets import PLACES_AT_ONCE
 from raydistil.tokens import TokenStore
 from raydistil.types import IGNORE, Score, TokenBatch
 
@@ -45,9 +48,11 @@ def _scored(spec: EvaluateSpec, candidate: Candidate, device: torch.device) -> M
     parameters = num_parameters(model)
     size = _size_on_disk(candidate.model) or 4 * parameters
     if spec.task == "mlm":
-        losses, hits = _mlm_outcomes(model, spec, device)
-        score = wilson("masked accuracy", hits)
-        return ModelReport(candidate.name, parameters, size, score, None, float(losses.mean()), None)
+        loss, score = _token_scores(model, spec, device, "masked accuracy")
+        return ModelReport(candidate.name, parameters, size, score, None, loss, None)
+    if spec.task == "clm":
+        loss, score = _token_scores(model, spec, device, "next-token accuracy")
+        return ModelReport(candidate.name, parameters, size, score, None, None, None, loss, math.exp(loss))
     truth, guesses = _class_outcomes(model, spec, device)
     f1 = float(f1_score(truth, guesses, average="macro"))
     return ModelReport(candidate.name, parameters, size, wilson("accuracy", truth == guesses), f1, None, None)
@@ -60,7 +65,7 @@ def _size_on_disk(model: str) -> int:
 
 def batches(spec: EvaluateSpec) -> Iterator[TokenBatch]:
     """Every row of the split once; of labelled examples those that have a label."""
-    rows = TokenStore(spec.store).bucket_rows(spec.split, labelled=spec.masking is None)
+    rows = TokenStore(spec.store).bucket_rows(spec.split, labelled=spec.task == "classification")
     source = SourceSpec(spec.store, spec.split, Manifest(rows, 1, spec.config.batch_size, MASK_SEED), spec.masking)
     maker = MicroBatches(source)
     return (maker.make(index) for index in range(source.manifest.num_micro_batches))
@@ -81,20 +86,27 @@ def _class_outcomes(
 
 
 @torch.inference_mode()
-def _mlm_outcomes(
-    model: HeadedEncoder, spec: EvaluateSpec, device: torch.device
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """(cross-entropy in nats, found or not), one a masked token."""
+def _token_scores(model: HeadedEncoder, spec: EvaluateSpec, device: torch.device, metric: str) -> tuple[float, Score]:
+    """(mean cross-entropy in nats, share found) of the tokens that have a label."""
     losses, hits = [], []
+    for states_nD, labels_n in _labelled_states(model, spec, device):
+        logits_nV = model.vocabulary_logits(states_nD)
+        losses.append(F.cross_entropy(logits_nV, labels_n, reduction="none").cpu().numpy())
+        hits.append((logits_nV.argmax(-1) == labels_n).cpu().numpy())
+    return float(np.concatenate(losses).mean()), wilson(metric, np.concatenate(hits))
+
+
+def _labelled_states(
+    model: HeadedEncoder, spec: EvaluateSpec, device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(last states [n, D], labels [n]) of the tokens that have a label, a few at a time: the vocabulary is large."""
     for batch in batches(spec):
         ids_BL, mask_BL = on_device(batch, device)
         labels_T = torch.from_numpy(np.asarray(batch.labels_BL, np.int64)).to(device)[mask_BL]
+        states, _ = model(ids_BL, mask_BL, (model.num_layers,), positions_on(batch, device))
         at_T = labels_T != IGNORE
-        states, _ = model(ids_BL, mask_BL, (model.num_layers,))
-        logits = model.vocabulary_logits(states[model.num_layers][at_T])
-        losses.append(F.cross_entropy(logits, labels_T[at_T], reduction="none").cpu().numpy())
-        hits.append((logits.argmax(-1) == labels_T[at_T]).cpu().numpy())
-    return np.concatenate(losses), np.concatenate(hits)
+        compared = states[model.num_layers][at_T], labels_T[at_T]
+        yield from zip(*(torch.split(part, PLACES_AT_ONCE) for part in compared), strict=True)
 
 
 def wilson(metric: str, hits: NDArray[np.bool_]) -> Score:

@@ -9,7 +9,11 @@ from raydistil.config import Config
 from raydistil.config.student import StudentConfig
 from raydistil.errors import StorageError
 from raydistil.storage import whole_directory
+from raydistil.types import Task
 
+PIPELINE_TAGS: dict[Task, str] = {
+    "classification": "text-classification", "mlm": "fill-mask", "clm": "text-generation",
+}  # fmt: skip
 NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
 
 
@@ -29,8 +33,8 @@ def export(config: Config, run_dir: Path, report: dict[str, Any]) -> Path:
 def model_card(config: Config, report: dict[str, Any]) -> str:
     """Front matter, what the model is, and a table of what was measured (nothing where nothing was)."""
     license_line = f"license: {config.export.license}\n" if config.export and config.export.license else ""
-    pipeline_tag = "text-classification" if config.task == "classification" else "fill-mask"
-    head = f"---\n{license_line}library_name: transformers\npipeline_tag: {pipeline_tag}\n---\n\n# {config.name}\n\n"
+    tag = PIPELINE_TAGS[config.task]
+    head = f"---\n{license_line}library_name: transformers\npipeline_tag: {tag}\n---\n\n# {config.name}\n\n"
     body = (
         f"A student of `{config.teacher.model}`, started from {_start(config.student)} and distilled on "
         f"`{config.corpus.source}` with raydistil (seed {config.seed}).\n"
@@ -59,7 +63,9 @@ def _card_table(report: dict[str, Any]) -> str:
             f"{score['low']:.4f} to {score['high']:.4f} | {latency} |"
         )
     metric, rows = report["models"][0]["score"]["metric"], report["models"][0]["score"]["rows"]
+    known = [f"{model['name']} {model['perplexity']:.2f}" for model in report["models"] if model["perplexity"]]
+    perplexity = f" Perplexity of the same: {', '.join(known)}." if known else ""
     return "\n".join(lines) + (
-        f"\n\nScore: {metric} on {rows:,} test items. Retention {report['retention'] or 0:.3f}, speed-up "
+        f"\n\nScore: {metric} on {rows:,} test items.{perplexity} Retention {report['retention'] or 0:.3f}, speed-up "
         f"{report['speedup']:.2f}x (one row, one thread). Configuration {report['config_hash']}.\n"
     )

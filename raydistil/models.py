@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -23,7 +24,9 @@ from transformers.utils import logging as transformers_logging
 from raydistil.errors import ModelError
 from raydistil.types import Precision, Task, TokenBatch
 
-LOADERS: dict[Task, Any] = {"mlm": AutoModelForMaskedLM, "classification": AutoModelForSequenceClassification}
+LOADERS: dict[Task, Any] = {
+    "mlm": AutoModelForMaskedLM, "classification": AutoModelForSequenceClassification, "clm": AutoModelForCausalLM,
+}  # fmt: skip
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -145,12 +148,17 @@ def vocabulary_head(model: PreTrainedModel) -> VocabularyHead:
     if hasattr(parts, "lm_head") and hasattr(parts.lm_head, "dense"):  # RoBERTa, MPNet
         head = parts.lm_head
         return _with_decoder(lambda states: head.layer_norm(F.gelu(head.dense(states))), head.decoder)
-    if isinstance(getattr(parts, "lm_head", None), nn.Linear):  # GPT-2, Llama, Qwen
+    if isinstance(getattr(parts, "lm_head", None), nn.Linear) and not _bent(model.config):  # GPT-2, Llama, Qwen
         return _with_decoder(lambda states: states, parts.lm_head)
     raise ModelError(
         f"expected a language model like BERT, RoBERTa, MPNet, ELECTRA, DistilBERT, DeBERTa-v2, ModernBERT, GPT-2 or "
         f"Llama, got {type(model).__name__}"
     )
+
+
+def _bent(config: Any) -> bool:
+    """Whether something comes between the last matrix product and the logits (Gemma 2, Cohere, Granite)."""
+    return any(getattr(config, key, None) for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
 
 
 def _with_decoder(transform: Callable[[Tensor], Tensor], decoder: nn.Linear) -> VocabularyHead:
@@ -193,22 +201,26 @@ class HeadedEncoder(nn.Module):
         return torch.autocast(device, self._dtype, enabled=self._dtype != torch.float32)
 
     def forward(
-        self, input_ids_BL: Tensor, mask_BL: Tensor, states: tuple[int, ...] = ()
+        self, input_ids_BL: Tensor, mask_BL: Tensor, states: tuple[int, ...] = (), positions_BL: Tensor | None = None
     ) -> tuple[dict[int, Tensor], Tensor | None]:
         """({n: state n as [T, D]}, class logits [B, C] or None), float32 whatever the precision of the products.
 
-        State n is what layer n made of the tokens, 0 the embeddings.
+        State n is what layer n made of the tokens, 0 the embeddings. `positions_BL`: those of the documents in causal
+        language models' blocks, each of which then comes out as if it were alone.
         """
         with self.reckoning(input_ids_BL.device.type):
-            return self._forward(input_ids_BL, mask_BL, states)
+            return self._forward(input_ids_BL, mask_BL, states, positions_BL)
 
     def _forward(
-        self, input_ids_BL: Tensor, mask_BL: Tensor, states: tuple[int, ...]
+        self, input_ids_BL: Tensor, mask_BL: Tensor, states: tuple[int, ...], positions_BL: Tensor | None
     ) -> tuple[dict[int, Tensor], Tensor | None]:
         classes = self.task == "classification"
         run: Any = self.model if classes else self.model.base_model
         inner = any(state < self.num_layers for state in states) or (classes and bool(states))
-        out = run(input_ids=input_ids_BL, attention_mask=mask_BL, output_hidden_states=inner)
+        attended: dict[str, Any] = {"attention_mask": mask_BL}
+        if positions_BL is not None:
+            attended = {"attention_mask": document_mask(positions_BL), "position_ids": positions_BL, "use_cache": False}
+        out = run(input_ids=input_ids_BL, output_hidden_states=inner, **attended)
         found = {state: out.hidden_states[state] for state in states if state < self.num_layers}
         if self.num_layers in states:  # the head's input, which some families norm once more
             found[self.num_layers] = out.hidden_states[-1] if classes else out.last_hidden_state
@@ -219,6 +231,19 @@ class HeadedEncoder(nn.Module):
         """[N, V] float32 of the last states of some tokens."""
         with self.reckoning(states_ND.device.type):
             return vocabulary_head(self.model)(states_ND).float()
+
+
+def document_pairs(positions_BL: Tensor) -> Tensor:
+    """bool [B, L, L]: whether the first token may look at the second, an earlier one of its document or itself."""
+    documents_BL = (positions_BL == 0).cumsum(-1)
+    same_BLL = documents_BL[:, :, None] == documents_BL[:, None, :]
+    return same_BLL.tril()
+
+
+def document_mask(positions_BL: Tensor) -> Tensor:
+    """float32 [B, 1, L, L] to be added to attention scores: 0 where a token may look, -inf elsewhere."""
+    pairs_B1LL = document_pairs(positions_BL)[:, None]
+    return torch.zeros(pairs_B1LL.shape, device=pairs_B1LL.device).masked_fill_(~pairs_B1LL, -torch.inf)
 
 
 def made_for_training(model: PreTrainedModel, dropout: float | None, device: torch.device) -> PreTrainedModel:
@@ -240,6 +265,13 @@ def on_device(batch: TokenBatch, device: torch.device) -> tuple[Tensor, Tensor]:
     ids_BL = torch.from_numpy(batch.input_ids_BL.astype("int64")).to(device)
     lengths_B = torch.from_numpy(batch.lengths_B.astype("int64")).to(device)
     return ids_BL, torch.arange(ids_BL.shape[1], device=device)[None, :] < lengths_B[:, None]
+
+
+def positions_on(batch: TokenBatch, device: torch.device) -> Tensor | None:
+    """int64 [B, L] positions of a causal language model's micro-batch; None for the other tasks."""
+    if batch.positions_BL is None:
+        return None
+    return torch.from_numpy(batch.positions_BL.astype("int64")).to(device)
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -41,7 +41,7 @@ LABELS_ONLY = LossConfig(kd=0, task=1, cosine=0)
 
 
 def finetune(run: Prepared) -> None:
-    """Teach the teacher the task (or, with task mlm, the corpus): run_dir/teacher."""
+    """Teach the teacher the task (or, if it is a language model, the corpus): run_dir/teacher."""
     assert run.config.finetune is not None
     init = resolve(run.config.teacher.model)
     _train(run, "finetune", run.config.finetune, LABELS_ONLY, init, rundir.TEACHER)
@@ -67,7 +67,9 @@ def train_baseline(run: Prepared) -> None:
     """
     distill = run.config.distill
     assert distill is not None
-    rows, labelled = (sum(run.store.bucket_rows("train", only)) for only in (False, run.config.task != "mlm"))
+    rows, labelled = (
+        sum(run.store.bucket_rows("train", only)) for only in (False, run.config.task == "classification")
+    )
     epochs = math.ceil(distill.epochs * rows / labelled) + 1  # the last of them is cut short
     config = distill.model_copy(update={"lr": _baseline_lr(run.config), "epochs": epochs})
     steps = _num_slots(run, _manifest(run, distill, with_teacher=True), distill)
@@ -208,7 +210,7 @@ def score(config: Config, spec: EvaluateSpec, candidates: list[Candidate]) -> li
 def _candidates(run: Prepared, config: EvaluateConfig) -> list[Candidate]:
     """What stands in the table: teacher and student, and what the configuration wants beside them."""
     found = [Candidate("teacher", run.teacher_dir, True), _candidate(run, "student", rundir.DISTILLED, True)]
-    if run.config.task == "mlm":
+    if run.config.task != "classification":
         found.append(_candidate(run, "untrained", rundir.STUDENT_INIT, False))
     found += [_candidate(run, name, name, True) for _, _, name in assistants(run.config)]
     if config.no_teacher_baseline:
@@ -227,7 +229,9 @@ def build_report(run: Prepared, rows: dict[str, Any]) -> dict[str, Any]:
     """The one JSON object of a run: flat figures first, then what they were made from."""
     teacher, student = rows["teacher"], rows["student"]
     report: dict[str, Any] = {f"{name}_score": row.score.value for name, row in rows.items()}
-    report |= {f"{name}_mlm_loss": row.mlm_loss for name, row in rows.items() if row.mlm_loss is not None}
+    for figure in ("mlm_loss", "clm_loss", "perplexity"):
+        found = {f"{name}_{figure}": getattr(row, figure) for name, row in rows.items()}
+        report |= {name: value for name, value in found.items() if value is not None}
     report |= {
         "metric": teacher.score.metric,
         "retention": student.score.value / teacher.score.value if teacher.score.value else None,

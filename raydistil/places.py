@@ -23,11 +23,17 @@ class Places:
 
 
 def compared_places(batch: TokenBatch, loss: LossConfig, seed: int) -> Places:
-    """Where `loss` looks: at `loss.kd_positions`, and wherever a token is to be found where the task has a weight."""
+    """Where `loss` looks: at `loss.kd_positions`, and wherever a token is to be found where the task has a weight.
+
+    With a causal LM that is never a document's last token: nothing follows it.
+    """
     assert batch.labels_BL is not None
     real_BL = np.arange(batch.labels_BL.shape[1])[None, :] < batch.lengths_B[:, None]
     labels_T = batch.labels_BL[real_BL].astype(np.int64)
-    kd_T = _kd_positions(labels_T, loss, keyed(seed, batch.index)) if loss.kd else np.zeros(len(labels_T), np.bool_)
+    kd_T = np.zeros(len(labels_T), np.bool_)
+    if loss.kd:
+        comparable_T = labels_T != IGNORE if batch.positions_BL is not None else np.ones_like(kd_T)
+        kd_T = comparable_T & _kd_positions(labels_T, loss, keyed(seed, batch.index))
     at_T = kd_T | (labels_T != IGNORE) if loss.task else kd_T
     return Places(at_T, kd_T[at_T], labels_T[at_T])
 

@@ -68,6 +68,7 @@ def needs(config: Config) -> list[Need]:
 def check_models(config: Config) -> None:
     """Raise ModelError for a teacher that cannot be loaded or a student that cannot be made from it."""
     shape = shape_of(config.teacher.model, "teacher.model")
+    _check_decoder(config, "teacher", shape)
     _check_head(config, shape)
     tokenizer = load_tokenizer(config.teacher.model)
     _check_tokenizer(config, shape, tokenizer)
@@ -76,6 +77,7 @@ def check_models(config: Config) -> None:
         check_losses(config, taught_by.config, taught.config)
     if config.student.model is not None:
         check_vocabularies(config.teacher.model, config.student.model)
+        _check_decoder(config, "student", student.config)
         _check_positions(config, "student", student.config)
 
 
@@ -91,7 +93,9 @@ def outlines(config: Config, num_labels: int | None = None) -> list[PreTrainedMo
 
 HEADS: dict[Task, tuple[str, ...]] = {
     "mlm": ("ForMaskedLM", "ForPreTraining"), "classification": ("ForSequenceClassification",),
+    "clm": ("ForCausalLM", "LMHeadModel"),
 }  # fmt: skip
+DECODERS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")  # they take positions and masks of documents as they come
 
 
 def _check_head(config: Config, shape: Any) -> None:
@@ -104,6 +108,23 @@ def _check_head(config: Config, shape: Any) -> None:
         )
 
 
+def _check_decoder(config: Config, whose: str, shape: Any) -> None:
+    """A causal model must keep the documents of a block apart, in each of its layers."""
+    if config.task != "clm":
+        return
+    if shape.model_type not in DECODERS:
+        raise ModelError(
+            f"{whose}.model: expected one of {', '.join(DECODERS)} for task clm, got {shape.model_type}: choose "
+            f"another, or task mlm for an encoder"
+        )
+    window = getattr(shape, "sliding_window", None)
+    if window is not None and window < config.tokens.length:
+        raise ConfigError(
+            f"tokens.length: expected at most the {whose}'s attention window of {window} for task clm, got "
+            f"{config.tokens.length}: lower it"
+        )
+
+
 def _check_tokenizer(config: Config, shape: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     if len(tokenizer) > shape.vocab_size:
         raise ModelError(
@@ -112,6 +133,8 @@ def _check_tokenizer(config: Config, shape: Any, tokenizer: PreTrainedTokenizerB
         )
     if config.task == "mlm" and tokenizer.mask_token_id is None:
         raise ModelError("teacher.model: expected a tokenizer with a mask token for task mlm, this one has none")
+    if config.task == "clm" and tokenizer.eos_token_id is None:
+        raise ModelError("teacher.model: expected a tokenizer with an eos token for task clm, this one has none")
     augment = config.distill.augment if config.distill else None
     if augment is not None and augment.mask and tokenizer.mask_token_id is None:
         raise ModelError("distill.augment.mask: expected a tokenizer with a mask token, this one has none: set it to 0")
@@ -186,7 +209,8 @@ def _attention_widths(shape: Any) -> tuple[int, int]:
 def make_store(config: Config) -> Path:
     labelled = config.task == "classification"
     corpus = open_corpus(config.corpus, labelled)
-    return build_store(corpus, load_tokenizer(config.teacher.model), config.tokens, labelled)
+    tokenizer = load_tokenizer(config.teacher.model)
+    return build_store(corpus, tokenizer, config.tokens, labelled, documents=config.task == "clm")
 
 
 def describe_store(store: TokenStore) -> list[str]:

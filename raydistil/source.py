@@ -6,13 +6,15 @@ from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from ray.data import DataContext
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from raydistil import wire
 from raydistil.augment import Words, augment
-from raydistil.manifest import Ledger, Slot
+from raydistil.documents import next_tokens, positions_of
+from raydistil.manifest import Ints, Ledger, Slot
 from raydistil.masking import Vocabulary, mask_tokens
 from raydistil.specs import SourceSpec
 from raydistil.tokens import TokenStore
@@ -37,6 +39,9 @@ class MicroBatches:
         if not len(slot.rows):
             return self._empty(slot)
         ids, lengths, labels = self._store.read(self._spec.split, slot.bucket, slot.rows)
+        if self._store.meta.documents:
+            positions = self._positions(slot.bucket, slot.rows)
+            return TokenBatch(index, ids, lengths, None, next_tokens(ids, positions), len(slot.rows), positions)
         if self._spec.masking is None:
             return self._varied(TokenBatch(index, ids, lengths, labels, None, len(slot.rows)))
         masked, token_labels = mask_tokens(
@@ -50,10 +55,16 @@ class MicroBatches:
         assert self._words is not None
         return augment(batch, self._spec.augment, self._words, self._spec.manifest.seed)
 
+    def _positions(self, bucket: int, rows: Ints) -> NDArray[np.int32]:
+        return positions_of(self._store.starts(self._spec.split, bucket, rows))
+
     def _empty(self, slot: Slot) -> TokenBatch:
-        ids, lengths, labels = self._store.read(self._spec.split, slot.bucket, np.zeros(1, np.int64))
-        token_labels = None if self._spec.masking is None else np.full_like(ids, IGNORE)
-        return TokenBatch(slot.index, ids, lengths, None if self._spec.masking else labels, token_labels, 0)
+        first = np.zeros(1, np.int64)
+        ids, lengths, labels = self._store.read(self._spec.split, slot.bucket, first)
+        positions = self._positions(slot.bucket, first) if self._store.meta.documents else None
+        if self._spec.masking is None and positions is None:
+            return TokenBatch(slot.index, ids, lengths, labels, None, 0)
+        return TokenBatch(slot.index, ids, lengths, None, np.full_like(ids, IGNORE), 0, positions)
 
 
 class ManifestSource(Datasource):

@@ -20,7 +20,7 @@ class SourceSpec:
     store: Path
     split: Split
     manifest: Manifest
-    masking: MaskingConfig | None  # None: labelled examples
+    masking: MaskingConfig | None  # None: labelled examples, or a causal LM's documents
     augment: AugmentConfig | None = None
 
 
@@ -97,6 +97,8 @@ class ModelReport:
     macro_f1: float | None
     mlm_loss: float | None  # nats per masked token
     latency_p50_ms: float | None
+    clm_loss: float | None = None  # nats per token that follows another one
+    perplexity: float | None = None  # exp of that
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,8 @@ def _rows(models: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
         ("parameters", [f"{model['parameters'] / 1e6:.1f} M" for model in models]),
         ("size on disk", [f"{model['size_bytes'] / 2**20:.0f} MiB" for model in models]),
         ("MLM loss (nats)", [_number(model["mlm_loss"], ".4f") for model in models]),
+        ("CLM loss (nats)", [_number(model["clm_loss"], ".4f") for model in models]),
+        ("perplexity", [_number(model["perplexity"], ".2f") for model in models]),
         ("score", [f"{score['value']:.4f}" for score in scores]),
         ("95 % interval", [f"{score['low']:.3f} to {score['high']:.3f}" for score in scores]),
         ("retention", [f"{score['value'] / first:.3f}" if first else "" for score in scores]),

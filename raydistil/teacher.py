@@ -4,7 +4,8 @@ Importing this module is cheap: the processes that only plan the stream meet the
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import pyarrow as pa
@@ -13,6 +14,9 @@ from raydistil.places import compared_places
 from raydistil.specs import TeacherSpec
 from raydistil.types import TeacherTiming, TokenBatch
 from raydistil.wire import batch_of, with_targets
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Teacher:
@@ -46,13 +50,15 @@ class Teacher:
         """The wire columns of one micro-batch."""
         import torch
 
-        from raydistil.models import on_device
-        from raydistil.targets import encode_targets
+        from raydistil.models import on_device, positions_on
+        from raydistil.targets import PLACES_AT_ONCE, encode_targets
 
-        wanted = self._spec.targets
+        wanted, device = self._spec.targets, self._device
         with torch.inference_mode():
-            states, logits = self._model(*on_device(batch, self._device), self._states)
-            if wanted.soft_labels and logits is None:
-                at_T = torch.from_numpy(compared_places(batch, wanted.loss, wanted.seed).at_T).to(self._device)
-                logits = self._model.vocabulary_logits(states[self._model.num_layers][at_T])
-            return encode_targets(wanted, batch.index, states, logits)
+            states, logits = self._model(*on_device(batch, device), self._states, positions_on(batch, device))
+            parts: Iterable[Tensor] | None = None if logits is None else [logits]
+            if wanted.soft_labels and parts is None:
+                at_T = torch.from_numpy(compared_places(batch, wanted.loss, wanted.seed).at_T).to(device)
+                compared_ND = states[self._model.num_layers][at_T]
+                parts = map(self._model.vocabulary_logits, compared_ND.split(PLACES_AT_ONCE))
+            return encode_targets(wanted, batch.index, states, parts)

@@ -1,9 +1,8 @@
 """tokens: rows -> token store, written once as memory-mapped Arrow IPC and reused while its inputs are the same.
 
-Language modelling packs texts into full blocks, `[CLS] text [SEP] text [SEP] ... [SEP]`, cut every `length` tokens: no
-padding but in the very last block. Labelled examples stay whole, cut at `length`, and are stored by padded length
-(bucket), those with a label first, so a micro-batch of one bucket wastes little and the labelled rows can be had alone.
-Nothing is left out silently: the counts are in `meta.json`.
+Language modelling packs texts into full blocks (see `packing`). Labelled examples stay whole, cut at `length`, and are
+stored by padded length (bucket), those with a label first, so a micro-batch of one bucket wastes little and the
+labelled rows can be had alone. Nothing is left out silently: the counts are in `meta.json`.
 """
 
 import json
@@ -20,8 +19,9 @@ from numpy.typing import NDArray
 
 from raydistil.config import TokensConfig, digest
 from raydistil.corpus import Corpus
-from raydistil.errors import DataError, ModelError
+from raydistil.errors import DataError
 from raydistil.manifest import Ints
+from raydistil.packing import DocumentPacker, Packer, edges
 from raydistil.storage import cache_dir, whole_directory
 from raydistil.types import IGNORE, SPLITS, Split, TextRow
 
@@ -64,19 +64,25 @@ class StoreMeta:
     labels: tuple[str, ...]  # class names in the order of their ids; empty for packed blocks
     splits: dict[Split, SplitCounts]
     notes: tuple[str, ...]
+    documents: bool = False  # whether blocks keep where each document begins
 
 
-def build_store(corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", config: TokensConfig, labelled: bool) -> Path:
+def build_store(
+    corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", config: TokensConfig, labelled: bool, documents: bool = False
+) -> Path:
     """The directory of the token store for these inputs; written if it is not in the cache yet.
+
+    `labelled`: examples in buckets; `documents`: blocks that keep where each document begins; neither: plain blocks.
 
     Raises DataError when the training split comes out empty or a labelled one has fewer than two classes.
     """
     inputs = [FORMAT, corpus.fingerprint, tokenizer_hash(tokenizer), config.model_dump(mode="json"), labelled]
+    inputs += ["documents"] * documents
     path = cache_dir() / "tokens" / digest(inputs)
     if path.exists():
         return path
     with whole_directory(path) as scratch:
-        writer = _Writer(scratch, tokenizer, config, corpus, labelled)
+        writer = _Writer(scratch, tokenizer, config, corpus, labelled, documents)
         writer.write()
     return path
 
@@ -107,12 +113,14 @@ class _Writer:
     """One pass over a corpus into one directory."""
 
     def __init__(
-        self, path: Path, tokenizer: "PreTrainedTokenizerBase", config: TokensConfig, corpus: Corpus, labelled: bool
-    ) -> None:
+        self, path: Path, tokenizer: "PreTrainedTokenizerBase", config: TokensConfig, corpus: Corpus, labelled: bool,
+        documents: bool,
+    ) -> None:  # fmt: skip
         self._path = path
         self._tokenizer = tokenizer
         self._config = config
         self._corpus = corpus
+        self._documents = documents
         self._labels = class_names(corpus.rows()) if labelled else ()
         self._ids = {label: number for number, label in enumerate(self._labels)}
         self._buckets = (*sorted(config.buckets), config.length) if labelled else (config.length,)
@@ -121,15 +129,16 @@ class _Writer:
         self._files: dict[tuple[Split, int], _BucketFile] = {}
 
     def write(self) -> None:
-        pack = _Packer(self._tokenizer, self._config.length)
+        packer = DocumentPacker if self._documents else Packer
+        pack = packer(self._tokenizer, self._config.length)
         for row, ids in self._tokenized():
             if self._labels:
                 self._add_example(row, ids)
             else:
-                for block in pack.add(row.split, ids):
-                    self._add(row.split, block, self._config.length, IGNORE)
-        for split, block in pack.rest():
-            self._add(split, block, self._config.length, IGNORE)
+                for block, starts in pack.add(row.split, ids):
+                    self._add(row.split, block, self._config.length, IGNORE, starts)
+        for split, block, starts in pack.rest():
+            self._add(split, block, self._config.length, IGNORE, starts)
         for file in self._files.values():
             file.close()
         if not self._counts["train"].rows:
@@ -169,11 +178,11 @@ class _Writer:
     def _add_example(self, row: TextRow, ids: list[int]) -> None:
         room = self._config.length - 2
         self._counts[row.split].truncated += len(ids) > room
-        block = [*_edges(self._tokenizer)[0], *ids[:room], *_edges(self._tokenizer)[1]]
+        block = [*edges(self._tokenizer)[0], *ids[:room], *edges(self._tokenizer)[1]]
         bucket = next(length for length in self._buckets if length >= len(block))
         self._add(row.split, block, bucket, IGNORE if row.label is None else self._ids[row.label])
 
-    def _add(self, split: Split, block: list[int], bucket: int, label: int) -> None:
+    def _add(self, split: Split, block: list[int], bucket: int, label: int, starts: list[int] | None = None) -> None:
         counts = self._counts[split]
         counts.rows += 1
         counts.tokens += len(block)
@@ -186,8 +195,9 @@ class _Writer:
             np.add.at(self._token_counts, block, 1)
         if (split, bucket) not in self._files:
             pad = _pad_id(self._tokenizer)
-            self._files[split, bucket] = _BucketFile(self._path / _file_name(split, bucket), bucket, pad)
-        self._files[split, bucket].add(block, label)
+            path = self._path / _file_name(split, bucket)
+            self._files[split, bucket] = _BucketFile(path, bucket, pad, self._documents)
+        self._files[split, bucket].add(block, label, starts)
 
     def _losses(self) -> str:
         counts = self._counts["train"]
@@ -199,59 +209,32 @@ class _Writer:
         return StoreMeta(
             vocab_size=len(tokenizer), pad_id=_pad_id(tokenizer), mask_id=-1 if mask is None else mask,
             special_ids=tuple(sorted(tokenizer.all_special_ids)), labels=self._labels, splits=self._counts,
-            notes=self._corpus.notes,
+            notes=self._corpus.notes, documents=self._documents,
         )  # fmt: skip
-
-
-def _edges(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    """Tokens before and after a single text. Raises ModelError for a tokenizer that has none."""
-    first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
-    if first is None or last is None:
-        raise ModelError("expected an encoder's tokenizer, with [CLS] and [SEP], got one without: use an encoder")
-    return [first], [last]
 
 
 def _pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
 
-class _Packer:
-    """Cuts the stream of texts of each split into full blocks."""
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", length: int) -> None:
-        self._tokenizer = tokenizer
-        self._room = length - 2
-        self._pending: dict[Split, list[int]] = {split: [] for split in SPLITS}
-
-    def add(self, split: Split, ids: list[int]) -> Iterator[list[int]]:
-        first, last = _edges(self._tokenizer)
-        pending = self._pending[split]
-        pending += ids if not pending else [*last, *ids]
-        while len(pending) >= self._room:
-            yield [*first, *pending[: self._room], *last]
-            del pending[: self._room]
-
-    def rest(self) -> Iterator[tuple[Split, list[int]]]:
-        for split, pending in self._pending.items():
-            if pending:
-                first, last = _edges(self._tokenizer)
-                yield split, [*first, *pending, *last]
-
-
 class _BucketFile:
     """Rows of one padded length, appended to one Arrow file."""
 
-    def __init__(self, path: Path, length: int, pad_id: int) -> None:
+    def __init__(self, path: Path, length: int, pad_id: int, documents: bool) -> None:
         self._length = length
         self._pad_id = pad_id
         self._schema = pa.schema([("ids", pa.list_(pa.int32(), length)), ("length", pa.int32()), ("label", pa.int32())])
+        if documents:
+            self._schema = self._schema.append(pa.field("starts", pa.list_(pa.uint8(), length)))
         self._writer = pa.ipc.new_file(path, self._schema)
         self._rows: list[list[int]] = []
         self._labels: list[int] = []
+        self._starts: list[list[int]] = []
 
-    def add(self, block: list[int], label: int) -> None:
+    def add(self, block: list[int], label: int, starts: list[int] | None) -> None:
         self._rows.append(block)
         self._labels.append(label)
+        self._starts += [] if starts is None else [starts]
         if len(self._rows) == ROWS_PER_BATCH:
             self._flush()
 
@@ -262,14 +245,19 @@ class _BucketFile:
     def _flush(self) -> None:
         if not self._rows:
             return
-        ids = np.full((len(self._rows), self._length), self._pad_id, np.int32)
-        for number, block in enumerate(self._rows):
-            ids[number, : len(block)] = block
         lengths = np.array([len(block) for block in self._rows], np.int32)
-        column = pa.FixedSizeListArray.from_arrays(pa.array(ids.ravel()), self._length)
-        arrays = [column, pa.array(lengths), pa.array(np.array(self._labels, np.int32))]
-        self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
-        self._rows, self._labels = [], []
+        columns = [self._padded(self._rows, self._pad_id, np.int32)]
+        columns += [pa.array(lengths), pa.array(np.array(self._labels, np.int32))]
+        if self._starts:
+            columns.append(self._padded(self._starts, 1, np.uint8))
+        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
+        self._rows, self._labels, self._starts = [], [], []
+
+    def _padded(self, rows: list[list[int]], fill: int, dtype: type[np.integer[Any]]) -> pa.FixedSizeListArray:
+        padded = np.full((len(rows), self._length), fill, dtype)
+        for number, row in enumerate(rows):
+            padded[number, : len(row)] = row
+        return pa.FixedSizeListArray.from_arrays(pa.array(padded.ravel()), self._length)
 
 
 def _file_name(split: Split, length: int) -> str:
@@ -308,6 +296,16 @@ class TokenStore:
             lengths[place] = batch.column(1)[inside].as_py()
             labels[place] = batch.column(2)[inside].as_py()
         return ids, lengths, labels
+
+    def starts(self, split: Split, bucket: int, rows: Ints) -> NDArray[np.uint8]:
+        """[B, L], 1 where a document begins, and at padding; of blocks that keep it."""
+        length = self.lengths(split)[bucket]
+        batches = self._mapped(split, length)
+        found = np.empty((len(rows), length), np.uint8)
+        for place, row in enumerate(rows.tolist()):
+            batch, inside = batches[row // ROWS_PER_BATCH], row % ROWS_PER_BATCH
+            found[place] = batch.column(3).values.to_numpy()[inside * length : (inside + 1) * length]
+        return found
 
     def token_counts(self) -> NDArray[np.int64]:
         """[V] how often each token occurs in the training split."""

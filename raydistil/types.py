@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
-Task = Literal["classification", "mlm"]
+Task = Literal["classification", "mlm", "clm"]  # labelled texts, masked-LM, causal LM
 Precision = Literal["float32", "bfloat16"]  # of the matrix products; weights are float32
 IGNORE = -100  # a label no loss looks at, the convention of torch.nn.functional.cross_entropy
 
@@ -38,7 +38,7 @@ class TextRow:
 class TokenBatch:
     """One micro-batch: the unit that is loaded, masked, labelled by the teacher, shipped and trained on.
 
-    `labels_BL` holds the MLM targets (IGNORE elsewhere); `labels_B` holds class ids (IGNORE: no label).
+    `labels_BL` holds the masked or the next tokens (IGNORE elsewhere); `labels_B` holds class ids (IGNORE: no label).
     One of the two is None.
     """
 
@@ -48,6 +48,7 @@ class TokenBatch:
     labels_B: NDArray[np.int32] | None
     labels_BL: NDArray[np.int32] | None
     num_rows: int  # rows that count; rows beyond are padding with no weight
+    positions_BL: NDArray[np.int32] | None = None  # causal LM: place in its document, 0 starts one; see documents
 
     @property
     def num_tokens(self) -> int:

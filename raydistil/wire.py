@@ -19,7 +19,8 @@ BATCH = pa.schema([
     ("ids", pa.binary()),  # int32 [B, L]
     ("lengths", pa.binary()),  # int32 [B]
     ("labels", pa.binary()),  # int32 [B], classification
-    ("token_labels", pa.binary()),  # int32 [B, L], masked-LM
+    ("token_labels", pa.binary()),  # int32 [B, L], masked-LM and causal LM
+    ("positions", pa.binary()),  # int32 [B, L], causal LM
 ])  # fmt: skip
 TARGETS = pa.schema([
     *BATCH,
@@ -45,13 +46,14 @@ def _row(batch: TokenBatch) -> dict[str, Any]:
         "lengths": batch.lengths_B.tobytes(),
         "labels": b"" if batch.labels_B is None else batch.labels_B.tobytes(),
         "token_labels": b"" if batch.labels_BL is None else batch.labels_BL.tobytes(),
+        "positions": b"" if batch.positions_BL is None else batch.positions_BL.tobytes(),
     }
 
 
 def batch_of(row: pa.Table) -> TokenBatch:
     """The micro-batch of a one-row table with at least the columns of BATCH."""
     width = row["width"][0].as_py()
-    labels, token_labels = _ints(row, "labels"), _ints(row, "token_labels")
+    labels, token_labels, positions = (_ints(row, name) for name in ("labels", "token_labels", "positions"))
     return TokenBatch(
         index=row["index"][0].as_py(),
         input_ids_BL=_ints(row, "ids").reshape(-1, width),
@@ -59,6 +61,7 @@ def batch_of(row: pa.Table) -> TokenBatch:
         labels_B=labels if labels.size else None,
         labels_BL=token_labels.reshape(-1, width) if token_labels.size else None,
         num_rows=row["num_rows"][0].as_py(),
+        positions_BL=positions.reshape(-1, width) if positions.size else None,
     )
 
 

@@ -9,11 +9,11 @@ import pytest
 import raydistil
 
 ORDER = (
-    "errors", "types", "config", "layers", "storage", "corpus", "manifest", "masking", "augment", "places",
-    "tokens", "specs", "models", "size", "codecs", "targets", "wire", "source", "plan", "losses", "attention",
-    "distiller", "student", "optim", "teacher", "stream", "report", "checkpoint", "worker", "cluster", "rundir",
-    "chain", "train", "evaluate", "export", "prepare", "pipeline", "check", "doctor", "tables", "serve", "bench",
-    "cli", "__main__",
+    "errors", "types", "config", "layers", "storage", "corpus", "manifest", "masking", "augment", "documents",
+    "places", "packing", "tokens", "specs", "models", "size", "codecs", "targets", "wire", "source", "plan", "losses",
+    "attention", "distiller", "student", "optim", "teacher", "stream", "report", "checkpoint", "worker", "cluster",
+    "rundir", "chain", "train", "evaluate", "export", "prepare", "pipeline", "check", "doctor", "tables", "serve",
+    "bench", "cli", "__main__",
 )  # fmt: skip
 ROOT = Path(raydistil.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

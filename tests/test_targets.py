@@ -52,6 +52,30 @@ def test_draws_depend_on_seed_and_micro_batch_alone() -> None:
     torch.testing.assert_close(decoded.probs_NK.sum(-1), torch.ones(5))
 
 
+@pytest.mark.parametrize("codec", ["logits", "topk", "sampled"])
+def test_parts_of_the_places_come_back_as_one(codec: str) -> None:
+    """An odd number of places a part, so that no part ends where the next may begin."""
+    wanted = spec((), soft=True, codec=codec, top_k=3, num_draws=300)
+    logits_NC = 3 * torch.randn(7, 40, generator=torch.Generator().manual_seed(0))
+    columns = encode_targets(wanted, 2, {}, (part for part in logits_NC.split(3)))
+    got = decode_targets(wanted, columns, 7, CPU).soft_labels
+    if codec == "logits":
+        assert torch.equal(got, logits_NC.half().float())
+        return
+    assert isinstance(got, Sparse)
+    assert got.ids_NK.shape == got.probs_NK.shape and len(got.ids_NK) == len(got.tail_N) == 7
+    torch.testing.assert_close(got.probs_NK.sum(-1) + got.tail_N, torch.ones(7))
+    kept = torch.zeros(7, 40).scatter_add_(-1, got.ids_NK, got.probs_NK)
+    exact = torch.softmax(logits_NC / LossConfig().temperature, -1)
+    assert codec == "sampled" or torch.equal(kept.argmax(-1), exact.argmax(-1))
+    assert (kept - exact)[kept > 0].abs().max() < (0.1 if codec == "sampled" else 2e-3)
+
+
+def test_no_places_are_a_part_too() -> None:
+    wanted = spec((), soft=True)
+    assert decode_targets(wanted, encode_targets(wanted, 0, {}, torch.zeros(0, 5)), 4, CPU).soft_labels.shape == (0, 5)
+
+
 def test_the_largest_carry_the_temperature() -> None:
     wanted = spec((), soft=True, codec="topk", top_k=2)
     logits_NC = torch.tensor([[4.0, 2.0, 0.0, -2.0]])

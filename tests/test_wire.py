@@ -13,7 +13,7 @@ TIMING = TeacherTiming("actor-1", 10.5, 11.25, 0)
 
 @st.composite
 def batches(draw: st.DrawFn) -> TokenBatch:
-    """Micro-batches of any width, classified or masked, with padding rows or not."""
+    """Micro-batches of any width, classified, masked or of documents, with padding rows or not."""
     rows, width = draw(st.integers(1, 5)), draw(st.integers(1, 9))
     rng = np.random.default_rng(draw(st.integers(0, 1000)))
     masked = draw(st.booleans())
@@ -25,6 +25,7 @@ def batches(draw: st.DrawFn) -> TokenBatch:
         labels_B=None if masked else rng.integers(0, 99, rows).astype(np.int32),
         labels_BL=labels_BL if masked else None,
         num_rows=draw(st.integers(0, rows)),
+        positions_BL=rng.integers(0, width, (rows, width)).astype(np.int32) if masked and draw(st.booleans()) else None,
     )
 
 

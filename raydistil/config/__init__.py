@@ -231,8 +231,16 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _labels_are_of_classes(self) -> "Config":
-        if self.task == "mlm" and self.corpus.labelled_share < 1:
-            raise ValueError("corpus.labelled_share is of task classification: leave it out for task mlm")
+        if self.task != "classification" and self.corpus.labelled_share < 1:
+            raise ValueError(f"corpus.labelled_share is of task classification: leave it out for task {self.task}")
+        return self
+
+    @model_validator(mode="after")
+    def _causal_models_predict_what_follows(self) -> "Config":
+        if self.task == "clm" and "masking" in self.model_fields_set:
+            raise ValueError("masking is of task mlm: leave [masking] out for task clm")
+        if self.task == "clm" and self.distill is not None:
+            self.distill.loss.check_causal()
         return self
 
 

@@ -105,11 +105,14 @@ class LossConfig(Section):
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Of `jensen_shannon`: the teacher's share of the mixture."""
     kd_positions: Literal["masked", "all", "sample"] = "masked"
-    """Where a language model's soft labels are compared: masked tokens, all real ones (DistilBERT), or a sample."""
+    """Where a language model's soft labels are compared: masked tokens, all real ones (DistilBERT), or a sample.
+
+    With task clm `masked` and `all` are the same: wherever a token of the same document follows.
+    """
     kd_sample: Annotated[float, Field(gt=0, le=1)] = 0.3
     """Share of the tokens in such a sample, drawn anew in every micro-batch from the seed."""
     task: Weight = 2.0
-    """Cross-entropy with the data's own labels: classes, or the masked tokens."""
+    """Cross-entropy with the data's own labels: classes, the masked tokens, or the next ones."""
     label_smoothing: Beta = 0.0
     cosine: Weight = 1.0
     """1 - cos of the last hidden states (Sanh et al. 2019)."""
@@ -144,6 +147,20 @@ class LossConfig(Section):
         }  # fmt: skip
         scalars: dict[TermName, float] = {"kd": self.kd, "task": self.task, "cosine": self.cosine}
         return scalars | {name: part.weight if part else 0.0 for name, part in parts.items()}
+
+    def check_causal(self) -> None:
+        """Raise ValueError for a term that a causal language model has no use for.
+
+        A first token knows nothing of its text, and attention scores are compared over pairs that attention leaves out.
+        """
+        weights = self.weights()
+        found = [name for name in ("pkd", "attention", "triplet", "contrastive") if weights[name]]
+        found += ["minilm version 1"] if weights["minilm"] and self.minilm and self.minilm.version == 1 else []
+        if found:
+            raise ValueError(
+                f"distill.loss: expected kd, task, cosine, hidden or minilm version 2 for task clm, got {found[0]}: "
+                f"leave it out"
+            )
 
 
 TERMS: tuple[TermName, ...] = get_args(TermName)

@@ -1,4 +1,6 @@
-"""Losses that compare how tokens attend to each other. Only real tokens count, as queries and as keys.
+"""Losses that compare how tokens attend to each other. Only real tokens count, as queries and as keys, and in causal
+models only the pairs that attention allows: a relation to a later token, or to another text that happens to lie in the
+same block, is none that the model has.
 
 Queries, keys and values come as [T, D], heads side by side; H heads of d = D / H numbers.
 """
@@ -90,7 +92,9 @@ def _kl(inputs: LossInputs, teacher_BHLL: Tensor, student_BHLL: Tensor) -> Tenso
 
 
 def _token_pairs(inputs: LossInputs) -> Tensor:
-    """bool [B, L, L]: both the query and the key are real."""
+    """bool [B, L, L]: the query is real and may look at the key, which is real too."""
+    if inputs.pairs_BLL is not None:
+        return inputs.pairs_BLL
     assert inputs.mask_BL is not None
     return inputs.mask_BL[:, :, None] & inputs.mask_BL[:, None, :]
 

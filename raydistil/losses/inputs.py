@@ -50,6 +50,7 @@ class LossInputs:
     student_attention: Mapping[int, Attention] = field(default_factory=dict)
     teacher_attention: Mapping[int, Attention] = field(default_factory=dict)
     mask_BL: Tensor | None = None  # bool: which of the tokens are real
+    pairs_BLL: Tensor | None = None  # bool: whom each real token may look at; None: all real ones of its row
 
 
 @dataclass(frozen=True, slots=True)

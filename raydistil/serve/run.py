@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 TOKENIZER, SETTINGS, WEIGHTS = "tokenizer.json", "tokenizer_config.json", "model.safetensors"
 REPORT = "raydistil.json"
 HEADS: dict[str, Task] = {"ForSequenceClassification": "classification", "ForMaskedLM": "mlm"}
+CAUSAL = ("ForCausalLM", "LMHeadModel")
 APP, DEPLOYMENT = "raydistil", "student"
 OBJECT_STORE_BYTES = 256 << 20  # of a local cluster; requests and replies are small
 STOP = (signal.SIGINT, signal.SIGTERM)
@@ -116,6 +117,11 @@ def _incomplete(directory: Path, name: str, what: str) -> StorageError:
 def _task(directory: Path, config: dict[str, Any]) -> Task:
     """By the model's head. Raises StorageError for one that no route answers for."""
     names = config.get("architectures") or []
+    if any(name.endswith(CAUSAL) for name in names):
+        raise StorageError(
+            f"expected a model {' or '.join(HEADS)} in {directory}, got the causal language model {names[0]}: there is "
+            f"no route for those, load it with transformers' AutoModelForCausalLM"
+        )
     tasks = [task for name in names for head, task in HEADS.items() if name.endswith(head)]
     if not tasks:
         raise StorageError(

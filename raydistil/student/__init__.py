@@ -6,6 +6,7 @@ narrow.py      smaller hidden size, fewer heads, smaller feed-forward parts
 vocabulary.py  a model and its tokenizer with the pieces a corpus uses
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,9 @@ def build_student(teacher: PreTrainedModel, config: StudentConfig, task: Task) -
         student = load_model(config.model, task, labels, "student.model")
     else:
         student = _of_teacher(teacher, config)
-    if task == "mlm":
+        if teacher.can_generate():
+            student.generation_config = copy.deepcopy(teacher.generation_config)
+    if task != "classification":
         vocabulary_head(student)
     return student
 
@@ -88,7 +91,7 @@ def student_outline(
     else:
         with torch.device("meta"):
             student = _of_teacher(teacher, config.model_copy(update={"narrow": "random"}))
-    if task == "mlm":
+    if task != "classification":
         vocabulary_head(student)
     return student
 
