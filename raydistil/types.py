@@ -86,7 +86,7 @@ class TeacherTargets:
     """What the student learns from, on its device, as the wire rounded it. T: real tokens, row after row."""
 
     states: Mapping[int, Tensor]  # [T, D] float32, by state: 0 the embeddings, n what layer n made of them
-    soft_labels: Tensor | Sparse | None  # float32 logits [N, C] or a few probabilities; None: made of the last state
+    soft_labels: Tensor | Sparse | None  # float16 logits [N, C] or a few probabilities; None: made of the last state
 
 
 @dataclass(frozen=True, slots=True)

@@ -223,7 +223,7 @@ def test_codecs(ray_cluster: None, tmp_path: Path, codec: str, positions: str) -
         if isinstance(given, Sparse):
             soft = reference.sparse_kl(compared, given.ids_NK[kd_N], given.probs_NK[kd_N], given.tail_N[kd_N], 2.0)
         else:
-            soft = reference.divergence("forward_kl", compared, given[kd_N], 2.0, 0.5)
+            soft = reference.divergence("forward_kl", compared, given[kd_N].float(), 2.0, 0.5)
         return 3 * soft + F.cross_entropy(logits, labels)
 
     assert 0 < kd_N.sum() <= len(kd_N)

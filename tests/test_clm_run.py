@@ -61,6 +61,7 @@ def check_report(config: Config, report: dict[str, Any]) -> None:
     assert f"teacher {report['teacher_perplexity']:.2f}, student {report['student_perplexity']:.2f}" in card
 
 
+@pytest.mark.slow
 def test_gpt2_from_its_fine_tuning_to_text(ray_cluster: None, corpus_file: Path, tmp_path: Path) -> None:
     """The student writes what it has read, with transformers alone and the teacher's own ways of generating."""
     teacher = decoders.write_model(tmp_path / "teacher", "gpt2", spread=0.0)

@@ -126,7 +126,7 @@ def exact_gradient(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -
 def codec_gradient(codec: SoftLabelCodec, encoded: bytes, student_NV: Tensor, temperature: float) -> Tensor:
     labels = codec.decode(encoded, CPU)
     if isinstance(labels, Tensor):
-        return exact_gradient(student_NV, labels, temperature)
+        return exact_gradient(student_NV, labels.float(), temperature)
     return sparse_kl(student_NV, labels, temperature)[1]
 
 

@@ -44,8 +44,8 @@ def same(left: Tensor | Sparse, right: Tensor | Sparse) -> bool:
 def test_logits_come_back_rounded_to_fp16(logits: NDArray[np.float32]) -> None:
     encoded = Logits().encode(torch.from_numpy(logits), 2.0, 0)
     decoded = Logits().decode(encoded, CPU)
-    assert decoded.dtype == torch.float32
-    assert np.array_equal(decoded.numpy(), logits.astype(np.float16).astype(np.float32))
+    assert decoded.dtype == torch.float16
+    assert np.array_equal(decoded.numpy(), logits.astype(np.float16))
     assert len(encoded) == HEADER_BYTES + len(logits) * Logits().bytes_per_place(logits.shape[1])
 
 

@@ -114,8 +114,10 @@ def test_the_logits_never_exist_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> N
     leaves = [leaf.detach().float().requires_grad_() for leaf in (student.features_ND, student.weight_CD)]
     single = Projection(leaves[0], leaves[1], None)
     wide = Projection(teacher.features_ND.float(), teacher.weight_CD.float(), None)
+    half_NV = logits_of(wide).half()
     with Widest() as chunked:
         kd_and_task(LossInputs(single, labels_N, wide), LossConfig(), 1.0, 1.0).loss.backward()
+        kd_and_task(LossInputs(single, labels_N, half_NV), LossConfig(), 1.0, 1.0).loss.backward()
     with Widest() as whole:
         sum(plain(logits_of(single), logits_of(wide), labels_N, labels_N != IGNORE, 1.0)).backward()
     assert chunked.rows == 3

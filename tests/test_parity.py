@@ -199,7 +199,7 @@ def test_codecs(opinionated: str, tmp_path: Path, codec: str, positions: str) ->
         if isinstance(given, Sparse):
             soft = reference.sparse_kl(compared, given.ids_NK[kd_N], given.probs_NK[kd_N], given.tail_N[kd_N], 2.0)
         else:
-            soft = reference.divergence("forward_kl", compared, given[kd_N], 2.0, 0.5)
+            soft = reference.divergence("forward_kl", compared, given[kd_N].float(), 2.0, 0.5)
         return 3 * soft + torch.nn.functional.cross_entropy(logits, labels)
 
     assert 0 < kd_N.sum() <= len(at_T)
@@ -226,7 +226,7 @@ def test_divergences_of_classes(classes: Streamed, kind: str) -> None:
         logits = class_logits(student, classes)
         labels = torch.from_numpy(classes.made.labels_B.astype("int64"))
         hard = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
-        return 5 * reference.divergence(kind, logits, classes.given.soft_labels, 3, 0.3) + 0.5 * hard
+        return 5 * reference.divergence(kind, logits, classes.given.soft_labels.float(), 3, 0.3) + 0.5 * hard
 
     check(classes, config, expected)
 

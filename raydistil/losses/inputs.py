@@ -36,7 +36,7 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class LossInputs:
-    """What student and teacher say of one micro-batch, float32 (a projection in any dtype).
+    """What student and teacher say of one micro-batch, float32 (the teacher's logits and projections in any dtype).
 
     States are by layer: 0 the embeddings, n what layer n made of them, as Hugging Face numbers hidden states.
     """

@@ -111,7 +111,8 @@ class _FromLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_NC: Tensor, compared: _Compared) -> tuple[Tensor, Tensor]:
         assert not isinstance(compared.teacher, Projection)
-        block = _Block(slice(None), logits_NC, compared.teacher)
+        taught = compared.teacher
+        block = _Block(slice(None), logits_NC, taught.to(logits_NC.dtype) if isinstance(taught, Tensor) else taught)
         sums, grad_NC = compared.graded(block)
         means = compared.mean(sums)
         ctx.save_for_backward(grad_NC)
