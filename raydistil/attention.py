@@ -20,9 +20,10 @@ PLAIN = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
 
 
 def attention_of(model: PreTrainedModel, layer: int, state_TD: Tensor) -> Attention:
-    """Of layer `layer`, counted from 1, given state `layer - 1`. Raises ModelError for a family that is not known."""
-    heads = model.config.num_attention_heads
-    return Attention(*_maker(model)(transformer_layers(model)[layer - 1], state_TD), heads)
+    """Of layer `layer`, counted from 1, given state `layer - 1`; float32. Raises ModelError for an unknown family."""
+    made = _maker(model)(transformer_layers(model)[layer - 1], state_TD)
+    queries_TD, keys_TD, values_TD = (vectors_TD.float() for vectors_TD in made)
+    return Attention(queries_TD, keys_TD, values_TD, model.config.num_attention_heads)
 
 
 def check_attention(model_type: str, plain: bool, key: str) -> None:

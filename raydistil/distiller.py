@@ -87,13 +87,13 @@ class Distiller(nn.Module):
         )
         taught: Tensor | Projection | Sparse | None = targets.soft_labels
         if taught is None and self._teacher and teacher in targets.states:
-            taught = _projection(self._teacher[0], targets.states[teacher][at_T])
-        return _projection(self.model, states[student][at_T]), labels_N, taught, kd_N
+            taught = _projection(self._teacher[0], targets.states[teacher][at_T], self.encoder.dtype)
+        return _projection(self.model, states[student][at_T], self.encoder.dtype), labels_N, taught, kd_N
 
 
-def _projection(model: PreTrainedModel, states_ND: Tensor) -> Projection:
+def _projection(model: PreTrainedModel, states_ND: Tensor, dtype: torch.dtype) -> Projection:
     head = vocabulary_head(model)
-    return Projection(head.transform(states_ND), head.weight_VE, head.bias_V)
+    return Projection(head.transform(states_ND), head.weight_VE, head.bias_V, dtype)
 
 
 def _pairs(batch: TokenBatch, mask_BL: Tensor) -> Tensor | None:

@@ -193,12 +193,12 @@ class HeadedEncoder(nn.Module):
         super().__init__()
         self.model = model
         self.task = task
-        self._dtype = DTYPES[precision]
+        self.dtype = DTYPES[precision]
         self.num_layers: int = model.config.num_hidden_layers
 
     def reckoning(self, device: str) -> torch.autocast:
         """Matrix products in the chosen precision."""
-        return torch.autocast(device, self._dtype, enabled=self._dtype != torch.float32)
+        return torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
 
     def forward(
         self, input_ids_BL: Tensor, mask_BL: Tensor, states: tuple[int, ...] = (), positions_BL: Tensor | None = None

@@ -19,7 +19,6 @@ from raydistil.manifest import keyed
 from raydistil.specs import TargetsSpec
 from raydistil.types import Sparse, TeacherTargets
 
-COLUMNS = ("states", "soft_labels")
 PLACES_AT_ONCE = 512  # whose vocabulary logits a teacher makes before it encodes them
 _DRAWS = 5  # a stream of random numbers apart from those of masking and sampling
 

@@ -124,12 +124,30 @@ def test_the_logits_never_exist_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> N
     assert whole.rows == N
 
 
+class Products(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the dtypes of all matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if "mm" in func.__name__:
+            self.dtypes.add(out.dtype)
+        return out
+
+
 def test_bfloat16_products_keep_the_losses_in_float32() -> None:
     student, teacher, labels_N = projections()
-    single = Projection(*(part.detach().float() for part in (student.features_ND, student.weight_CD, student.bias_C)))
-    wide = Projection(*(part.float() for part in (teacher.features_ND, teacher.weight_CD, teacher.bias_C)))
-    with torch.autocast("cpu", torch.bfloat16):
+    half = torch.bfloat16
+    single, wide = (
+        Projection(*(part.detach().float() for part in (head.features_ND, head.weight_CD, head.bias_C)), half)
+        for head in (student, teacher)
+    )
+    with Products() as seen:
         out = kd_and_task(LossInputs(single, labels_N, wide), LossConfig(), 5.0, 2.0)
+    assert seen.dtypes == {half}
     kd, task = plain(logits_of(single), logits_of(wide), labels_N, torch.ones(N, dtype=torch.bool), 2.0)
     assert out.loss.dtype == torch.float32
     torch.testing.assert_close(out.loss, 5 * kd + 2 * task, rtol=0.02, atol=0)
@@ -240,6 +258,17 @@ def test_a_linear_schedule_goes_from_one_end_to_the_other() -> None:
     config = LossConfig(kd=4, schedule={"kd": {"linear": (1.0, 0.5)}})
     assert [weights_at(config, share)["kd"] for share in (0, 0.5, 1)] == [4, 3, 2]
     assert weights_at(config, 0.5)["task"] == config.task
+
+
+def test_where_every_weight_is_down_to_nothing_nothing_is_learned() -> None:
+    config = LossConfig(kd=0, task=2, cosine=0, schedule={"task": {"linear": (1.0, 0.0)}})
+    inputs = batch(0)
+    out = run(inputs, config, progress=1.0)
+    out.loss.backward()
+    assert set(out.metrics) == {"loss"}
+    assert isinstance(inputs.student_logits, Tensor)
+    assert inputs.student_logits.grad is not None
+    assert (out.loss.item(), inputs.student_logits.grad.abs().max().item()) == (0, 0)
 
 
 def test_steps_hold_from_their_share_on() -> None:

@@ -10,7 +10,7 @@ Resumable: what is done is kept in the output directory, row by row.
 
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Row:
 
     name: str
     num_layers: int
-    distill: Tree
+    distill: Tree = field(hash=False)
 
 
 def _ablation(name: str, loss: Tree, **distill: Any) -> Row:

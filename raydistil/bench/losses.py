@@ -70,8 +70,10 @@ class _Numbers:
         self.leaves = [draw(case.positions, case.width), 0.05 * draw(*shape), draw(case.vocabulary)]
         for leaf in self.leaves:
             leaf.requires_grad_()
-        self.student = Projection(*self.leaves)
-        self.teacher = Projection(draw(case.positions, case.width), 0.05 * draw(*shape), draw(case.vocabulary))
+        dtype = DTYPES[case.precision]
+        features_ND, weight_CD, bias_C = self.leaves
+        self.student = Projection(features_ND, weight_CD, bias_C, dtype)
+        self.teacher = Projection(draw(case.positions, case.width), 0.05 * draw(*shape), draw(case.vocabulary), dtype)
         labels = torch.randint(case.vocabulary, (case.positions,), generator=generator)
         self.labels_N = labels.to(case.device)
 

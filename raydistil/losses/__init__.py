@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch import Tensor
 
 from raydistil.config.loss import LossConfig, TermName
 from raydistil.layers import LayerPlan
@@ -38,9 +39,16 @@ def _factor(config: LossConfig, name: TermName, progress: float) -> float:
 def combined(inputs: LossInputs, config: LossConfig, layers: LayerPlan, weights: Weights) -> LossOutputs:
     """Weighted sum of the terms whose weight is not 0; the metrics hold each of them unweighted."""
     terms = list(_terms(inputs, config, layers, weights))
-    loss = torch.stack([weight * out.loss for weight, out in terms]).sum()
+    parts = [weight * out.loss for weight, out in terms] or [_nothing(inputs)]
+    loss = torch.stack(parts).sum()
     metrics = {name: value for _, out in terms for name, value in out.metrics.items()}
     return LossOutputs(loss, {"loss": loss.detach(), **metrics})
+
+
+def _nothing(inputs: LossInputs) -> Tensor:
+    """0, with a gradient of 0: where schedules bring every weight down to it."""
+    logits = inputs.student_logits
+    return 0 * (logits.features_ND if isinstance(logits, Projection) else logits).float().sum()
 
 
 def _terms(

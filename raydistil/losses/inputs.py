@@ -7,6 +7,7 @@ batch, or tokens), C classes or vocabulary entries, K entries kept of C, A atten
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from raydistil.types import Sparse
@@ -19,6 +20,7 @@ class Projection:
     features_ND: Tensor
     weight_CD: Tensor
     bias_C: Tensor | None
+    dtype: torch.dtype | None = None  # of the matrix products; None: the weight's
 
     def __len__(self) -> int:
         return len(self.features_ND)

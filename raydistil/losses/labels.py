@@ -33,7 +33,7 @@ def kd_and_task(inputs: LossInputs, config: LossConfig, kd: float, task: float) 
     compared = _Compared(inputs, config, kd, task)
     logits = inputs.student_logits
     if isinstance(logits, Projection):
-        parts = (logits.features_ND, logits.weight_CD, logits.bias_C)
+        parts = (logits.features_ND, logits.weight_CD, logits.bias_C, logits.dtype)
         loss, sums = _FromFeatures.apply(*parts, compared)  # type: ignore[no-untyped-call]
     else:
         loss, sums = _FromLogits.apply(logits, compared)  # type: ignore[no-untyped-call]
@@ -131,9 +131,10 @@ class _FromFeatures(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, features_ND: Tensor, weight_CD: Tensor, bias_C: Tensor | None, compared: _Compared
-    ) -> tuple[Tensor, Tensor]:
-        head = _ChunkedHead(Projection(features_ND, weight_CD, bias_C))
+        ctx: Any, features_ND: Tensor, weight_CD: Tensor, bias_C: Tensor | None, dtype: torch.dtype | None,
+        compared: _Compared,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        head = _ChunkedHead(Projection(features_ND, weight_CD, bias_C, dtype))
         means = compared.mean(head.run(compared))
         ctx.save_for_backward(head.grad_features_ND, head.grad_weight_CD, head.grad_bias_C)
         ctx.mark_non_differentiable(means)
@@ -142,29 +143,24 @@ class _FromFeatures(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if grad is None else grad * grad_loss for grad in ctx.saved_tensors), None
+        return *(None if grad is None else grad * grad_loss for grad in ctx.saved_tensors), None, None
 
 
 class _ChunkedHead:
     """A student's head, run forward and backward on ROWS_PER_PRODUCT places at a time.
 
-    Matrix products run in the autocast dtype where there is one; all else in float32 (float64 where that is given).
+    Matrix products run in the student's `dtype`; all else in float32 (float64 where that is given).
     """
 
     def __init__(self, student: Projection) -> None:
         self._student = student
         self._device = student.features_ND.device.type
         self._exact = torch.float64 if student.weight_CD.dtype == torch.float64 else torch.float32
-        self._dtype = self._product_dtype()
+        self._dtype = student.dtype or student.weight_CD.dtype
         self._weight_CD = student.weight_CD.to(self._dtype)
         self.grad_features_ND = torch.empty_like(student.features_ND)
         self.grad_weight_CD = torch.zeros_like(student.weight_CD)
         self.grad_bias_C = None if student.bias_C is None else torch.zeros_like(student.bias_C)
-
-    def _product_dtype(self) -> torch.dtype:
-        if torch.is_autocast_enabled(self._device):
-            return torch.get_autocast_dtype(self._device)
-        return self._student.weight_CD.dtype
 
     def run(self, compared: _Compared) -> Tensor:
         """Sums of KD and CE over all places; the gradients are added up on the way."""

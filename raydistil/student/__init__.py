@@ -68,7 +68,8 @@ def untune(teacher: PreTrainedModel, checkpoint: PreTrainedModel) -> None:
     """Give a fine-tuned `teacher` the layers and embeddings of the `checkpoint` it came from; its head it keeps."""
     encoder = checkpoint.base_model.state_dict()
     layers = {name: tensor for name, tensor in encoder.items() if not name.startswith("pooler.")}
-    teacher.base_model.load_state_dict(layers, strict=False)
+    missing, unexpected = teacher.base_model.load_state_dict(layers, strict=False)
+    assert not unexpected and all(name.startswith("pooler.") for name in missing), "a teacher and what it came from"
 
 
 def _of_teacher(teacher: PreTrainedModel, config: StudentConfig) -> PreTrainedModel:
