@@ -1,6 +1,5 @@
 """Students made of a teacher's layers."""
 
-import copy
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -11,17 +10,14 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from students import built, logits, with_layers
+from torch import nn
 from transformers import (
     AlbertConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     BertConfig,
-    BertForMaskedLM,
     DebertaV2Config,
-    DistilBertConfig,
-    DistilBertForMaskedLM,
-    DistilBertForSequenceClassification,
     GPT2Config,
     LlamaConfig,
     ModernBertConfig,
@@ -100,30 +96,6 @@ def check_copied(student: PreTrainedModel, teacher: PreTrainedModel, layers: tup
     assert set(sources.values()) == outside | inside
     assert len(inside) > 5 * len(layers) - 2
     assert student.config.num_hidden_layers == len(layers)
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    ids_BL, mask_BL = tiny.ids()
-    with torch.no_grad():
-        found: Tensor = model.eval()(input_ids=ids_BL, attention_mask=mask_BL.long()).logits[mask_BL[:, 0]]
-    return found
-
-
-def built(teacher: PreTrainedModel, layers: tuple[int, ...], task: Task, **keys: object) -> PreTrainedModel:
-    return build_student(teacher, StudentConfig.model_validate({"layers": layers, **keys}), task)
-
-
-def with_layers(teacher: PreTrainedModel, layers: tuple[int, ...]) -> PreTrainedModel:
-    """The teacher itself, with all layers but these taken out."""
-    cut = copy.deepcopy(teacher)
-    for part in cut.modules():
-        for name, child in part.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == 6:
-                setattr(part, name, nn.ModuleList(child[layer] for layer in layers))
-    cut.config.use_cache = False  # a decoder's cache goes by the places its layers had
-    if getattr(cut.config, "layer_types", None):  # Qwen2 reads it for every layer it goes through
-        cut.config.layer_types = [cut.config.layer_types[layer] for layer in layers]
-    return cut
 
 
 # ---- the choice of layers
@@ -291,88 +263,6 @@ def test_a_student_is_no_view_of_its_teacher() -> None:
         for parameter in student.parameters():
             parameter.zero_()
     assert torch.equal(logits(teacher), before)
-
-
-# ---- distilbert
-
-
-def bert_without_token_types() -> PreTrainedModel:
-    teacher = tiny.model(tiny.FAMILIES["bert"], "mlm")
-    with torch.no_grad():
-        teacher.bert.embeddings.token_type_embeddings.weight.zero_()
-    return teacher
-
-
-def test_a_distilbert_of_all_layers_is_a_bert_without_token_types() -> None:
-    teacher = bert_without_token_types()
-    student = built(teacher, ALL, "mlm", family="distilbert")
-    assert isinstance(student, DistilBertForMaskedLM)
-    assert torch.allclose(logits(student), logits(teacher), atol=1e-5)
-    assert student.vocab_projector.weight is student.distilbert.embeddings.word_embeddings.weight
-
-
-def test_a_distilbert_of_some_layers_is_the_bert_without_the_others() -> None:
-    teacher = bert_without_token_types()
-    student = built(teacher, (1, 5), "mlm", family="distilbert")
-    assert torch.allclose(logits(student), logits(with_layers(teacher, (1, 5))), atol=1e-5)
-
-
-def test_an_untied_bert_gives_an_untied_distilbert() -> None:
-    teacher = tiny.model(BertConfig(**tiny.SHAPE, tie_word_embeddings=False), "mlm")
-    with torch.no_grad():
-        teacher.bert.embeddings.token_type_embeddings.weight.zero_()
-    student = built(teacher, ALL, "mlm", family="distilbert")
-    assert torch.allclose(logits(student), logits(teacher), atol=1e-5)
-
-
-def test_the_parameters_of_distilbert() -> None:
-    with torch.device("meta"):
-        teacher = BertForMaskedLM(BertConfig())
-        student = built(teacher, (0, 2, 4, 7, 9, 11), "mlm", family="distilbert")
-    assert num_parameters(teacher) == 109_514_298
-    assert num_parameters(student) == 66_985_530
-
-
-@pytest.mark.parametrize("rule", [{"layers": (0, 2, 4, 7, 9, 11)}, {"num_layers": 6}])
-def test_six_layers_of_bert_base_are_a_distilbert(rule: dict[str, Any]) -> None:
-    config = StudentConfig(**rule, family="distilbert")
-    with torch.device("meta"):
-        published = DistilBertForMaskedLM(DistilBertConfig())
-        student = student_outline(BertForMaskedLM(BertConfig()), config, "mlm")
-    assert num_parameters(student) == num_parameters(published) == 66_985_530
-    shapes = [{name: part.shape for name, part in model.named_parameters()} for model in (student, published)]
-    assert shapes[0] == shapes[1]
-
-
-def test_a_distilbert_with_a_class_head_starts_from_all_a_bert_has_a_place_for() -> None:
-    shape = BertConfig(**tiny.SHAPE, num_labels=3, id2label={0: "a", 1: "b", 2: "c"}, classifier_dropout=0.3)
-    teacher = tiny.model(shape, "classification")
-    student = built(teacher, (0, 5), "classification", family="distilbert")
-    assert isinstance(student, DistilBertForSequenceClassification)
-    assert student.config.id2label == {0: "a", 1: "b", 2: "c"}
-    assert student.config.seq_classif_dropout == 0.3
-    given, taken = teacher.state_dict(), student.state_dict()
-    for bert, distil in (("bert.pooler.dense", "pre_classifier"), ("classifier", "classifier")):
-        assert torch.equal(given[f"{bert}.weight"], taken[f"{distil}.weight"])
-        assert torch.equal(given[f"{bert}.bias"], taken[f"{distil}.bias"])
-
-
-def test_the_class_logits_of_a_distilbert_start_out_like_the_teachers_but_not_equal() -> None:
-    """Of Gaussian pooled features x, tanh(x) and relu(x) have a correlation of about 0.86."""
-    teacher = tiny.model(BertConfig(**tiny.SHAPE, num_labels=3), "classification")
-    with torch.no_grad():
-        teacher.bert.embeddings.token_type_embeddings.weight.zero_()
-        teacher.bert.pooler.dense.bias.zero_()
-        for number, part in enumerate((teacher.bert.pooler.dense, teacher.classifier)):
-            generator = torch.Generator().manual_seed(number)
-            part.weight.copy_(torch.randn(part.weight.shape, generator=generator) / 4)
-    student = built(teacher, ALL, "classification", family="distilbert").eval()
-    ids_BL, mask_BL = tiny.ids(rows=200)
-    with torch.no_grad():
-        a, b = (model(input_ids=ids_BL, attention_mask=mask_BL).logits for model in (teacher, student))
-    for column in range(3):
-        correlation = float(torch.corrcoef(torch.stack([a[:, column], b[:, column]]))[0, 1])
-        assert 0.6 < correlation < 0.99
 
 
 # ---- what cannot be
