@@ -5,14 +5,10 @@ import copy
 import tiny
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from raydistil.config.student import StudentConfig
-from raydistil.student import (
-    build_student,
-)
+from raydistil.student import build_student
 from raydistil.types import Task
 
 

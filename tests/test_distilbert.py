@@ -17,9 +17,7 @@ from transformers import (
 
 from raydistil.config.student import StudentConfig
 from raydistil.models import num_parameters
-from raydistil.student import (
-    student_outline,
-)
+from raydistil.student import student_outline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
