@@ -11,8 +11,9 @@ import ray
 
 from raydistil import rundir
 from raydistil.cluster import cluster
-from raydistil.config import Config, EvaluateConfig, TargetsConfig, TrainConfig, result_hash
+from raydistil.config import Config, EvaluateConfig, TrainConfig, result_hash
 from raydistil.config.loss import LossConfig
+from raydistil.config.targets import TargetsConfig
 from raydistil.errors import ConfigError, unwrapped
 from raydistil.export import export
 from raydistil.layers import plan_layers

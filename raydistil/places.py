@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from raydistil.config.loss import LossConfig
 from raydistil.manifest import keyed
-from raydistil.masking import uniforms
+from raydistil.masking import row_keys, uniforms
 from raydistil.types import IGNORE, TokenBatch
 
 _SAMPLE = 4  # a stream of random numbers apart from those of the masking
@@ -27,16 +27,26 @@ def compared_places(batch: TokenBatch, loss: LossConfig, seed: int) -> Places:
     assert batch.labels_BL is not None
     real_BL = np.arange(batch.labels_BL.shape[1])[None, :] < batch.lengths_B[:, None]
     labels_T = batch.labels_BL[real_BL].astype(np.int64)
-    kd_T = _kd_positions(labels_T, loss, keyed(seed, batch.index)) if loss.kd else np.zeros(len(labels_T), np.bool_)
+    kd_T = _kd_positions(batch, real_BL, loss, seed) if loss.kd else np.zeros(len(labels_T), np.bool_)
     at_T = kd_T | (labels_T != IGNORE) if loss.task else kd_T
     return Places(at_T, kd_T[at_T], labels_T[at_T])
 
 
-def _kd_positions(labels_T: NDArray[np.int64], loss: LossConfig, key: np.uint64) -> NDArray[np.bool_]:
+def _kd_positions(batch: TokenBatch, real_BL: NDArray[np.bool_], loss: LossConfig, seed: int) -> NDArray[np.bool_]:
+    assert batch.labels_BL is not None
     if loss.kd_positions == "all":
-        return np.ones(len(labels_T), np.bool_)
+        return np.ones(int(real_BL.sum()), np.bool_)
     if loss.kd_positions == "sample":
-        chosen: NDArray[np.bool_] = uniforms(np.array([key]), len(labels_T), _SAMPLE)[0] < loss.kd_sample
+        chosen: NDArray[np.bool_] = _uniforms(batch, real_BL, seed) < loss.kd_sample
         return chosen
-    masked: NDArray[np.bool_] = labels_T != IGNORE
+    masked: NDArray[np.bool_] = batch.labels_BL[real_BL] != IGNORE
     return masked
+
+
+def _uniforms(batch: TokenBatch, real_BL: NDArray[np.bool_], seed: int) -> NDArray[np.float64]:
+    """[T] numbers in [0, 1): functions of each row's visit where it has one, else of the micro-batch."""
+    if batch.visits_B is None:
+        all_1T = uniforms(np.array([keyed(seed, batch.index)]), int(real_BL.sum()), _SAMPLE)
+        return all_1T.ravel()
+    drawn_T: NDArray[np.float64] = uniforms(row_keys(seed, batch.visits_B), real_BL.shape[1], _SAMPLE)[real_BL]
+    return drawn_T

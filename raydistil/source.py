@@ -11,7 +11,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from raydistil import wire
-from raydistil.manifest import Ledger, Slot
+from raydistil.manifest import Ints, Ledger, Slot
 from raydistil.masking import Vocabulary, mask_tokens
 from raydistil.specs import SourceSpec
 from raydistil.tokens import TokenStore
@@ -33,13 +33,25 @@ class MicroBatches:
         slot = self._spec.manifest.slot(index)
         if not len(slot.rows):
             return self._empty(slot)
-        ids, lengths, labels = self._store.read(self._spec.split, slot.bucket, slot.rows)
+        if self._spec.variants is not None:
+            return self.visit(slot.bucket, slot.rows, slot.epoch % self._spec.variants, index)
+        return self._batch(index, slot.bucket, slot.rows, slot.positions, None)
+
+    def visit(self, bucket: int, rows: Ints, variant: int, index: int = 0) -> TokenBatch:
+        """`rows` of a bucket with their draws number `variant`: each row a function of (seed, row, variant) alone."""
+        sizes = self._spec.manifest.bucket_rows
+        visits = variant * sum(sizes) + sum(sizes[:bucket]) + rows
+        return self._batch(index, bucket, rows, visits, visits)
+
+    def _batch(self, index: int, bucket: int, rows: Ints, positions: Ints, visits: Ints | None) -> TokenBatch:
+        ids, lengths, labels = self._store.read(self._spec.split, bucket, rows)
         if self._spec.masking is None:
-            return TokenBatch(index, ids, lengths, labels, None, len(slot.rows))
+            return TokenBatch(index, ids, lengths, labels, None, len(rows), visits)
         masked, token_labels = mask_tokens(
-            ids, lengths, self._spec.masking, self._vocabulary, self._spec.manifest.seed, index, slot.positions
-        )
-        return TokenBatch(index, masked, lengths, None, token_labels, len(slot.rows))
+            ids, lengths, self._spec.masking, self._vocabulary, self._spec.manifest.seed,
+            index if visits is None else None, positions,
+        )  # fmt: skip
+        return TokenBatch(index, masked, lengths, None, token_labels, len(rows), visits)
 
     def _empty(self, slot: Slot) -> TokenBatch:
         ids, lengths, labels = self._store.read(self._spec.split, slot.bucket, np.zeros(1, np.int64))

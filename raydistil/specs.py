@@ -6,8 +6,9 @@ Kept apart from the parts themselves, so that a process that only passes them on
 from dataclasses import dataclass
 from pathlib import Path
 
-from raydistil.config import ClusterConfig, EvaluateConfig, MaskingConfig, TargetsConfig, TrainConfig
+from raydistil.config import ClusterConfig, EvaluateConfig, MaskingConfig, TrainConfig
 from raydistil.config.loss import LossConfig
+from raydistil.config.targets import TargetsConfig
 from raydistil.layers import LayerPlan
 from raydistil.manifest import Manifest
 from raydistil.types import Precision, Score, Split, Task
@@ -21,6 +22,7 @@ class SourceSpec:
     split: Split
     manifest: Manifest
     masking: MaskingConfig | None  # None: labelled examples
+    variants: int | None = None  # sets of draws (masks, sampled places) of a row, taken in turn; None: drawn anew
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,17 @@
 Hidden states travel one after the other in one column, in the order of `TargetsSpec.states`; soft labels in another.
 """
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raydistil.codecs.buffers import Readable
 from raydistil.codecs.soft_labels import Logits, Sampled, SoftLabelCodec, TopK
 from raydistil.codecs.states import decode_states, encode_states
-from raydistil.config import TargetsConfig
-from raydistil.manifest import keyed
+from raydistil.config.targets import TargetsConfig
+from raydistil.manifest import keyed, mix
+from raydistil.masking import row_keys
 from raydistil.specs import TargetsSpec
 from raydistil.types import TeacherTargets
 
@@ -26,9 +29,12 @@ def soft_label_codec(config: TargetsConfig) -> SoftLabelCodec:
 
 
 def encode_targets(
-    spec: TargetsSpec, index: int, states: dict[int, Tensor], logits_NC: Tensor | None
-) -> dict[str, bytes]:
+    spec: TargetsSpec, index: int, states: dict[int, Tensor], logits_NC: Tensor | None,
+    visits_N: NDArray[np.int64] | None = None,
+) -> dict[str, bytes]:  # fmt: skip
     """The columns of micro-batch `index`; `logits_NC` only where `spec` wants soft labels.
+
+    `visits_N`: of each place's row, where what is drawn there is to hang on that and not on the micro-batch.
 
     Raises ModelError where a number does not fit the format.
     """
@@ -38,9 +44,18 @@ def encode_targets(
     }
     if spec.soft_labels:
         assert logits_NC is not None
-        key = int(keyed(spec.seed, index, _DRAWS))
+        key = int(keyed(spec.seed, index, _DRAWS)) if visits_N is None else _place_keys(spec.seed, visits_N)
         columns["soft_labels"] = soft_label_codec(spec.config).encode(logits_NC, spec.loss.temperature, key)
     return columns
+
+
+def _place_keys(seed: int, visits_N: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """A key for each place: a function of its row's visit and its number among that row's places."""
+    firsts_N = np.concatenate([[True], visits_N[1:] != visits_N[:-1]])[: len(visits_N)]
+    places_N = np.arange(len(visits_N))
+    numbers_N = places_N - np.maximum.accumulate(np.where(firsts_N, places_N, 0))
+    keys_N = row_keys(int(keyed(seed, _DRAWS)), visits_N)
+    return mix(keys_N ^ row_keys(0, numbers_N))
 
 
 def decode_targets(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from uuid import uuid4
 
+import numpy as np
 import pyarrow as pa
 
 from raydistil.places import compared_places
@@ -50,9 +51,12 @@ class Teacher:
         from raydistil.targets import encode_targets
 
         wanted = self._spec.targets
+        visits_N = batch.visits_B
         with torch.inference_mode():
             states, logits = self._model(*on_device(batch, self._device), self._states)
             if wanted.soft_labels and logits is None:
-                at_T = torch.from_numpy(compared_places(batch, wanted.loss, wanted.seed).at_T).to(self._device)
-                logits = self._model.vocabulary_logits(states[self._model.num_layers][at_T])
-            return encode_targets(wanted, batch.index, states, logits)
+                at_T = compared_places(batch, wanted.loss, wanted.seed).at_T
+                visits_N = None if visits_N is None else np.repeat(visits_N, batch.lengths_B)[at_T]
+                compared_ND = states[self._model.num_layers][torch.from_numpy(at_T).to(self._device)]
+                logits = self._model.vocabulary_logits(compared_ND)
+            return encode_targets(wanted, batch.index, states, logits, visits_N)

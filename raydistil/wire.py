@@ -20,6 +20,7 @@ BATCH = pa.schema([
     ("lengths", pa.binary()),  # int32 [B]
     ("labels", pa.binary()),  # int32 [B], classification
     ("token_labels", pa.binary()),  # int32 [B, L], masked-LM
+    ("visits", pa.binary()),  # int64 [B], where draws are a row's own
 ])  # fmt: skip
 TARGETS = pa.schema([
     *BATCH,
@@ -45,6 +46,7 @@ def _row(batch: TokenBatch) -> dict[str, Any]:
         "lengths": batch.lengths_B.tobytes(),
         "labels": b"" if batch.labels_B is None else batch.labels_B.tobytes(),
         "token_labels": b"" if batch.labels_BL is None else batch.labels_BL.tobytes(),
+        "visits": b"" if batch.visits_B is None else batch.visits_B.tobytes(),
     }
 
 
@@ -52,6 +54,7 @@ def batch_of(row: pa.Table) -> TokenBatch:
     """The micro-batch of a one-row table with at least the columns of BATCH."""
     width = row["width"][0].as_py()
     labels, token_labels = _ints(row, "labels"), _ints(row, "token_labels")
+    visits = np.frombuffer(_bytes(row, "visits"), np.int64)
     return TokenBatch(
         index=row["index"][0].as_py(),
         input_ids_BL=_ints(row, "ids").reshape(-1, width),
@@ -59,6 +62,7 @@ def batch_of(row: pa.Table) -> TokenBatch:
         labels_B=labels if labels.size else None,
         labels_BL=token_labels.reshape(-1, width) if token_labels.size else None,
         num_rows=row["num_rows"][0].as_py(),
+        visits_B=visits if visits.size else None,
     )
 
 

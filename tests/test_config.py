@@ -57,10 +57,10 @@ DEFINING: dict[str, Any] = {
     **{f"distill.loss.schedule.{term}.linear": [1.0, 0.5] for term in TERMS},
     **{f"distill.loss.schedule.{term}.steps": [[0.0, 1.0], [0.5, 2.0]] for term in TERMS},
     "distill.targets.codec": "topk", "distill.targets.top_k": 8, "distill.targets.num_draws": 7,
-    "distill.targets.states": "int8",
+    "distill.targets.states": "int8", "distill.targets.mask_variants": 3,
 }  # fmt: skip
 PLACING: dict[str, Any] = {
-    "name": "other", "output_dir": "elsewhere",
+    "name": "other", "output_dir": "elsewhere", "distill.targets.cache": "kept",
     "finetune.checkpoint_every_min": 1.5, "distill.checkpoint_every_min": 1.5,
     "evaluate.batch_size": 8, "evaluate.no_teacher_baseline": True, "evaluate.baseline_lr": 0.5,
     "evaluate.latency_length": 8, "evaluate.latency_rounds": 3, "export.license": "Apache-2.0",
@@ -98,6 +98,8 @@ def changed(key: str) -> dict[str, Any]:
     flat = BASE | {key: LEAVES[key]}
     if key == "student.model":
         del flat["student.layers"]
+    if key == "distill.targets.mask_variants":
+        flat["task"] = "mlm"
     _, scheduled, rest = key.partition("distill.loss.schedule.")
     term = rest.partition(".")[0]
     if scheduled and term not in ("kd", "task", "cosine"):
@@ -299,6 +301,45 @@ def test_placement_leaves_the_hash(tmp_path: Path, base: Config, key: str) -> No
 @pytest.mark.parametrize("key", sorted(DEFINING))
 def test_everything_else_changes_the_hash(tmp_path: Path, base: Config, key: str) -> None:
     assert result_hash(load_config(write(tmp_path / "c.toml", changed(key)), [])) != result_hash(base)
+
+
+def test_masks_of_a_row_change_the_hash_and_where_its_targets_are_kept_does_not(tmp_path: Path) -> None:
+    def hashed(*overrides: str) -> str:
+        return result_hash(load_config(write(tmp_path / "c.toml", BASE | {"task": "mlm"}), list(overrides)))
+
+    anew, twice = hashed(), hashed("distill.targets.mask_variants=2")
+    assert len({anew, twice, hashed("distill.targets.mask_variants=3")}) == 3
+    assert twice == hashed("distill.targets.mask_variants=2", "distill.targets.cache=kept")
+    once = hashed("distill.epochs=1", "distill.targets.mask_variants=1")
+    assert once == hashed("distill.epochs=1", "distill.targets.cache=kept") != hashed("distill.epochs=1")
+
+
+@pytest.mark.parametrize(
+    ("task", "targets", "expected"),
+    [
+        (
+            "mlm",
+            {"cache": "kept"},
+            "distill.targets.cache keeps the targets of masked texts, and each of the 3 epochs masks them anew: "
+            "set distill.targets.mask_variants (such as 3), or distill.epochs=1",
+        ),
+        (
+            "classification",
+            {"mask_variants": 2},
+            "distill.targets.mask_variants is of masked texts: leave it out for task classification",
+        ),
+        (
+            "classification",
+            {"cache": "kept", "codec": "sampled"},
+            "distill.targets.cache keeps logits of classes, not draws: set codec to hidden or topk",
+        ),
+    ],
+)
+def test_targets_that_cannot_be_kept_are_refused(
+    tmp_path: Path, task: str, targets: dict[str, Any], expected: str
+) -> None:
+    flat = {f"distill.targets.{key}": value for key, value in targets.items()}
+    assert complaint(tmp_path, BASE | {"task": task} | flat).startswith(expected)
 
 
 def test_the_hash_is_the_same_in_every_process(base: Config) -> None:

@@ -25,6 +25,7 @@ def batches(draw: st.DrawFn) -> TokenBatch:
         labels_B=None if masked else rng.integers(0, 99, rows).astype(np.int32),
         labels_BL=labels_BL if masked else None,
         num_rows=draw(st.integers(0, rows)),
+        visits_B=rng.integers(0, 2**62, rows) if draw(st.booleans()) else None,
     )
 
 

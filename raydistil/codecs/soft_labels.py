@@ -23,6 +23,8 @@ from raydistil.errors import ConfigError, ModelError
 from raydistil.masking import row_keys, uniforms
 from raydistil.types import Sparse
 
+Key = int | NDArray[np.uint64]  # of all places, or one for each
+
 HEADER_BYTES = 16  # four int32: kind, N, C, and K or R
 
 _LOGITS, _TOPK, _SAMPLED = 1, 2, 3
@@ -39,7 +41,7 @@ class Logits:
         """Without the header."""
         return 2 * num_classes
 
-    def encode(self, logits_NC: Tensor, temperature: float, key: int) -> bytes:
+    def encode(self, logits_NC: Tensor, temperature: float, key: Key) -> bytes:
         """The logits as they are, whatever the temperature and the key. Raises ModelError where fp16 is too small."""
         half_NC = logits_NC.to(torch.float16)
         if not torch.isfinite(half_NC).all():
@@ -70,7 +72,7 @@ class TopK:
         """Without the header."""
         return min(self.k, num_classes) * (_id_bytes(num_classes) + 2) + 2
 
-    def encode(self, logits_NC: Tensor, temperature: float, key: int) -> bytes:
+    def encode(self, logits_NC: Tensor, temperature: float, key: Key) -> bytes:
         """Nothing is drawn: the key is not looked at. Raises ModelError where logits are not finite."""
         kept = min(self.k, logits_NC.shape[1])
         parts = [_largest(part_NC, temperature, kept) for part_NC in torch.split(_checked(logits_NC), _PLACES_AT_ONCE)]
@@ -92,8 +94,8 @@ class TopK:
 class Sampled:
     """`num_draws` draws with replacement, an unbiased estimate (Anshumann et al. 2025, "Sparse Logit Sampling").
 
-    The draws of a place are a function of the key, the number of the place and its logits: whoever computes them, on
-    whatever device, gets the same but where rounding moves a logit.
+    The draws of a place are a function of the key, the number of the place and its logits (or of the place's own key
+    and its logits): whoever computes them, on whatever device, gets the same but where rounding moves a logit.
     """
 
     num_draws: int
@@ -107,7 +109,7 @@ class Sampled:
         count_bytes = _count_dtype(self.num_draws).itemsize
         return min(self.num_draws, num_classes) * (_id_bytes(num_classes) + count_bytes) + count_bytes
 
-    def encode(self, logits_NC: Tensor, temperature: float, key: int) -> bytes:
+    def encode(self, logits_NC: Tensor, temperature: float, key: Key) -> bytes:
         """Raises ModelError where logits are not finite."""
         places, classes = logits_NC.shape
         uniforms_NR = _uniforms(logits_NC, self.num_draws, key)
@@ -165,9 +167,9 @@ def _largest(logits_NC: Tensor, temperature: float, kept: int) -> tuple[Tensor, 
     return ids_NK, torch.cat([probs_NK, tail_N1], -1)
 
 
-def _uniforms(logits_NC: Tensor, num_draws: int, key: int) -> Tensor:
+def _uniforms(logits_NC: Tensor, num_draws: int, key: Key) -> Tensor:
     """float64 [N, R] in [0, 1), a row for each place, on the logits' device."""
-    keys_N = row_keys(key, np.arange(len(logits_NC)))
+    keys_N = row_keys(key, np.arange(len(logits_NC))) if isinstance(key, int) else key
     return torch.from_numpy(uniforms(keys_N, num_draws, _DRAW)).to(logits_NC.device)
 
 

@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from raydistil.config.loss import LossConfig
 from raydistil.config.section import Beta, Positive, Section, Share
+from raydistil.config.targets import TargetsConfig, check_drawn, variants_of
 from raydistil.errors import ConfigError
 from raydistil.types import Precision, Task
 
@@ -124,17 +125,6 @@ class TrainConfig(Section):
     """Plain DeepSpeed keys, merged over the generated ones; `check` shows the outcome."""
 
 
-class TargetsConfig(Section):
-    """How what the teacher says crosses the wire. Classes have few logits: there `hidden` ships them as they are."""
-
-    codec: Literal["hidden", "logits", "topk", "sampled"] = "hidden"
-    """Soft labels: made of the last hidden state on the student's side, or fp16 logits, the largest, or draws."""
-    top_k: Positive = 32
-    num_draws: Annotated[int, Field(ge=1, le=65_535)] = 50
-    states: Literal["fp16", "bf16", "int8"] = "fp16"
-    """Format of the hidden states."""
-
-
 class DistillConfig(TrainConfig):
     loss: LossConfig = LossConfig()
     targets: TargetsConfig = TargetsConfig()
@@ -218,6 +208,17 @@ class Config(Section):
         if self.task == "mlm" and self.corpus.labelled_share < 1:
             raise ValueError("corpus.labelled_share is of task classification: leave it out for task mlm")
         return self
+
+    @model_validator(mode="after")
+    def _cached_targets_are_those_of_every_epoch(self) -> "Config":
+        if self.distill:
+            check_drawn(self.distill.targets, self.task, self.distill.epochs)
+        return self
+
+    @property
+    def variants(self) -> int | None:
+        """Sets of random draws of each row; None: drawn anew at every visit."""
+        return variants_of(self.distill.targets, self.task) if self.distill else None
 
 
 # What does not define the result, and so may differ between a run and its continuation.
@@ -351,6 +352,9 @@ def result_part(config: Config) -> dict[str, Any]:
     for stage in ("finetune", "distill"):
         if tree[stage] is not None:
             del tree[stage]["checkpoint_every_min"]
+    if config.distill is not None:  # where targets are kept defines nothing, how often masks are drawn does
+        del tree["distill"]["targets"]["cache"]
+        tree["distill"]["targets"]["mask_variants"] = config.variants
     return {key: value for key, value in tree.items() if key not in PLACEMENT}
 
 
