@@ -3,13 +3,14 @@ and is skipped where that is there already, so a run goes on where it stopped.""
 
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from raydistil import rundir
+from raydistil.cache.sizes import cache_spec, sizes_of
 from raydistil.cluster import cluster
 from raydistil.config import Config, EvaluateConfig, TrainConfig, result_hash
 from raydistil.config.loss import LossConfig
@@ -51,7 +52,8 @@ def distill(run: Prepared) -> None:
     """Build the student and teach it what the teacher says: run_dir/distilled."""
     assert run.config.distill is not None
     config = run.config.distill
-    _train(run, "distill", config, config.loss, _student_init(run), rundir.DISTILLED, config.targets)
+    init, variants = _student_init(run), run.config.variants
+    _train(run, "distill", config, config.loss, init, rundir.DISTILLED, config.targets, variants=variants)
 
 
 def _score(spec: EvaluateSpec, candidates: list[Candidate]) -> list[ModelReport]:
@@ -73,7 +75,8 @@ def train_baseline(run: Prepared) -> None:
     config = distill.model_copy(update={"lr": _baseline_lr(run.config), "epochs": epochs})
     steps = _num_slots(run, _manifest(run, distill, with_teacher=True), distill)
     name = _no_teacher(run.config)
-    _train(run, name, config, LABELS_ONLY, _student_init(run), name, num_slots=steps)
+    variants = run.config.variants
+    _train(run, name, config, LABELS_ONLY, _student_init(run), name, num_slots=steps, variants=variants)
 
 
 def _baseline_lr(config: Config) -> float:
@@ -113,11 +116,11 @@ def _num_slots(run: Prepared, manifest: Manifest, config: TrainConfig) -> int:
 
 def _train(
     run: Prepared, stage: str, train_config: TrainConfig, loss: LossConfig, init: str, target: str,
-    targets: TargetsConfig | None = None, num_slots: int | None = None,
+    targets: TargetsConfig | None = None, num_slots: int | None = None, variants: int | None = None,
 ) -> None:  # fmt: skip
     """One training run, unless its model is there already; `num_slots` micro-batches, else every epoch to its end.
 
-    `targets`: how the teacher's come; None: without a teacher.
+    `targets`: how the teacher's come; None: without a teacher. `variants`: see SourceSpec.
     """
     from raydistil.train import train
 
@@ -129,10 +132,26 @@ def _train(
     slots = num_slots or _num_slots(run, manifest, train_config)
     worker = _worker(run, train_config, loss, init, targets, slots, manifest.per_epoch)
     masking = config.masking if config.task == "mlm" else None
-    source = SourceSpec(run.store.path, "train", manifest, masking)
+    source = SourceSpec(run.store.path, "train", manifest, masking, variants)
+    if worker.teacher is not None and targets is not None and targets.cache is not None:
+        source = _kept(run, targets.cache, worker.teacher, source)
     summary = train(TrainRun(stage, source, worker, config.cluster, run.run_dir), run.run_dir / target)
     rundir.write_summary(run.run_dir, stage, summary, {"rows": manifest.num_rows, "lr": train_config.lr})
-    run.say(_describe(stage, summary))
+    run.say(_describe(stage, summary, kept=source.cache is not None))
+
+
+def _kept(run: Prepared, root: Path, teacher: TeacherSpec, source: SourceSpec) -> SourceSpec:
+    """`source` with the teacher's targets of all its micro-batches, made here as far as they are not there."""
+    from raydistil.fill import fill_cache
+
+    shape = shape_of(teacher.model, "teacher.model")
+    classes = len(run.labels) or shape.vocab_size
+    sizes = sizes_of(teacher.targets, source.masking, shape.hidden_size, classes)
+    cache = cache_spec(root, teacher, source, sizes)
+    tokens = run.store.meta.splits[source.split].tokens
+    filled = fill_cache(cache, source, teacher, sizes, tokens, run.config.cluster, run.say)
+    rundir.write_json(run.run_dir / rundir.TARGETS, asdict(filled) | {"bytes_per_token": filled.bytes_per_token})
+    return replace(source, cache=cache)
 
 
 def _worker(
@@ -141,7 +160,8 @@ def _worker(
 ) -> WorkerSpec:  # fmt: skip
     """What every student worker is given; the teacher with it."""
     config = run.config
-    student_threads, teacher_threads = threads(config.cluster, targets is not None)
+    cached = targets is not None and targets.cache is not None
+    student_threads, teacher_threads = threads(config.cluster, targets is not None, cached)
     student = shape_of(init, "student.model")
     teacher = student if targets is None else shape_of(run.teacher_dir, "teacher.model")
     makes_logits = targets is not None and targets.codec == "hidden" and config.task != "classification" and loss.kd > 0
@@ -158,7 +178,7 @@ def _worker(
     )  # fmt: skip
 
 
-def _describe(stage: str, summary: Any) -> str:
+def _describe(stage: str, summary: Any, kept: bool) -> str:
     text = f"{stage}: {summary.steps} steps, {summary.tokens:,} tokens in {summary.wall_s:.0f} s"
     if summary.teacher_builds:
         both = summary.overlap_s / max(summary.student_busy_s, 1e-9)
@@ -166,6 +186,8 @@ def _describe(stage: str, summary: Any) -> str:
             f"; teacher built {summary.teacher_builds}x, at work during {both:.0%} of the student's time, "
             f"student waited {summary.wait_s / max(summary.wall_s, 1e-9):.0%}"
         )
+    elif kept:
+        text += f"; teacher built 0x, student waited {summary.wait_s / max(summary.wall_s, 1e-9):.0%}"
     return text
 
 
@@ -226,7 +248,7 @@ def build_report(run: Prepared, rows: dict[str, Any]) -> dict[str, Any]:
         "seed": run.config.seed,
         "config_hash": result_hash(run.config),
         "models": [asdict(row) for row in rows.values()],
-        "stages": {stage: rundir.read_summary(run.run_dir, stage) for stage in ("finetune", "distill")},
+        "stages": {stage: rundir.read_summary(run.run_dir, stage) for stage in ("finetune", "targets", "distill")},
     }
     return report
 

@@ -15,6 +15,7 @@ REPORT = "report.json"
 TEACHER = "teacher"  # fine-tuned
 STUDENT_INIT = "student_init"  # before training
 DISTILLED = "distilled"
+TARGETS = "targets.json"  # what was kept of the teacher's
 NO_TEACHER = "no-teacher"  # the same student, trained on the labels alone; its learning rate follows
 STUDENT = "student"  # exported
 CHECKPOINTS = "checkpoints"  # of the stage that is being trained

@@ -1,6 +1,7 @@
 """The source of the stream: micro-batches made from nothing but (seed, index) and the token store."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -11,11 +12,14 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from raydistil import wire
+from raydistil.cache.read import CachedTargets
 from raydistil.manifest import Ints, Ledger, Slot
 from raydistil.masking import Vocabulary, mask_tokens
 from raydistil.specs import SourceSpec
 from raydistil.tokens import TokenStore
 from raydistil.types import IGNORE, TokenBatch
+
+FIRST_ROW = np.zeros(1, np.int64)
 
 
 class MicroBatches:
@@ -24,9 +28,18 @@ class MicroBatches:
     def __init__(self, spec: SourceSpec) -> None:
         self._spec = spec
         self._store = TokenStore(spec.store)
+        self._cached = None if spec.cache is None else CachedTargets(spec.cache)
         meta = self._store.meta
         counts = self._store.token_counts() if spec.masking and spec.masking.kind == "frequency" else None
         self._vocabulary = Vocabulary(meta.vocab_size, meta.mask_id, meta.special_ids, counts)
+
+    def taught(self, index: int) -> pa.Table:
+        """Micro-batch `index` with its targets out of the cache, as a row of wire.TARGETS."""
+        assert self._cached is not None
+        slot, batch = self._spec.manifest.slot(index), self.make(index)
+        rows = slot.rows if len(slot.rows) else FIRST_ROW
+        columns = self._cached.columns(batch, slot.bucket, self._variant(slot), rows)
+        return wire.with_targets(wire.table_of([batch]), columns, None)
 
     def make(self, index: int) -> TokenBatch:
         """Micro-batch `index`; past the end of the manifest one that holds a single row of no weight."""
@@ -34,7 +47,7 @@ class MicroBatches:
         if not len(slot.rows):
             return self._empty(slot)
         if self._spec.variants is not None:
-            return self.visit(slot.bucket, slot.rows, slot.epoch % self._spec.variants, index)
+            return self.visit(slot.bucket, slot.rows, self._variant(slot), index)
         return self._batch(index, slot.bucket, slot.rows, slot.positions, None)
 
     def visit(self, bucket: int, rows: Ints, variant: int, index: int = 0) -> TokenBatch:
@@ -42,6 +55,9 @@ class MicroBatches:
         sizes = self._spec.manifest.bucket_rows
         visits = variant * sum(sizes) + sum(sizes[:bucket]) + rows
         return self._batch(index, bucket, rows, visits, visits)
+
+    def _variant(self, slot: Slot) -> int:
+        return slot.epoch % (self._spec.variants or 1) if len(slot.rows) else 0
 
     def _batch(self, index: int, bucket: int, rows: Ints, positions: Ints, visits: Ints | None) -> TokenBatch:
         ids, lengths, labels = self._store.read(self._spec.split, bucket, rows)
@@ -54,7 +70,9 @@ class MicroBatches:
         return TokenBatch(index, masked, lengths, None, token_labels, len(rows), visits)
 
     def _empty(self, slot: Slot) -> TokenBatch:
-        ids, lengths, labels = self._store.read(self._spec.split, slot.bucket, np.zeros(1, np.int64))
+        if self._cached is not None:  # a row it has targets of
+            return replace(self.visit(slot.bucket, FIRST_ROW, 0, slot.index), num_rows=0)
+        ids, lengths, labels = self._store.read(self._spec.split, slot.bucket, FIRST_ROW)
         token_labels = None if self._spec.masking is None else np.full_like(ids, IGNORE)
         return TokenBatch(slot.index, ids, lengths, None if self._spec.masking else labels, token_labels, 0)
 
@@ -80,9 +98,14 @@ class ManifestSource(Datasource):
     def _task(self, first: int, end: int) -> ReadTask:
         indices = self._ledger.select(np.arange(first, end), self._total)
         metadata = BlockMetadata(num_rows=end - first, size_bytes=None, input_files=None, exec_stats=None)
-        return ReadTask(partial(_read, self._spec, indices.tolist()), metadata, schema=wire.BATCH)
+        schema = wire.BATCH if self._spec.cache is None else wire.TARGETS
+        return ReadTask(partial(_read, self._spec, indices.tolist()), metadata, schema=schema)
 
 
 def _read(spec: SourceSpec, indices: list[int]) -> Iterable[pa.Table]:
     source = MicroBatches(spec)
-    yield wire.table_of([source.make(index) for index in indices])
+    if spec.cache is None:
+        yield wire.table_of([source.make(index) for index in indices])
+        return
+    for index in indices:  # one table each: targets are large
+        yield source.taught(index)

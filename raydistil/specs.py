@@ -15,17 +15,6 @@ from raydistil.types import Precision, Score, Split, Task
 
 
 @dataclass(frozen=True, slots=True)
-class SourceSpec:
-    """Everything the content of the micro-batches depends on."""
-
-    store: Path
-    split: Split
-    manifest: Manifest
-    masking: MaskingConfig | None  # None: labelled examples
-    variants: int | None = None  # sets of draws (masks, sampled places) of a row, taken in turn; None: drawn anew
-
-
-@dataclass(frozen=True, slots=True)
 class TargetsSpec:
     """What a teacher says of a micro-batch, and how that crosses the wire."""
 
@@ -34,6 +23,31 @@ class TargetsSpec:
     states: tuple[int, ...]  # hidden states, ascending; see `layers`
     soft_labels: bool  # whether they travel; if not, the student's side makes them of the last state, or needs none
     seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSpec:
+    """Targets that are kept: of which inputs, where, and in which pieces. One entry of a tuple for each bucket."""
+
+    path: Path
+    fingerprint: str
+    targets: TargetsSpec
+    bucket_rows: tuple[int, ...]
+    variants: int
+    shard_rows: tuple[int, ...]  # rows of a file
+    group_rows: tuple[int, ...]  # rows of a row group, the least that is read
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSpec:
+    """Everything the content of the micro-batches depends on."""
+
+    store: Path
+    split: Split
+    manifest: Manifest
+    masking: MaskingConfig | None  # None: labelled examples
+    variants: int | None = None  # sets of draws (masks, sampled places) of a row, taken in turn; None: drawn anew
+    cache: CacheSpec | None = None  # where the micro-batches get their targets; None: not here
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from raydistil.errors import StorageError
 
@@ -42,6 +43,25 @@ def whole_directory(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """A scratch file beside `target` that takes its place when the block ends well.
+
+    Raises StorageError when the disk is full or nothing can be written there.
+    """
+    scratch = target.with_name(f".{target.name}.{uuid4().hex}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield scratch
+        scratch.replace(target)
+    except OSError as error:
+        if is_disk_full(error):
+            raise _disk_full(target) from error
+        raise StorageError(f"expected a place to write {target}, got {error}: choose another directory") from error
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _make(scratch: Path, target: Path) -> None:

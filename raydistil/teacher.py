@@ -31,7 +31,7 @@ class Teacher:
         head = spec.targets.soft_labels and spec.task != "classification"
         self._states = tuple({*spec.targets.states, *((self._model.num_layers,) if head else ())})
         self._spec = spec
-        self._name = uuid4().hex
+        self.name = uuid4().hex
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """One table a micro-batch, so that the student need not wait for a whole block."""
@@ -40,7 +40,7 @@ class Teacher:
             batch = batch_of(row)
             started = time.time()
             columns = self.targets(batch)
-            timing = TeacherTiming(self._name, started, time.time(), batch.num_tokens)
+            timing = TeacherTiming(self.name, started, time.time(), batch.num_tokens)
             yield with_targets(row, columns, timing)
 
     def targets(self, batch: TokenBatch) -> dict[str, bytes]:

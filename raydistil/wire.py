@@ -79,8 +79,9 @@ def _bytes(row: pa.Table, name: str) -> pa.Buffer:
     return pa.py_buffer(b"") if start == end else data.slice(start, end - start)
 
 
-def with_targets(row: pa.Table, columns: dict[str, bytes], timing: TeacherTiming) -> pa.Table:
-    """`row` with what the teacher made of it, columns of TARGETS."""
+def with_targets(row: pa.Table, columns: dict[str, bytes], timing: TeacherTiming | None) -> pa.Table:
+    """`row` with what the teacher made of it, columns of TARGETS. `timing` None: not now, but before the run."""
+    timing = timing or TeacherTiming("", 0.0, 0.0, 0)
     added = {**columns, "teacher": timing.actor, "started_s": timing.started_s, "ended_s": timing.ended_s}
     arrays = [pa.array([added[name]], TARGETS.field(name).type) for name in TARGETS.names[len(BATCH.names) :]]
     return pa.Table.from_arrays([*row.columns, *arrays], schema=TARGETS)
@@ -94,7 +95,8 @@ def targets_of(row: pa.Table) -> dict[str, Any] | None:
 
 
 def timing_of(row: pa.Table, tokens: int) -> TeacherTiming | None:
-    """When the teacher worked on this micro-batch, or None where none was asked."""
-    if "teacher" not in row.column_names:
+    """When the teacher worked on this micro-batch, or None where none did in this run."""
+    actor = row["teacher"][0].as_py() if "teacher" in row.column_names else ""
+    if not actor:
         return None
-    return TeacherTiming(row["teacher"][0].as_py(), row["started_s"][0].as_py(), row["ended_s"][0].as_py(), tokens)
+    return TeacherTiming(actor, row["started_s"][0].as_py(), row["ended_s"][0].as_py(), tokens)

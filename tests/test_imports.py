@@ -10,9 +10,9 @@ import raydistil
 
 ORDER = (
     "errors", "types", "config", "layers", "storage", "corpus", "manifest", "masking", "places", "tokens", "specs",
-    "models", "codecs", "targets", "wire", "source", "plan", "losses", "attention", "distiller", "student", "optim",
-    "teacher", "stream", "report", "checkpoint", "worker", "cluster", "rundir", "train", "evaluate", "export",
-    "prepare", "pipeline", "check", "doctor", "tables", "serve", "cli", "__main__",
+    "models", "codecs", "targets", "wire", "cache", "source", "plan", "losses", "attention", "distiller", "student",
+    "optim", "teacher", "stream", "fill", "report", "checkpoint", "worker", "cluster", "rundir", "train", "evaluate",
+    "export", "prepare", "pipeline", "check", "doctor", "tables", "serve", "cli", "__main__",
 )  # fmt: skip
 ROOT = Path(raydistil.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

@@ -19,15 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raydistil.codecs.buffers import Readable, as_array, to_bytes, to_device
+from raydistil.codecs.layout import HEADER_BYTES, LOGITS, MANY, SAMPLED, TOPK, WIDE
 from raydistil.errors import ConfigError, ModelError
 from raydistil.masking import row_keys, uniforms
 from raydistil.types import Sparse
 
 Key = int | NDArray[np.uint64]  # of all places, or one for each
 
-HEADER_BYTES = 16  # four int32: kind, N, C, and K or R
-
-_LOGITS, _TOPK, _SAMPLED = 1, 2, 3
 _DRAW = 4  # the stream of random numbers; masking has the ones before
 _MOST_DRAWS = 65_535
 _PLACES_AT_ONCE = 16  # their probabilities fit a cache: five times faster on a CPU than all at once
@@ -50,11 +48,11 @@ class Logits:
                 f"expected teacher logits that fit fp16 (65,504), got {largest:.4g}: ship topk or sampled, or check "
                 f"the teacher's weights where it is not finite"
             )
-        return to_bytes(_header(_LOGITS, half_NC, 0), half_NC)
+        return to_bytes(_header(LOGITS, half_NC, 0), half_NC)
 
     def decode(self, buffer: Readable, device: torch.device) -> Tensor:
         """The logits, float32."""
-        array, places, classes, _ = _opened(buffer, _LOGITS)
+        array, places, classes, _ = _opened(buffer, LOGITS)
         return to_device(array, device).view(torch.float16).view(places, classes).float()
 
 
@@ -78,11 +76,11 @@ class TopK:
         parts = [_largest(part_NC, temperature, kept) for part_NC in torch.split(_checked(logits_NC), _PLACES_AT_ONCE)]
         ids_NK, masses = (torch.cat(column) for column in zip(*parts, strict=True))
         logs = masses.log().to(torch.float16)
-        return to_bytes(_header(_TOPK, logits_NC, kept), ids_NK.to(_id_dtype(logits_NC.shape[1])), logs)
+        return to_bytes(_header(TOPK, logits_NC, kept), ids_NK.to(_id_dtype(logits_NC.shape[1])), logs)
 
     def decode(self, buffer: Readable, device: torch.device) -> Sparse:
         """Scaled so that kept ones and tail sum to 1 after fp16's rounding; the tail is 0 where every class is kept."""
-        array, places, classes, kept = _opened(buffer, _TOPK)
+        array, places, classes, kept = _opened(buffer, TOPK)
         raw = to_device(array, device)
         end = places * kept * _id_bytes(classes)
         ids_NK = raw[:end].view(_id_dtype(classes)).to(torch.int64).view(places, kept)
@@ -122,12 +120,12 @@ class Sampled:
         distinct_N = torch.bincount(found_M // classes, minlength=places)
         dtype = _count_dtype(self.num_draws)
         ids_M = (found_M % classes).to(_id_dtype(classes))
-        header = _header(_SAMPLED, logits_NC, self.num_draws)
+        header = _header(SAMPLED, logits_NC, self.num_draws)
         return to_bytes(header, ids_M, counts_M.to(dtype), distinct_N.to(dtype))
 
     def decode(self, buffer: Readable, device: torch.device) -> Sparse:
         """Shares of the draws, as wide as the place with most distinct ones; the tail is 0."""
-        array, places, classes, draws = _opened(buffer, _SAMPLED)
+        array, places, classes, draws = _opened(buffer, SAMPLED)
         dtype = _count_dtype(draws)
         distinct_N = array[len(array) - places * dtype.itemsize :].view(f"u{dtype.itemsize}").astype(np.int64)
         width, entries = int(distinct_N.max(initial=0)), int(distinct_N.sum())
@@ -196,7 +194,7 @@ def _opened(buffer: Readable, kind: int) -> tuple[NDArray[np.uint8], int, int, i
 
 
 def _id_dtype(num_classes: int) -> torch.dtype:
-    return torch.uint16 if num_classes <= 1 << 16 else torch.int32
+    return torch.uint16 if num_classes <= WIDE else torch.int32
 
 
 def _id_bytes(num_classes: int) -> int:
@@ -204,4 +202,4 @@ def _id_bytes(num_classes: int) -> int:
 
 
 def _count_dtype(num_draws: int) -> torch.dtype:
-    return torch.uint8 if num_draws <= 255 else torch.uint16
+    return torch.uint8 if num_draws <= MANY else torch.uint16
