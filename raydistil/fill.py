@@ -4,7 +4,6 @@ One Ray Data execution. Actors get numbers of shards and answer with counters; t
 through nothing else. A run that was stopped left whole shards only, and goes on with those that are missing.
 """
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from raydistil.config import ClusterConfig
 from raydistil.errors import StorageError, unwrapped
 from raydistil.source import MicroBatches
 from raydistil.specs import CacheSpec, SourceSpec, TeacherSpec
+from raydistil.storage import free_bytes
 from raydistil.stream import MOST_BLOCKS, configure_data, on_teachers
 from raydistil.teacher import Teacher
 
@@ -112,7 +112,7 @@ def fill_cache(
 def _check_room(cache: CacheSpec, sizes: Sizes, tokens: int, missing: tuple[Shard, ...]) -> None:
     rows = sum(shard.num_rows for shard in missing)
     share = rows / max(1, sum(cache.bucket_rows))
-    wanted, free = sizes.of(share * tokens, rows), shutil.disk_usage(cache.path).free
+    wanted, free = sizes.of(share * tokens, rows), free_bytes(cache.path)
     if wanted > free:
         raise StorageError(
             f"expected room for {mebibytes(wanted)} of targets ({share * tokens:,.0f} tokens x {sizes.per_token:.4g} "

@@ -27,13 +27,13 @@ from raydistil.specs import (
     EvaluateSpec,
     ModelReport,
     SourceSpec,
-    TargetsSpec,
     TeacherSpec,
     TrainRun,
     WorkerSpec,
 )  # fmt: skip
 from raydistil.storage import whole_directory
 from raydistil.student import build_student, save_model
+from raydistil.targets import makes_logits, targets_spec
 
 LABELS_ONLY = LossConfig(kd=0, task=1, cosine=0)
 
@@ -164,15 +164,15 @@ def _worker(
     student_threads, teacher_threads = threads(config.cluster, targets is not None, cached)
     student = shape_of(init, "student.model")
     teacher = student if targets is None else shape_of(run.teacher_dir, "teacher.model")
-    makes_logits = targets is not None and targets.codec == "hidden" and config.task != "classification" and loss.kd > 0
-    layers = plan_layers(loss, config.task, makes_logits, teacher.num_hidden_layers, student.num_hidden_layers)
+    head = targets is not None and makes_logits(targets, loss, config.task)
+    layers = plan_layers(loss, config.task, head, teacher.num_hidden_layers, student.num_hidden_layers)
     spec = None
     if targets is not None:
-        wanted = TargetsSpec(targets, loss, layers.teacher_states, loss.kd > 0 and not makes_logits, config.seed)
+        wanted = targets_spec(targets, loss, config.task, layers, config.seed)
         spec = TeacherSpec(run.teacher_dir, config.task, config.teacher.precision, teacher_threads, wanted)
     return WorkerSpec(
         task=config.task, init=init, tokenizer=resolve(config.teacher.model), teacher=spec,
-        frozen_teacher=makes_logits or bool(layers.attention_layers[0]), teacher_width=teacher.hidden_size,
+        frozen_teacher=head or bool(layers.attention_layers[0]), teacher_width=teacher.hidden_size,
         layers=layers, labels=run.labels, train=train_config, loss=loss, seed=config.seed, threads=student_threads,
         per_epoch=per_epoch, num_slots=num_slots,
     )  # fmt: skip

@@ -101,8 +101,13 @@ def is_disk_full(error: BaseException) -> bool:
     return False
 
 
+def free_bytes(path: Path) -> int:
+    """Where `path` is, or would be."""
+    path = path.absolute()
+    return shutil.disk_usage(next(part for part in (path, *path.parents) if part.exists())).free
+
+
 def _disk_full(target: Path) -> StorageError:
-    existing = next(path for path in target.absolute().parents if path.exists())
-    free = shutil.disk_usage(existing).free / 2**20
+    free = free_bytes(target.parent) / 2**20
     kept = "the previous one is intact" if target.exists() else "nothing was left there"
     return StorageError(f"no space left while writing {target} ({free:.0f} MiB free); {kept}: free some and run again")

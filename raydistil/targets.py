@@ -11,11 +11,13 @@ from torch import Tensor
 from raydistil.codecs.buffers import Readable
 from raydistil.codecs.soft_labels import Logits, Sampled, SoftLabelCodec, TopK
 from raydistil.codecs.states import decode_states, encode_states
+from raydistil.config.loss import LossConfig
 from raydistil.config.targets import TargetsConfig
+from raydistil.layers import LayerPlan
 from raydistil.manifest import keyed, mix
 from raydistil.masking import row_keys
 from raydistil.specs import TargetsSpec
-from raydistil.types import TeacherTargets
+from raydistil.types import Task, TeacherTargets
 
 COLUMNS = ("states", "soft_labels")
 _DRAWS = 5  # a stream of random numbers apart from those of masking and sampling
@@ -26,6 +28,17 @@ def soft_label_codec(config: TargetsConfig) -> SoftLabelCodec:
     if config.codec == "topk":
         return TopK(config.top_k)
     return Sampled(config.num_draws) if config.codec == "sampled" else Logits()
+
+
+def makes_logits(config: TargetsConfig, loss: LossConfig, task: Task) -> bool:
+    """Whether the student's side makes a language model's soft labels, of the last state and the teacher's head."""
+    return config.codec == "hidden" and task != "classification" and loss.kd > 0
+
+
+def targets_spec(config: TargetsConfig, loss: LossConfig, task: Task, layers: LayerPlan, seed: int) -> TargetsSpec:
+    """What a run asks of its teacher."""
+    soft_labels = loss.kd > 0 and not makes_logits(config, loss, task)
+    return TargetsSpec(config, loss, layers.teacher_states, soft_labels, seed)
 
 
 def encode_targets(
