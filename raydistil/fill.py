@@ -7,6 +7,7 @@ through nothing else. A run that was stopped left whole shards only, and goes on
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,6 @@ import ray
 from raydistil.cache.check import describe_inputs, missing_shards, vouch
 from raydistil.cache.columns import table_of
 from raydistil.cache.files import write_shard
-from raydistil.cache.inputs import inputs_of
 from raydistil.cache.layout import Shard, path_of
 from raydistil.cache.sizes import Sizes
 from raydistil.config import ClusterConfig
@@ -86,15 +86,15 @@ class Filler:
 
 
 def fill_cache(
-    cache: CacheSpec, source: SourceSpec, teacher: TeacherSpec, sizes: Sizes, tokens: int, cluster: ClusterConfig,
-    say: Callable[[str], None],
+    cache: CacheSpec, inputs: dict[str, Any], source: SourceSpec, teacher: TeacherSpec, sizes: Sizes, tokens: int,
+    cluster: ClusterConfig, say: Callable[[str], None],
 ) -> Filled:  # fmt: skip
-    """Write whatever `cache` lacks. `tokens`: of one variant.
+    """Write whatever `cache` lacks. `inputs`: what it depends on; `tokens`: of one variant.
 
     Raises StorageError where the disk has not the room, before anything is written.
     """
     started = time.monotonic()
-    said = describe_inputs(cache, inputs_of(teacher, source))
+    said = describe_inputs(cache, inputs)
     if said is not None:
         say(said)
     missing = tuple(missing_shards(cache, say))

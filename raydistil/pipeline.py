@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from raydistil import rundir
+from raydistil.cache.inputs import inputs_of
 from raydistil.cache.sizes import cache_spec, sizes_of
 from raydistil.cluster import cluster
 from raydistil.config import Config, EvaluateConfig, TrainConfig, result_hash
@@ -147,9 +148,10 @@ def _kept(run: Prepared, root: Path, teacher: TeacherSpec, source: SourceSpec) -
     shape = shape_of(teacher.model, "teacher.model")
     classes = len(run.labels) or shape.vocab_size
     sizes = sizes_of(teacher.targets, source.masking, shape.hidden_size, classes)
-    cache = cache_spec(root, teacher, source, sizes)
+    inputs = inputs_of(teacher, source)
+    cache = cache_spec(root, inputs, teacher.targets, source, sizes)
     tokens = run.store.meta.splits[source.split].tokens
-    filled = fill_cache(cache, source, teacher, sizes, tokens, run.config.cluster, run.say)
+    filled = fill_cache(cache, inputs, source, teacher, sizes, tokens, run.config.cluster, run.say)
     rundir.write_json(run.run_dir / rundir.TARGETS, asdict(filled) | {"bytes_per_token": filled.bytes_per_token})
     return replace(source, cache=cache)
 

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from raydistil.cache.check import missing_shards, vouch
+from raydistil.cache.inputs import inputs_of
 from raydistil.cache.sizes import cache_spec, sizes_of
 from raydistil.config import LossConfig, TargetsConfig
 from raydistil.fill import Filler, FillSpec
@@ -28,7 +29,7 @@ def with_cache(source: SourceSpec, teacher: TeacherSpec, root: Path) -> SourceSp
     shape = shape_of(teacher.model, "teacher.model")
     classes = shape.num_labels if teacher.task == "classification" else shape.vocab_size
     sizes = sizes_of(teacher.targets, source.masking, shape.hidden_size, classes)
-    return replace(source, cache=cache_spec(root, teacher, source, sizes))
+    return replace(source, cache=cache_spec(root, inputs_of(teacher, source), teacher.targets, source, sizes))
 
 
 def filled(source: SourceSpec, teacher: TeacherSpec, root: Path, shard_rows: int | None = None) -> SourceSpec:

@@ -27,7 +27,7 @@ TOKENS = 1000
 
 def fill(source: SourceSpec, teacher: TeacherSpec, say: Any = quiet, sizes: Sizes = LEAN) -> Filled:
     assert source.cache is not None
-    return fill_cache(source.cache, source, teacher, sizes, TOKENS, CLUSTER, say)
+    return fill_cache(source.cache, {}, source, teacher, sizes, TOKENS, CLUSTER, say)
 
 
 def contents(source: SourceSpec) -> list[bytes]:

@@ -5,12 +5,12 @@ bytes = tokens * per_token + rows * per_row, for every variant.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from raydistil.cache.inputs import inputs_of
 from raydistil.codecs.states import bytes_per_token
 from raydistil.config import MaskingConfig, digest
 from raydistil.config.loss import LossConfig
-from raydistil.specs import CacheSpec, SourceSpec, TargetsSpec, TeacherSpec
+from raydistil.specs import CacheSpec, SourceSpec, TargetsSpec
 from raydistil.targets import soft_label_codec
 from raydistil.tokens import TokenStore
 
@@ -50,14 +50,16 @@ def compared_share(loss: LossConfig, masked: float) -> float:
     return 1 - (1 - hard) * (1 - soft) if loss.kd_positions == "sample" else max(hard, soft)
 
 
-def cache_spec(root: Path, teacher: TeacherSpec, source: SourceSpec, sizes: Sizes) -> CacheSpec:
+def cache_spec(
+    root: Path, inputs: dict[str, Any], targets: TargetsSpec, source: SourceSpec, sizes: Sizes
+) -> CacheSpec:  # fmt: skip
     """The cache below `root` for these inputs, of as many variants as the run's epochs get to."""
-    fingerprint = digest(inputs_of(teacher, source))
+    fingerprint = digest(inputs)
     lengths = TokenStore(source.store).lengths(source.split)
     cuts = [_cut(sizes.of(length, 1)) for length in lengths]
     variants = min(source.variants or 1, source.manifest.epochs)
     return CacheSpec(
-        root.expanduser().absolute() / fingerprint, fingerprint, teacher.targets, source.manifest.bucket_rows, variants,
+        root.expanduser().absolute() / fingerprint, fingerprint, targets, source.manifest.bucket_rows, variants,
         tuple(shard for shard, _ in cuts), tuple(group for _, group in cuts),
     )  # fmt: skip
 

@@ -94,7 +94,9 @@ class StudentConfig(Section):
 
 class MaskingConfig(Section):
     kind: Literal["uniform", "frequency"] = "uniform"
-    """`uniform`: each token alike. `frequency`: p ~ count^-smoothing over a micro-batch (DistilBERT, XLM)."""
+    """`uniform`: each token alike. `frequency`: p ~ count^-smoothing over a micro-batch (DistilBERT, XLM).
+
+    Over each row apart where `distill.targets.mask_variants` is set."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.15
     smoothing: Annotated[float, Field(ge=0)] = 0.7
 
