@@ -151,7 +151,7 @@ def test_states_are_numbers_to_plain_parquet(texts: SourceSpec, tiny_teacher: st
             state_TD = torch.tensor(row["state_2"], dtype=torch.float32)
             assert state_TD.shape == (length, 32)
             if states == "int8":
-                state_TD = state_TD * torch.tensor(row["state_2_scale"])[:, None]
+                state_TD = (state_TD - 128) * torch.tensor(row["state_2_scale"])[:, None]
             assert torch.equal(state_TD, sent.states[2][end : end + length])
             end += length
 

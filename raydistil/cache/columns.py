@@ -9,7 +9,7 @@ its places with soft labels, D hidden size, C classes or vocabulary, K entries k
 | `input_ids`     | list<int32> [T]                         | what the teacher saw, masks and all                   |
 | `state_n`       | list<fixed_size_list<float16>> [T, D]   | state n (0: the embeddings), with `states = "fp16"`   |
 |                 | list<fixed_size_list<float>> [T, D]     | the same with `"bf16"`: exact, its zeros cost little  |
-|                 | list<fixed_size_list<int8>> [T, D]      | the same with `"int8"`: times its token's scale       |
+|                 | list<fixed_size_list<uint8>> [T, D]     | the same with `"int8"`: less 128, times its scale     |
 | `state_n_scale` | list<float> [T]                         | with `"int8"`                                         |
 | `places`        | list<int32> [N]                         | which tokens the soft labels are of; not for classes  |
 | `logits`        | list<fixed_size_list<float16>> [N, C]   | codec `logits`, and classes with `hidden` (N = 1)     |
@@ -38,6 +38,8 @@ from raydistil.specs import TargetsSpec
 from raydistil.types import TokenBatch
 
 Bytes = NDArray[np.uint8]
+
+_SIGN = np.uint8(128)
 
 
 def table_of(spec: TargetsSpec, batch: TokenBatch, rows: Ints, wire: Mapping[str, bytes]) -> tuple[pa.Table, int]:
@@ -80,7 +82,7 @@ def _states(spec: TargetsSpec, batch: TokenBatch, whole: Bytes) -> Iterator[tupl
         name = f"state_{number}"
         if spec.config.states == "int8":
             yield f"{name}_scale", _ragged(pa.array(part[: 4 * tokens].view(np.float32)), lengths_B)
-            values = part[4 * tokens :].view(np.int8)
+            values = part[4 * tokens :] ^ _SIGN  # Parquet writes 32 bits: a sign would be 25 of them
         elif spec.config.states == "bf16":
             values = (part.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
         else:
@@ -167,6 +169,7 @@ def _state_bytes(spec: TargetsSpec, table: pa.Table, number: int) -> Iterator[by
     values = _values(table, name, 2)
     if spec.config.states == "int8":
         yield _values(table, f"{name}_scale", 1).tobytes()
+        values = values.view(np.uint8) ^ _SIGN
     if spec.config.states == "bf16":
         values = (values.view(np.uint32) >> 16).astype(np.uint16)
     yield values.tobytes()

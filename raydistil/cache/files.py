@@ -1,8 +1,7 @@
 """One shard of the cache as a Parquet file: written whole or not at all, read a few rows at a time, checked.
 
 Every column is split into byte streams and then compressed with zstd: of MiniLM's fp16 states that leaves about nine
-tenths, of bf16 as floats less than bf16 takes. int8 alone is not split, since Parquet writes it as 32 bits, three
-quarters of which repeat its sign. Pages carry checksums. Row groups are small, since
+tenths, of bf16 as floats less than bf16 takes. Pages carry checksums. Row groups are small, since
 training reads rows in a shuffled order and a group is the least that can be read.
 """
 
@@ -22,20 +21,19 @@ Broken = (OSError, pa.ArrowException, ValueError, KeyError)  # what reading a fi
 def write_shard(path: Path, table: pa.Table, group_rows: int, metadata: dict[str, Any]) -> None:
     """Raises StorageError where the disk is full; nothing is left then."""
     marked = table.replace_schema_metadata({METADATA: json.dumps(metadata)})
-    leaves = dict(_leaf(field.name, field.type) for field in table.schema)
-    encodings = {leaf: "PLAIN" if kind == pa.int8() else "BYTE_STREAM_SPLIT" for leaf, kind in leaves.items()}
+    streams = {_leaf(field.name, field.type): "BYTE_STREAM_SPLIT" for field in table.schema}
     with whole_file(path) as scratch:
         pq.write_table(
             marked, scratch, row_group_size=group_rows, compression="zstd", use_dictionary=False,
-            column_encoding=encodings, write_statistics=False, write_page_checksum=True,
+            column_encoding=streams, write_statistics=False, write_page_checksum=True,
         )  # fmt: skip
 
 
-def _leaf(name: str, kind: pa.DataType) -> tuple[str, pa.DataType]:
-    """(Parquet's name of the numbers of a column, their type)."""
+def _leaf(name: str, kind: pa.DataType) -> str:
+    """Parquet's name of the numbers of a column."""
     while pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
         name, kind = f"{name}.list.element", kind.value_type
-    return name, kind
+    return name
 
 
 def open_shard(path: Path) -> pq.ParquetFile:
