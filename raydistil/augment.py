@@ -1,13 +1,13 @@
 """Variants of labelled texts for the teacher to label: cut, joined with each other, some of their tokens changed.
 
-A text the teacher has not seen in training is where its soft labels say the most. Of the rows of a micro-batch a share
-stays as it is; others become a part of themselves, or parts of two of them in a row; then tokens are masked, replaced
-or dropped (masking and cutting: Tang et al. 2019, arXiv:1903.12136; dropping and replacing: Wei and Zou 2019,
-arXiv:1901.11196; parts of two texts, as in MixKD, Liang et al. 2021, arXiv:2011.00593, but of tokens, not embeddings).
-A changed row keeps its soft labels alone: its own label may not hold any more.
+A text the teacher has not seen in training is where its soft labels say the most. A share of the rows stays as it is;
+others become a part of themselves, or parts of two in a row; then tokens are masked, replaced or dropped (masking and
+cutting: Tang et al. 2019, arXiv:1903.12136; dropping and replacing: Wei and Zou 2019, arXiv:1901.11196; parts of two
+texts, as in MixKD, Liang et al. 2021, arXiv:2011.00593, but of tokens, not embeddings). A changed row keeps its soft
+labels alone: its own label may not hold any more.
 
-All is a function of (seed, micro-batch). Lengths never exceed the micro-batch's padded length. `[CLS]` and `[SEP]` stay
-where they are.
+All is a function of (seed, visit of the row). Lengths never exceed the micro-batch's padded length. `[CLS]` and `[SEP]`
+stay where they are.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from raydistil.config import AugmentConfig
+from raydistil.config.targets import AugmentConfig
 from raydistil.manifest import keyed
+from raydistil.masking import row_keys
 from raydistil.types import IGNORE, TokenBatch
 
 Ids = NDArray[np.int32]
@@ -43,28 +44,32 @@ class Words:
         )
 
 
-def augment(batch: TokenBatch, config: AugmentConfig, words: Words, seed: int) -> TokenBatch:
-    """`batch` with some of its rows changed, and those without a label."""
+def augment(
+    batch: TokenBatch, partner_ids_BL: Ids, partner_lengths_B: Ids, config: AugmentConfig, words: Words, seed: int
+) -> TokenBatch:
+    """`batch` with some of its rows changed, and those without a label. Row b may be joined with part of partner b."""
     assert batch.labels_B is not None
-    random = np.random.default_rng(int(keyed(seed, batch.index, _AUGMENT)))
     width = batch.input_ids_BL.shape[1]
-    bodies = [row[1 : length - 1] for row, length in zip(batch.input_ids_BL, batch.lengths_B, strict=True)]
-    partners = random.permutation(len(bodies))
+    bodies, partners = _bodies(batch.input_ids_BL, batch.lengths_B), _bodies(partner_ids_BL, partner_lengths_B)
+    keys_B = row_keys(int(keyed(seed, _AUGMENT)), batch.visits_B)
     draw = words.drawer()
-    changed = [
-        _changed(bodies[n], bodies[partners[n]], config, words.mask_id, draw, random)[: width - 2]
-        for n in range(len(bodies))
-    ]
-    kept_B = random.random(len(bodies)) < config.keep
-    chosen = [old if kept else new for old, new, kept in zip(bodies, changed, kept_B, strict=True)]
+    chosen = []
+    for own, other, key in zip(bodies, partners, keys_B.tolist(), strict=True):
+        random = np.random.default_rng(key)
+        kept = random.random() < config.keep
+        chosen.append(own if kept else _changed(own, other, config, words.mask_id, draw, random)[: width - 2])
     same_B = np.array([np.array_equal(old, new) for old, new in zip(bodies, chosen, strict=True)])
-    lengths_B = np.array([len(body) + 2 for body in chosen], np.int32)
     return replace(
         batch,
         input_ids_BL=_framed(batch, chosen, words.pad_id),
-        lengths_B=lengths_B,
+        lengths_B=np.array([len(body) + 2 for body in chosen], np.int32),
         labels_B=np.where(same_B, batch.labels_B, IGNORE).astype(np.int32),
     )
+
+
+def _bodies(ids_BL: Ids, lengths_B: Ids) -> list[Ids]:
+    """Each row without its padding and its first and last token."""
+    return [row[1 : length - 1] for row, length in zip(ids_BL, lengths_B, strict=True)]
 
 
 def _changed(

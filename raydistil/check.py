@@ -1,21 +1,29 @@
 """check: the resolved configuration, a sample of the data and the plan. Trains nothing and starts no Ray process."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from raydistil.cache.sizes import Sizes, sizes_of
+from raydistil.chain import assistants
 from raydistil.cluster import address_of, check_before_start
-from raydistil.config import Config, explain, load_config, read_toml
+from raydistil.config import Config, DistillConfig, explain, load_config, read_toml
+from raydistil.config.targets import variants_of
 from raydistil.corpus import open_corpus
 from raydistil.errors import DataError
+from raydistil.fill import mebibytes
+from raydistil.layers import plan_layers
 from raydistil.models import load_tokenizer, quiet_transformers
 from raydistil.optim import deepspeed_config
 from raydistil.plan import cores, local_cpus, threads
 from raydistil.prepare import check_models, needs, outlines
 from raydistil.size import describe_model
+from raydistil.storage import free_bytes
+from raydistil.targets import makes_logits, targets_spec
 from raydistil.tokens import class_names
 from raydistil.types import TextRow
 
@@ -37,7 +45,7 @@ def check(path: Path, overrides: list[str], show: int) -> dict[str, Any]:
         "examples": _examples(config, rows[:show]),
         "models": _models(config, rows),
         "data": [*notes, f"read {len(rows):,} rows without complaint (run reads all)"],
-        "plan": _plan(config),
+        "plan": [*_plan(config), *_kept(config, rows)],
         "deepspeed": None if config.distill is None else deepspeed_config(config.distill),
     }
 
@@ -80,8 +88,52 @@ def _examples(config: Config, rows: list[TextRow]) -> list[dict[str, Any]]:
 
 def _plan(config: Config) -> list[str]:
     """How the run would be laid out here."""
-    student_threads, teacher_threads = threads(config.cluster, with_teacher=config.distill is not None)
+    student_threads, teacher_threads = threads(config.cluster, config.distill is not None, _caches(config))
     where = address_of(config.cluster) or f"a local cluster of {local_cpus()} logical CPUs on {cores()} cores"
     lines = [f"on {where}, {torch.cuda.device_count()} GPUs"]
     lines += [need.arithmetic() for need in needs(config)]
     return [*lines, f"threads: {student_threads} for a student, {teacher_threads} for a teacher"]
+
+
+def _caches(config: Config) -> bool:
+    return config.distill is not None and config.distill.targets.cache is not None
+
+
+# ---- what keeping the targets would take
+
+
+def _kept(config: Config, rows: list[TextRow]) -> Iterator[str]:
+    """How large each teacher's cache would be, by the rows read here; nothing without a cache."""
+    if config.distill is None or config.distill.targets.cache is None:
+        return
+    root = config.distill.targets.cache
+    tokens, num_rows = _amount(config, rows)
+    trained = [train for _, train, _ in assistants(config)] + [config.distill]
+    for train, (teacher, student) in zip(trained, pairwise(outlines(config)), strict=True):
+        variants = min(variants_of(train.targets) or 1, train.epochs)
+        sizes = _sizes(config, train, teacher.config, student.config, rows)
+        yield (
+            f"targets: about {mebibytes(variants * sizes.of(tokens, num_rows))} in {root} before compression "
+            f"({variants} x ({tokens:,.0f} tokens x {sizes.per_token:.4g} bytes + {num_rows:,.0f} rows x "
+            f"{sizes.per_row:.4g})), {mebibytes(free_bytes(root.expanduser()))} free there"
+        )
+
+
+def _amount(config: Config, rows: list[TextRow]) -> tuple[float, float]:
+    """(tokens, rows) of the training split's store: by all of its texts, each as long as those of the sample."""
+    labelled = config.task == "classification"
+    sample = [row.text for row in rows if row.split == "train"]
+    texts = len(sample)
+    if len(rows) == ROWS_READ:
+        texts = sum(row.split == "train" for row in open_corpus(config.corpus, labelled).rows())
+    lengths = [len(ids) for ids in load_tokenizer(config.teacher.model)(sample, verbose=False)["input_ids"]]
+    mean = sum(min(length, config.tokens.length) if labelled else length for length in lengths) / max(1, len(lengths))
+    return texts * mean, texts if labelled else texts * mean / config.tokens.length
+
+
+def _sizes(config: Config, train: DistillConfig, teacher: Any, student: Any, rows: list[TextRow]) -> Sizes:
+    head = makes_logits(train.targets, train.loss, config.task)
+    layers = plan_layers(train.loss, config.task, head, teacher.num_hidden_layers, student.num_hidden_layers)
+    wanted = targets_spec(train.targets, train.loss, config.task, layers, config.seed)
+    classes = len({row.label for row in rows} - {None}) if config.task == "classification" else teacher.vocab_size
+    return sizes_of(config.task, wanted, config.masking.share, teacher.hidden_size, classes)

@@ -2,10 +2,12 @@
 
 15 % of the tokens are chosen; of those 80 % become [MASK], 10 % a random token, 10 % stay (Devlin et al. 2019).
 `uniform` chooses each token alike, keyed by (seed, position). `frequency` draws, over a whole micro-batch and without
-replacement, with probability ~ count^-0.7 (Sanh et al. 2019), keyed by (seed, micro-batch).
+replacement, with probability ~ count^-0.7 (Sanh et al. 2019), keyed by (seed, micro-batch). Where a row's mask must not
+hang on the rows beside it, `frequency` draws over each row apart, keyed by (seed, position) too.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,16 +47,25 @@ def row_keys(seed: int, positions_B: NDArray[np.int64]) -> NDArray[np.uint64]:
 
 
 def mask_tokens(
-    input_ids_BL: Int32s, lengths_B: Int32s, config: MaskingConfig, vocabulary: Vocabulary, seed: int, index: int,
-    positions_B: NDArray[np.int64],
+    input_ids_BL: Int32s, lengths_B: Int32s, config: MaskingConfig, vocabulary: Vocabulary, seed: int,
+    index: int | None, positions_B: NDArray[np.int64],
 ) -> tuple[Int32s, Int32s]:  # fmt: skip
-    """(corrupted ids, labels), both int32 [B, L]; labels are IGNORE where nothing was chosen."""
+    """(corrupted ids, labels), both int32 [B, L]; labels are IGNORE where nothing was chosen.
+
+    `index` None: a row's outcome is a function of its own tokens and (seed, position).
+    """
     candidates_BL = _candidates(input_ids_BL, lengths_B, vocabulary)
     keys_B = row_keys(seed, positions_B)
     if config.kind == "uniform":
         chosen_BL = candidates_BL & (uniforms(keys_B, input_ids_BL.shape[1], _CHOOSE) < config.share)
     else:
-        chosen_BL = _draw_by_frequency(input_ids_BL, lengths_B, candidates_BL, config, vocabulary, keyed(seed, index))
+        draw = partial(_draw_by_frequency, config=config, vocabulary=vocabulary)
+        if index is not None:
+            chosen_BL = draw(input_ids_BL, lengths_B, candidates_BL, key=keyed(seed, index))
+        else:
+            rows = (slice(n, n + 1) for n in range(len(lengths_B)))
+            parts = [draw(input_ids_BL[r], lengths_B[r], candidates_BL[r], key=keys_B[r.start]) for r in rows]
+            chosen_BL = np.concatenate(parts)
     labels_BL = np.where(chosen_BL, input_ids_BL, IGNORE).astype(np.int32)
     return _corrupt(input_ids_BL, chosen_BL, keys_B, vocabulary), labels_BL
 

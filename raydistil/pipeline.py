@@ -12,25 +12,16 @@ import ray
 from raydistil import rundir
 from raydistil.chain import Link, assistants, links
 from raydistil.cluster import cluster
-from raydistil.config import Config, EvaluateConfig, TrainConfig, result_hash
+from raydistil.config import Config, EvaluateConfig, result_hash
 from raydistil.config.loss import LossConfig
+from raydistil.config.targets import variants_of
 from raydistil.errors import ConfigError, unwrapped
 from raydistil.export import export
-from raydistil.layers import plan_layers
-from raydistil.manifest import Manifest
-from raydistil.models import load_model, resolve, shape_of
-from raydistil.plan import cores, threads
+from raydistil.models import load_model, resolve
+from raydistil.plan import cores
 from raydistil.prepare import Prepared, Say, needs, prepare
-from raydistil.specs import (
-    Candidate,
-    EvaluateSpec,
-    ModelReport,
-    SourceSpec,
-    TargetsSpec,
-    TeacherSpec,
-    TrainRun,
-    WorkerSpec,
-)  # fmt: skip
+from raydistil.specs import Candidate, EvaluateSpec, ModelReport
+from raydistil.stages import manifest_of, num_slots, train_stage
 from raydistil.storage import whole_directory
 from raydistil.student import build_student, save_model, untune
 
@@ -44,13 +35,13 @@ def finetune(run: Prepared) -> None:
     """Teach the teacher the task (or, if it is a language model, the corpus): run_dir/teacher."""
     assert run.config.finetune is not None
     init = resolve(run.config.teacher.model)
-    _train(run, "finetune", run.config.finetune, LABELS_ONLY, init, rundir.TEACHER)
+    train_stage(run, "finetune", run.config.finetune, LABELS_ONLY, init, rundir.TEACHER)
 
 
 def distill(run: Prepared) -> None:
     """Build the student and teach it what the teacher says, over assistants if there are any: run_dir/distilled."""
     for link in links(run.config, run.teacher_dir, run.run_dir):
-        _train(run, link.stage, link.train, link.train.loss, _student_init(run, link), link.target, link)
+        train_stage(run, link.stage, link.train, link.train.loss, _student_init(run, link), link.target, link)
 
 
 def _score(spec: EvaluateSpec, candidates: list[Candidate]) -> list[ModelReport]:
@@ -72,10 +63,11 @@ def train_baseline(run: Prepared) -> None:
     )
     epochs = math.ceil(distill.epochs * rows / labelled) + 1  # the last of them is cut short
     config = distill.model_copy(update={"lr": _baseline_lr(run.config), "epochs": epochs})
-    steps = _num_slots(run, _manifest(run, distill, with_teacher=True), distill)
+    slots = num_slots(run, manifest_of(run, distill, with_teacher=True), distill)
     name = _no_teacher(run.config)
     *_, last = links(run.config, run.teacher_dir, run.run_dir)
-    _train(run, name, config, LABELS_ONLY, _student_init(run, last), name, num_slots=steps)
+    init, variants = _student_init(run, last), variants_of(distill.targets)
+    train_stage(run, name, config, LABELS_ONLY, init, name, slots=slots, variants=variants)
 
 
 def _baseline_lr(config: Config) -> float:
@@ -101,79 +93,6 @@ def _student_init(run: Prepared, link: Link) -> str:
         with whole_directory(path) as scratch:
             save_model(build_student(teacher, link.student, run.config.task), link.teacher, scratch)
     return str(path)
-
-
-def _manifest(run: Prepared, config: TrainConfig, with_teacher: bool) -> Manifest:
-    """All rows where there is a teacher; without one, what has no label cannot be learned from."""
-    labelled = run.config.task == "classification" and not with_teacher
-    rows = run.store.bucket_rows("train", labelled)
-    return Manifest(rows, config.epochs, config.micro_batch_size, run.config.seed)
-
-
-def _num_slots(run: Prepared, manifest: Manifest, config: TrainConfig) -> int:
-    return manifest.padded_to(run.config.cluster.students * config.accumulation)
-
-
-def _train(
-    run: Prepared, stage: str, train_config: TrainConfig, loss: LossConfig, init: str, target: str,
-    link: Link | None = None, num_slots: int | None = None,
-) -> None:  # fmt: skip
-    """One training run, unless its model is there already; `num_slots` micro-batches, else every epoch to its end.
-
-    `link`: whose teacher speaks; None: without a teacher.
-    """
-    from raydistil.train import train
-
-    if (run.run_dir / target).exists():
-        run.say(f"{stage}: done before, kept in {run.run_dir / target}")
-        return
-    config = run.config
-    manifest = _manifest(run, train_config, link is not None)
-    slots = num_slots or _num_slots(run, manifest, train_config)
-    worker = _worker(run, train_config, loss, init, link, slots, manifest.per_epoch)
-    masking = config.masking if config.task == "mlm" else None
-    augment = None if link is None else link.train.augment
-    source = SourceSpec(run.store.path, "train", manifest, masking, augment)
-    summary = train(TrainRun(stage, source, worker, config.cluster, run.run_dir), run.run_dir / target)
-    rundir.write_summary(run.run_dir, stage, summary, {"rows": manifest.num_rows, "lr": train_config.lr})
-    run.say(_describe(stage, summary))
-
-
-def _worker(
-    run: Prepared, train_config: TrainConfig, loss: LossConfig, init: str, link: Link | None, num_slots: int,
-    per_epoch: int,
-) -> WorkerSpec:  # fmt: skip
-    """What every student worker is given; the teacher with it."""
-    config = run.config
-    targets = None if link is None else link.train.targets
-    student_threads, teacher_threads = threads(config.cluster, link is not None)
-    student = shape_of(init, "student.model")
-    teacher = student if link is None else shape_of(link.teacher, "teacher.model")
-    makes_logits = targets is not None and targets.codec == "hidden" and config.task != "classification" and loss.kd > 0
-    layers = plan_layers(loss, config.task, makes_logits, teacher.num_hidden_layers, student.num_hidden_layers)
-    spec = None
-    if link is not None and (layers.teacher_states or loss.kd):
-        wanted = TargetsSpec(
-            link.train.targets, loss, layers.teacher_states, loss.kd > 0 and not makes_logits, config.seed
-        )
-        spec = TeacherSpec(link.teacher, config.task, config.teacher.precision, teacher_threads, wanted)
-    return WorkerSpec(
-        task=config.task, init=init, tokenizer=resolve(config.teacher.model), teacher=spec,
-        frozen_teacher=makes_logits or bool(layers.attention_layers[0]), teacher_width=teacher.hidden_size,
-        layers=layers, labels=run.labels, train=train_config, loss=loss, seed=config.seed, threads=student_threads,
-        per_epoch=per_epoch, num_slots=num_slots,
-    )  # fmt: skip
-
-
-def _describe(stage: str, summary: Any) -> str:
-    text = f"{stage}: {summary.steps} steps, {summary.tokens:,} tokens in {summary.wall_s:.0f} s"
-    if summary.teacher_builds:
-        both = summary.overlap_s / max(summary.student_busy_s, 1e-9)
-        text += (
-            f"; teacher built {summary.teacher_builds}x, at work during {both:.0%} of the student's time, "
-            f"student waited {summary.wait_s / max(summary.wall_s, 1e-9):.0%}"
-        )
-    return text
 
 
 # ---- evaluation and export
@@ -248,7 +167,9 @@ def build_report(run: Prepared, rows: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stage_names(config: Config) -> list[str]:
-    return ["finetune", *(name for _, _, name in assistants(config)), rundir.DISTILL]
+    taught = [*(name for _, _, name in assistants(config)), rundir.DISTILL]
+    kept = config.distill is not None and config.distill.targets.cache is not None
+    return ["finetune", *(name for stage in taught for name in ([rundir.targets_of(stage)] if kept else []) + [stage])]
 
 
 def run_all(config: Config, say: Say) -> dict[str, Any]:

@@ -6,8 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raydistil.config.loss import LossConfig
-from raydistil.manifest import keyed
-from raydistil.masking import uniforms
+from raydistil.masking import row_keys, uniforms
 from raydistil.types import IGNORE, TokenBatch
 
 _SAMPLE = 4  # a stream of random numbers apart from those of the masking
@@ -33,16 +32,18 @@ def compared_places(batch: TokenBatch, loss: LossConfig, seed: int) -> Places:
     kd_T = np.zeros(len(labels_T), np.bool_)
     if loss.kd:
         comparable_T = labels_T != IGNORE if batch.positions_BL is not None else np.ones_like(kd_T)
-        kd_T = comparable_T & _kd_positions(labels_T, loss, keyed(seed, batch.index))
+        kd_T = comparable_T & _kd_positions(batch, real_BL, loss, seed)
     at_T = kd_T | (labels_T != IGNORE) if loss.task else kd_T
     return Places(at_T, kd_T[at_T], labels_T[at_T])
 
 
-def _kd_positions(labels_T: NDArray[np.int64], loss: LossConfig, key: np.uint64) -> NDArray[np.bool_]:
+def _kd_positions(batch: TokenBatch, real_BL: NDArray[np.bool_], loss: LossConfig, seed: int) -> NDArray[np.bool_]:
+    assert batch.labels_BL is not None
     if loss.kd_positions == "all":
-        return np.ones(len(labels_T), np.bool_)
+        return np.ones(int(real_BL.sum()), np.bool_)
     if loss.kd_positions == "sample":
-        chosen: NDArray[np.bool_] = uniforms(np.array([key]), len(labels_T), _SAMPLE)[0] < loss.kd_sample
+        uniforms_BL = uniforms(row_keys(seed, batch.visits_B), real_BL.shape[1], _SAMPLE)
+        chosen: NDArray[np.bool_] = uniforms_BL[real_BL] < loss.kd_sample
         return chosen
-    masked: NDArray[np.bool_] = labels_T != IGNORE
+    masked: NDArray[np.bool_] = batch.labels_BL[real_BL] != IGNORE
     return masked

@@ -35,12 +35,12 @@ class Need:
         return f"CPUs: {cpus} + {READ_CPUS:g} to read = {self.cpus:g}; GPUs: {gpus} = {self.gpus:g}"
 
 
-def need_of(cluster: ClusterConfig, with_teacher: bool) -> Need:
+def need_of(cluster: ClusterConfig, with_teacher: bool, with_student: bool = True) -> Need:
     """What `cluster` asks for, with as few teachers as it allows."""
     teachers = cluster.teachers[0] if with_teacher else 0
     return Need(
-        cluster.students, cluster.student_cpus, cluster.student_gpus, teachers, cluster.teacher_cpus,
-        cluster.teacher_gpus,
+        cluster.students if with_student else 0, cluster.student_cpus, cluster.student_gpus, teachers,
+        cluster.teacher_cpus, cluster.teacher_gpus,
     )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def check_fits(need: Need, cpus: float, gpus: float, largest_cpus: float) -> Non
             f"expected a cluster that holds the run ({need.arithmetic()}), found {cpus:g} CPUs and {gpus:g} GPUs: "
             f"lower cluster.students, cluster.teachers or their cpus and gpus, or add nodes"
         )
-    widest = max(need.student_cpus, need.teacher_cpus if need.teachers else 0)
+    widest = max(need.student_cpus if need.students else 0, need.teacher_cpus if need.teachers else 0)
     if widest > largest_cpus:
         raise PlanError(
             f"expected a node with {widest:g} CPUs for one worker, the largest has {largest_cpus:g}: "
@@ -69,8 +69,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def threads(cluster: ClusterConfig, with_teacher: bool) -> tuple[int, int]:
-    """(threads of a student, threads of a teacher): as configured, else the cores shared out evenly."""
+def threads(cluster: ClusterConfig, with_teacher: bool, cached: bool = False) -> tuple[int, int]:
+    """(threads of a student, threads of a teacher): as configured, else the cores shared out evenly.
+
+    `cached`: the teachers are through before the students start.
+    """
     teachers = cluster.teachers[0] if with_teacher else 0
-    share = max(1, cores() // (cluster.students + teachers))
-    return cluster.student_threads or share, cluster.teacher_threads or share
+    together = cluster.students + teachers
+    student, teacher = (
+        max(1, cores() // n) for n in ((cluster.students, teachers or 1) if cached else (together,) * 2)
+    )
+    return cluster.student_threads or student, cluster.teacher_threads or teacher

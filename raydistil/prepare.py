@@ -59,6 +59,8 @@ def prepare(config: Config, say: Say) -> Prepared:
 def needs(config: Config) -> list[Need]:
     """What the training stages of `config` ask of the cluster, one after the other."""
     wanted = [need_of(config.cluster, with_teacher=False)] if config.finetune else []
+    if config.distill and config.distill.targets.cache:
+        return [*wanted, *(need_of(config.cluster, teacher, with_student=not teacher) for teacher in (True, False))]
     return wanted + ([need_of(config.cluster, with_teacher=True)] if config.distill else [])
 
 

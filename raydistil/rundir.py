@@ -1,14 +1,12 @@
 """The directory of a run: which run it belongs to, what each stage left there."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from raydistil.config import Config, flatten, result_hash, result_part
 from raydistil.errors import StorageError
 from raydistil.storage import is_disk_full
-from raydistil.types import TrainSummary
 
 CONFIG = "config.json"
 REPORT = "report.json"
@@ -69,8 +67,13 @@ def write_json(path: Path, value: Any) -> None:
         raise
 
 
-def write_summary(run_dir: Path, stage: str, summary: TrainSummary, sizes: dict[str, Any]) -> None:
-    write_json(run_dir / f"{stage}.json", asdict(summary) | sizes)
+def targets_of(stage: str) -> str:
+    """The name under which stands what was kept of the teacher's targets for `stage`."""
+    return "targets" if stage == DISTILL else f"{stage}-targets"
+
+
+def write_summary(run_dir: Path, stage: str, figures: dict[str, Any]) -> None:
+    write_json(run_dir / f"{stage}.json", figures)
 
 
 def read_summary(run_dir: Path, stage: str) -> dict[str, Any] | None:

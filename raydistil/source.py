@@ -1,24 +1,28 @@
 """The source of the stream: micro-batches made from nothing but (seed, index) and the token store."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from ray.data import DataContext
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from raydistil import wire
 from raydistil.augment import Words, augment
+from raydistil.cache.read import CachedTargets
 from raydistil.documents import next_tokens, positions_of
 from raydistil.manifest import Ints, Ledger, Slot
-from raydistil.masking import Vocabulary, mask_tokens
+from raydistil.masking import Vocabulary, mask_tokens, row_keys, uniforms
 from raydistil.specs import SourceSpec
 from raydistil.tokens import TokenStore
-from raydistil.types import IGNORE, TokenBatch
+from raydistil.types import TokenBatch
+
+_PARTNER = 7  # a stream of random numbers apart from those of masking, sampling, drawing and augmenting
+FIRST_ROW = np.zeros(1, np.int64)
 
 
 class MicroBatches:
@@ -27,44 +31,64 @@ class MicroBatches:
     def __init__(self, spec: SourceSpec) -> None:
         self._spec = spec
         self._store = TokenStore(spec.store)
+        self._cached = None if spec.cache is None else CachedTargets(spec.cache)
         meta = self._store.meta
         counted = spec.augment is not None or (spec.masking is not None and spec.masking.kind == "frequency")
         counts = self._store.token_counts() if counted else None
         self._vocabulary = Vocabulary(meta.vocab_size, meta.mask_id, meta.special_ids, counts)
         self._words = None if counts is None else Words(meta.pad_id, meta.mask_id, counts, meta.special_ids)
 
+    def taught(self, index: int) -> pa.Table:
+        """Micro-batch `index` with its targets out of the cache, as a row of wire.TARGETS."""
+        assert self._cached is not None
+        slot, batch = self._spec.manifest.slot(index), self.make(index)
+        rows = slot.rows if len(slot.rows) else FIRST_ROW
+        columns = self._cached.columns(batch, slot.bucket, self._variant(slot), rows)
+        return wire.with_targets(wire.table_of([batch]), columns, None)
+
     def make(self, index: int) -> TokenBatch:
         """Micro-batch `index`; past the end of the manifest one that holds a single row of no weight."""
         slot = self._spec.manifest.slot(index)
         if not len(slot.rows):
             return self._empty(slot)
-        ids, lengths, labels = self._store.read(self._spec.split, slot.bucket, slot.rows)
-        if self._store.meta.documents:
-            positions = self._positions(slot.bucket, slot.rows)
-            return TokenBatch(index, ids, lengths, None, next_tokens(ids, positions), len(slot.rows), positions)
-        if self._spec.masking is None:
-            return self._varied(TokenBatch(index, ids, lengths, labels, None, len(slot.rows)))
-        masked, token_labels = mask_tokens(
-            ids, lengths, self._spec.masking, self._vocabulary, self._spec.manifest.seed, index, slot.positions
-        )
-        return TokenBatch(index, masked, lengths, None, token_labels, len(slot.rows))
+        if self._spec.variants is not None:
+            return self.visit(slot.bucket, slot.rows, self._variant(slot), index)
+        return self._batch(index, slot.bucket, slot.rows, slot.positions)
 
-    def _varied(self, batch: TokenBatch) -> TokenBatch:
+    def visit(self, bucket: int, rows: Ints, variant: int, index: int = 0) -> TokenBatch:
+        """`rows` of a bucket with their draws number `variant`: each row a function of (seed, row, variant) alone."""
+        sizes = self._spec.manifest.bucket_rows
+        return self._batch(index, bucket, rows, variant * sum(sizes) + sum(sizes[:bucket]) + rows)
+
+    def _variant(self, slot: Slot) -> int:
+        return slot.epoch % (self._spec.variants or 1) if len(slot.rows) else 0
+
+    def _batch(self, index: int, bucket: int, rows: Ints, visits: Ints) -> TokenBatch:
+        ids, lengths, labels = self._store.read(self._spec.split, bucket, rows)
+        if self._store.meta.documents:
+            places = positions_of(self._store.starts(self._spec.split, bucket, rows))
+            return TokenBatch(index, ids, lengths, None, next_tokens(ids, places), len(rows), visits, places)
+        if self._spec.masking is None:
+            return self._varied(TokenBatch(index, ids, lengths, labels, None, len(rows), visits), bucket)
+        masked, token_labels = mask_tokens(
+            ids, lengths, self._spec.masking, self._vocabulary, self._spec.manifest.seed,
+            index if self._spec.variants is None else None, visits,
+        )  # fmt: skip
+        return TokenBatch(index, masked, lengths, None, token_labels, len(rows), visits)
+
+    def _varied(self, batch: TokenBatch, bucket: int) -> TokenBatch:
+        """As `augment` has it, each row with another one of its bucket as a partner."""
         if self._spec.augment is None:
             return batch
         assert self._words is not None
-        return augment(batch, self._spec.augment, self._words, self._spec.manifest.seed)
-
-    def _positions(self, bucket: int, rows: Ints) -> NDArray[np.int32]:
-        return positions_of(self._store.starts(self._spec.split, bucket, rows))
+        seed = self._spec.manifest.seed
+        partners_B1 = uniforms(row_keys(seed, batch.visits_B), 1, _PARTNER) * self._spec.manifest.bucket_rows[bucket]
+        ids, lengths, _ = self._store.read(self._spec.split, bucket, partners_B1[:, 0].astype(np.int64))
+        return augment(batch, ids, lengths, self._spec.augment, self._words, seed)
 
     def _empty(self, slot: Slot) -> TokenBatch:
-        first = np.zeros(1, np.int64)
-        ids, lengths, labels = self._store.read(self._spec.split, slot.bucket, first)
-        positions = self._positions(slot.bucket, first) if self._store.meta.documents else None
-        if self._spec.masking is None and positions is None:
-            return TokenBatch(slot.index, ids, lengths, labels, None, 0)
-        return TokenBatch(slot.index, ids, lengths, None, np.full_like(ids, IGNORE), 0, positions)
+        """A row that a cache has targets of, without weight."""
+        return replace(self.visit(slot.bucket, FIRST_ROW, 0, slot.index), num_rows=0)
 
 
 class ManifestSource(Datasource):
@@ -88,9 +112,14 @@ class ManifestSource(Datasource):
     def _task(self, first: int, end: int) -> ReadTask:
         indices = self._ledger.select(np.arange(first, end), self._total)
         metadata = BlockMetadata(num_rows=end - first, size_bytes=None, input_files=None, exec_stats=None)
-        return ReadTask(partial(_read, self._spec, indices.tolist()), metadata, schema=wire.BATCH)
+        schema = wire.BATCH if self._spec.cache is None else wire.TARGETS
+        return ReadTask(partial(_read, self._spec, indices.tolist()), metadata, schema=schema)
 
 
 def _read(spec: SourceSpec, indices: list[int]) -> Iterable[pa.Table]:
     source = MicroBatches(spec)
-    yield wire.table_of([source.make(index) for index in indices])
+    if spec.cache is None:
+        yield wire.table_of([source.make(index) for index in indices])
+        return
+    for index in indices:  # one table each: targets are large
+        yield source.taught(index)

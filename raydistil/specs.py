@@ -6,22 +6,12 @@ Kept apart from the parts themselves, so that a process that only passes them on
 from dataclasses import dataclass
 from pathlib import Path
 
-from raydistil.config import AugmentConfig, ClusterConfig, EvaluateConfig, MaskingConfig, TargetsConfig, TrainConfig
+from raydistil.config import ClusterConfig, EvaluateConfig, MaskingConfig, TrainConfig
 from raydistil.config.loss import LossConfig
+from raydistil.config.targets import AugmentConfig, TargetsConfig
 from raydistil.layers import LayerPlan
 from raydistil.manifest import Manifest
 from raydistil.types import Precision, Score, Split, Task
-
-
-@dataclass(frozen=True, slots=True)
-class SourceSpec:
-    """Everything the content of the micro-batches depends on."""
-
-    store: Path
-    split: Split
-    manifest: Manifest
-    masking: MaskingConfig | None  # None: labelled examples, or a causal LM's documents
-    augment: AugmentConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +23,32 @@ class TargetsSpec:
     states: tuple[int, ...]  # hidden states, ascending; see `layers`
     soft_labels: bool  # whether they travel; if not, the student's side makes them of the last state, or needs none
     seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSpec:
+    """Targets that are kept: of which inputs, where, and in which pieces. One entry of a tuple for each bucket."""
+
+    path: Path
+    fingerprint: str
+    targets: TargetsSpec
+    bucket_rows: tuple[int, ...]
+    variants: int
+    shard_rows: tuple[int, ...]  # rows of a file
+    group_rows: tuple[int, ...]  # rows of a row group, the least that is read
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSpec:
+    """Everything the content of the micro-batches depends on."""
+
+    store: Path
+    split: Split
+    manifest: Manifest
+    masking: MaskingConfig | None  # None: labelled examples, or a causal LM's documents
+    augment: AugmentConfig | None = None
+    variants: int | None = None  # sets of draws (masks, sampled places) of a row, taken in turn; None: drawn anew
+    cache: CacheSpec | None = None  # where the micro-batches get their targets; None: not here
 
 
 @dataclass(frozen=True, slots=True)

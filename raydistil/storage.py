@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from raydistil.errors import StorageError
 
@@ -42,6 +43,25 @@ def whole_directory(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """A scratch file beside `target` that takes its place when the block ends well.
+
+    Raises StorageError when the disk is full or nothing can be written there.
+    """
+    scratch = target.with_name(f".{target.name}.{uuid4().hex}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield scratch
+        scratch.replace(target)
+    except OSError as error:
+        if is_disk_full(error):
+            raise _disk_full(target) from error
+        raise StorageError(f"expected a place to write {target}, got {error}: choose another directory") from error
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _make(scratch: Path, target: Path) -> None:
@@ -81,8 +101,13 @@ def is_disk_full(error: BaseException) -> bool:
     return False
 
 
+def free_bytes(path: Path) -> int:
+    """Where `path` is, or would be."""
+    path = path.absolute()
+    return shutil.disk_usage(next(part for part in (path, *path.parents) if part.exists())).free
+
+
 def _disk_full(target: Path) -> StorageError:
-    existing = next(path for path in target.absolute().parents if path.exists())
-    free = shutil.disk_usage(existing).free / 2**20
+    free = free_bytes(target.parent) / 2**20
     kept = "the previous one is intact" if target.exists() else "nothing was left there"
     return StorageError(f"no space left while writing {target} ({free:.0f} MiB free); {kept}: free some and run again")

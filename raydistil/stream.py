@@ -1,4 +1,4 @@
-"""The stream: manifest -> tokens -> mask -> teacher actors -> shards of the student workers.
+"""The stream: manifest -> tokens -> mask -> teacher actors (or the cache) -> shards of the student workers.
 
 ONE Ray Data execution covers the whole run, so the teacher is built once. The source makes micro-batches from nothing
 but (seed, index); the teacher adds its targets; Ray Train splits the rows over the student workers. Only references
@@ -7,6 +7,7 @@ and counters pass through the driver. How much may wait in the object store is b
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pyarrow as pa
 import ray.data
@@ -28,22 +29,25 @@ MOST_BLOCKS = 20_000  # read tasks are made up front, so a long run gets longer 
 def build_stream(
     spec: SourceSpec, total: int, ledger: Ledger, teacher: TeacherSpec | None, cluster: ClusterConfig
 ) -> Dataset:
-    """The data set of micro-batches (columns wire.TARGETS, or wire.BATCH without a teacher), in manifest order."""
-    _configure(DataContext.get_current())
+    """The data set of micro-batches (columns wire.TARGETS, or wire.BATCH without targets), in manifest order.
+
+    Where `spec` has a cache its targets are taken from there, and no teacher is built.
+    """
+    configure_data()
     missing = ledger.missing(total)
     blocks = max(1, min(MOST_BLOCKS, missing // MICRO_BATCHES_PER_BLOCK))
     source: Dataset = ray.data.read_datasource(
         ManifestSource(spec, total, ledger), num_cpus=READ_CPUS, override_num_blocks=blocks, concurrency=1
     )
-    return source if teacher is None else _taught(source, teacher, cluster)
+    return source if teacher is None or spec.cache else on_teachers(source, Teacher, teacher, cluster)
 
 
-def _taught(source: Dataset, teacher: TeacherSpec, cluster: ClusterConfig) -> Dataset:
-    """`source` with the teacher's targets."""
+def on_teachers(source: Dataset, actor: type, spec: Any, cluster: ClusterConfig) -> Dataset:
+    """What the teachers' actors, `actor(spec)`, make of `source`."""
     fewest, most = cluster.teachers
     taught: Dataset = source.map_batches(
-        Teacher,
-        fn_constructor_args=(teacher,),
+        actor,
+        fn_constructor_args=(spec,),
         batch_size=1 if cluster.teacher_gpus else None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=fewest, max_size=most, max_tasks_in_flight_per_actor=3),
@@ -54,7 +58,9 @@ def _taught(source: Dataset, teacher: TeacherSpec, cluster: ClusterConfig) -> Da
     return taught
 
 
-def _configure(context: DataContext) -> None:
+def configure_data() -> None:
+    """Ray Data's settings, for every execution of a run."""
+    context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = 8 << 20

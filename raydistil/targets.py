@@ -9,15 +9,19 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raydistil.codecs.buffers import Readable
 from raydistil.codecs.soft_labels import Logits, Sampled, SoftLabelCodec, TopK
 from raydistil.codecs.states import decode_states, encode_states
-from raydistil.config import TargetsConfig
-from raydistil.manifest import keyed
+from raydistil.config.loss import LossConfig
+from raydistil.config.targets import TargetsConfig
+from raydistil.layers import LayerPlan
+from raydistil.manifest import keyed, mix
+from raydistil.masking import row_keys
 from raydistil.specs import TargetsSpec
-from raydistil.types import Sparse, TeacherTargets
+from raydistil.types import Sparse, Task, TeacherTargets
 
 PLACES_AT_ONCE = 512  # whose vocabulary logits a teacher makes before it encodes them
 _DRAWS = 5  # a stream of random numbers apart from those of masking and sampling
@@ -30,10 +34,25 @@ def soft_label_codec(config: TargetsConfig) -> SoftLabelCodec:
     return Sampled(config.num_draws) if config.codec == "sampled" else Logits()
 
 
+def makes_logits(config: TargetsConfig, loss: LossConfig, task: Task) -> bool:
+    """Whether the student's side makes a language model's soft labels, of the last state and the teacher's head."""
+    return config.codec == "hidden" and task != "classification" and loss.kd > 0
+
+
+def targets_spec(config: TargetsConfig, loss: LossConfig, task: Task, layers: LayerPlan, seed: int) -> TargetsSpec:
+    """What a run asks of its teacher."""
+    soft_labels = loss.kd > 0 and not makes_logits(config, loss, task)
+    return TargetsSpec(config, loss, layers.teacher_states, soft_labels, seed)
+
+
 def encode_targets(
-    spec: TargetsSpec, index: int, states: dict[int, Tensor], logits: Tensor | Iterable[Tensor] | None
+    spec: TargetsSpec, visits_N: NDArray[np.int64], states: dict[int, Tensor], logits: Tensor | Iterable[Tensor] | None
 ) -> dict[str, bytes]:
-    """The columns of micro-batch `index`; `logits` [N, C], or parts of some of the N, where `spec` wants soft labels.
+    """The columns of a micro-batch; `logits` [N, C], or parts of some of the N, where `spec` wants soft labels.
+
+    `visits_N`: of each place's row; what is drawn at a place hangs on that and on its number among its row's places.
+
+    `visits_N`: of each place's row, where what is drawn there is to hang on that and not on the micro-batch.
 
     Raises ModelError where a number does not fit the format.
     """
@@ -43,33 +62,42 @@ def encode_targets(
     }
     if spec.soft_labels:
         assert logits is not None
-        columns["soft_labels"] = _joined(_encoded(spec, index, [logits] if isinstance(logits, Tensor) else logits))
+        parts = [logits] if isinstance(logits, Tensor) else logits
+        columns["soft_labels"] = joined(_encoded(spec, _place_keys(spec.seed, visits_N), parts))
     return columns
 
 
-def _encoded(spec: TargetsSpec, index: int, parts: Iterable[Tensor]) -> Iterator[bytes]:
-    """Every part has random numbers of its own."""
-    codec = soft_label_codec(spec.config)
-    for number, part_nC in enumerate(parts):
-        key = int(keyed(spec.seed, index, _DRAWS, number))
-        yield codec.encode(part_nC, spec.loss.temperature, key)
+def _encoded(spec: TargetsSpec, keys_N: NDArray[np.uint64], parts: Iterable[Tensor]) -> Iterator[bytes]:
+    codec, start = soft_label_codec(spec.config), 0
+    for part_nC in parts:
+        yield codec.encode(part_nC, spec.loss.temperature, keys_N[start : start + len(part_nC)])
+        start += len(part_nC)
 
 
-def _joined(parts: Iterable[bytes]) -> bytes:
+def joined(parts: Iterable[bytes]) -> bytes:
     """int64 number of parts and the size of each, then the parts, each from a multiple of 8 bytes on."""
     buffers = list(parts)
     header = np.array([len(buffers), *map(len, buffers)], np.int64).tobytes()
     return b"".join([header, *(buffer + bytes(-len(buffer) % 8) for buffer in buffers)])
 
 
-def _parted(buffer: Readable) -> Iterator[Readable]:
-    """What `_joined` was given, as views."""
+def parted(buffer: Readable) -> Iterator[Readable]:
+    """What `joined` was given, as views."""
     whole = memoryview(buffer)
     count = int(np.frombuffer(whole[:8], np.int64)[0])
     start = 8 * (1 + count)
     for size in np.frombuffer(whole[8:start], np.int64).tolist():
         yield whole[start : start + size]
         start += size + -size % 8
+
+
+def _place_keys(seed: int, visits_N: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """A key for each place: a function of its row's visit and its number among that row's places."""
+    firsts_N = np.concatenate([[True], visits_N[1:] != visits_N[:-1]])[: len(visits_N)]
+    places_N = np.arange(len(visits_N))
+    numbers_N = places_N - np.maximum.accumulate(np.where(firsts_N, places_N, 0))
+    keys_N = row_keys(int(keyed(seed, _DRAWS)), visits_N)
+    return mix(keys_N ^ row_keys(0, numbers_N))
 
 
 def decode_targets(
@@ -83,7 +111,7 @@ def decode_targets(
     if not spec.soft_labels:
         return TeacherTargets(states, None)
     codec = soft_label_codec(spec.config)
-    parts = [codec.decode(part, device) for part in _parted(columns["soft_labels"])]
+    parts = [codec.decode(part, device) for part in parted(columns["soft_labels"])]
     return TeacherTargets(states, _together(parts))
 
 

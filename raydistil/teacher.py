@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+import numpy as np
 import pyarrow as pa
 
 from raydistil.places import compared_places
@@ -34,7 +35,7 @@ class Teacher:
         head = spec.targets.soft_labels and spec.task != "classification"
         self._states = tuple({*spec.targets.states, *((self._model.num_layers,) if head else ())})
         self._spec = spec
-        self._name = uuid4().hex
+        self.name = uuid4().hex
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """One table a micro-batch, so that the student need not wait for a whole block."""
@@ -43,7 +44,7 @@ class Teacher:
             batch = batch_of(row)
             started = time.time()
             columns = self.targets(batch)
-            timing = TeacherTiming(self._name, started, time.time(), batch.num_tokens)
+            timing = TeacherTiming(self.name, started, time.time(), batch.num_tokens)
             yield with_targets(row, columns, timing)
 
     def targets(self, batch: TokenBatch) -> dict[str, bytes]:
@@ -53,12 +54,13 @@ class Teacher:
         from raydistil.models import on_device, positions_on
         from raydistil.targets import PLACES_AT_ONCE, encode_targets
 
-        wanted, device = self._spec.targets, self._device
+        wanted, device, visits_N = self._spec.targets, self._device, batch.visits_B
         with torch.inference_mode():
             states, logits = self._model(*on_device(batch, device), self._states, positions_on(batch, device))
             parts: Iterable[Tensor] | None = None if logits is None else [logits]
             if wanted.soft_labels and parts is None:
-                at_T = torch.from_numpy(compared_places(batch, wanted.loss, wanted.seed).at_T).to(device)
-                compared_ND = states[self._model.num_layers][at_T]
+                at_T = compared_places(batch, wanted.loss, wanted.seed).at_T
+                visits_N = np.repeat(visits_N, batch.lengths_B)[at_T]
+                compared_ND = states[self._model.num_layers][torch.from_numpy(at_T).to(device)]
                 parts = map(self._model.vocabulary_logits, compared_ND.split(PLACES_AT_ONCE))
-            return encode_targets(wanted, batch.index, states, parts)
+            return encode_targets(wanted, visits_N, states, parts)

@@ -48,6 +48,7 @@ class TokenBatch:
     labels_B: NDArray[np.int32] | None
     labels_BL: NDArray[np.int32] | None
     num_rows: int  # rows that count; rows beyond are padding with no weight
+    visits_B: NDArray[np.int64]  # what each row's random draws hang on
     positions_BL: NDArray[np.int32] | None = None  # causal LM: place in its document, 0 starts one; see documents
 
     @property

@@ -20,6 +20,7 @@ BATCH = pa.schema([
     ("lengths", pa.binary()),  # int32 [B]
     ("labels", pa.binary()),  # int32 [B], classification
     ("token_labels", pa.binary()),  # int32 [B, L], masked-LM and causal LM
+    ("visits", pa.binary()),  # int64 [B]
     ("positions", pa.binary()),  # int32 [B, L], causal LM
 ])  # fmt: skip
 TARGETS = pa.schema([
@@ -46,6 +47,7 @@ def _row(batch: TokenBatch) -> dict[str, Any]:
         "lengths": batch.lengths_B.tobytes(),
         "labels": b"" if batch.labels_B is None else batch.labels_B.tobytes(),
         "token_labels": b"" if batch.labels_BL is None else batch.labels_BL.tobytes(),
+        "visits": batch.visits_B.tobytes(),
         "positions": b"" if batch.positions_BL is None else batch.positions_BL.tobytes(),
     }
 
@@ -61,6 +63,7 @@ def batch_of(row: pa.Table) -> TokenBatch:
         labels_B=labels if labels.size else None,
         labels_BL=token_labels.reshape(-1, width) if token_labels.size else None,
         num_rows=row["num_rows"][0].as_py(),
+        visits_B=np.frombuffer(_bytes(row, "visits"), np.int64),
         positions_BL=positions.reshape(-1, width) if positions.size else None,
     )
 
@@ -78,8 +81,9 @@ def _bytes(row: pa.Table, name: str) -> pa.Buffer:
     return pa.py_buffer(b"") if start == end else data.slice(start, end - start)
 
 
-def with_targets(row: pa.Table, columns: dict[str, bytes], timing: TeacherTiming) -> pa.Table:
-    """`row` with what the teacher made of it, columns of TARGETS."""
+def with_targets(row: pa.Table, columns: dict[str, bytes], timing: TeacherTiming | None) -> pa.Table:
+    """`row` with what the teacher made of it, columns of TARGETS. `timing` None: not now, but before the run."""
+    timing = timing or TeacherTiming("", 0.0, 0.0, 0)
     added = {**columns, "teacher": timing.actor, "started_s": timing.started_s, "ended_s": timing.ended_s}
     arrays = [pa.array([added[name]], TARGETS.field(name).type) for name in TARGETS.names[len(BATCH.names) :]]
     return pa.Table.from_arrays([*row.columns, *arrays], schema=TARGETS)
@@ -93,7 +97,8 @@ def targets_of(row: pa.Table) -> dict[str, Any] | None:
 
 
 def timing_of(row: pa.Table, tokens: int) -> TeacherTiming | None:
-    """When the teacher worked on this micro-batch, or None where none was asked."""
-    if "teacher" not in row.column_names:
+    """When the teacher worked on this micro-batch, or None where none did in this run."""
+    actor = row["teacher"][0].as_py() if "teacher" in row.column_names else ""
+    if not actor:
         return None
-    return TeacherTiming(row["teacher"][0].as_py(), row["started_s"][0].as_py(), row["ended_s"][0].as_py(), tokens)
+    return TeacherTiming(actor, row["started_s"][0].as_py(), row["ended_s"][0].as_py(), tokens)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import sentences
+from conftest import sentences, write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -21,8 +21,10 @@ from transformers import (
 
 from raydistil.config import CorpusConfig, TokensConfig
 from raydistil.corpus import open_corpus
+from raydistil.manifest import Manifest
 from raydistil.models import load_tokenizer
-from raydistil.tokens import build_store
+from raydistil.specs import SourceSpec
+from raydistil.tokens import TokenStore, build_store
 
 BOS, EOS = "<s>", "<|endoftext|>"  # EOS as GPT-2 and Qwen2 have it
 
@@ -74,3 +76,9 @@ def write_store(corpus: Path, teacher: str, length: int = 32) -> Path:
     """The token store of the documents of a file."""
     opened = open_corpus(CorpusConfig(source=str(corpus)), labelled=False)
     return build_store(opened, load_tokenizer(teacher), TokensConfig(length=length), labelled=False, documents=True)
+
+
+def source(folder: Path, teacher: str, size: int = 8, length: int = 32, epochs: int = 2) -> SourceSpec:
+    """Micro-batches of `size` blocks of made documents."""
+    store = write_store(write_jsonl(folder / "corpus.jsonl", sentences(480)), teacher, length)
+    return SourceSpec(store, "train", Manifest(TokenStore(store).bucket_rows("train"), epochs, size, seed=3), None)

@@ -1,4 +1,4 @@
-"""Variants of labelled texts: what stays, what changes, and that all of it is a function of (seed, micro-batch)."""
+"""Variants of labelled texts: what stays, what changes, and that all of it is a function of (seed, visit)."""
 
 from collections import Counter
 from itertools import chain, pairwise
@@ -19,13 +19,20 @@ WORDS = Words(PAD, MASK, COUNTS, (PAD, CLS, SEP, MASK))
 NOTHING: dict[str, Any] = {"keep": 0, "join": 0, "cut": 0, "mask": 0, "replace": 0, "drop": 0}
 
 
-def batch(lengths: list[int], width: int = 24, index: int = 0) -> TokenBatch:
-    """Row b holds the tokens 4 + 20 b, 5 + 20 b ..., so that every token says where it is from."""
+def batch(lengths: list[int], width: int = 24, visit: int = 0) -> TokenBatch:
+    """Row b, visit `visit` + b, holds the tokens 4 + 20 b, 5 + 20 b ..., so that every token says where it is from."""
     ids = np.full((len(lengths), width), PAD, np.int32)
     for row, length in enumerate(lengths):
         ids[row, :length] = [CLS, *range(4 + 20 * row, 2 + 20 * row + length), SEP]
     labels = np.arange(len(lengths), dtype=np.int32)
-    return TokenBatch(index, ids, np.array(lengths, np.int32), labels, None, len(lengths))
+    visits = visit + np.arange(len(lengths))
+    return TokenBatch(0, ids, np.array(lengths, np.int32), labels, None, len(lengths), visits)
+
+
+def changed(given_batch: TokenBatch, config: AugmentConfig, seed: int) -> TokenBatch:
+    """Each row's partner is the row after it."""
+    ids, lengths = (np.roll(column, -1, axis=0) for column in (given_batch.input_ids_BL, given_batch.lengths_B))
+    return augment(given_batch, ids, lengths, config, WORDS, seed)
 
 
 def bodies(made: TokenBatch) -> list[list[int]]:
@@ -33,13 +40,13 @@ def bodies(made: TokenBatch) -> list[list[int]]:
 
 
 def with_only(given_batch: TokenBatch, seed: int = 0, **keys: Any) -> TokenBatch:
-    return augment(given_batch, AugmentConfig(**NOTHING | keys), WORDS, seed)
+    return changed(given_batch, AugmentConfig(**NOTHING | keys), seed)
 
 
 @given(st.lists(st.integers(2, 20), min_size=1, max_size=4), st.integers(0, 99), st.integers(0, 9))
-def test_rows_stay_framed_and_within_their_length(lengths: list[int], seed: int, index: int) -> None:
-    given_batch = batch(lengths, width=20, index=index)
-    made = augment(given_batch, AugmentConfig(keep=0.2, mask=0.3, replace=0.2, drop=0.3), WORDS, seed)
+def test_rows_stay_framed_and_within_their_length(lengths: list[int], seed: int, visit: int) -> None:
+    given_batch = batch(lengths, width=20, visit=visit)
+    made = changed(given_batch, AugmentConfig(keep=0.2, mask=0.3, replace=0.2, drop=0.3), seed)
     assert made.input_ids_BL.shape == given_batch.input_ids_BL.shape
     assert made.input_ids_BL.dtype == made.lengths_B.dtype == np.int32
     for row, length in zip(made.input_ids_BL, made.lengths_B, strict=True):
@@ -51,18 +58,18 @@ def test_rows_stay_framed_and_within_their_length(lengths: list[int], seed: int,
 
 
 @given(st.integers(0, 99), st.integers(0, 99))
-def test_a_changed_row_loses_its_label_and_a_kept_one_does_not(seed: int, index: int) -> None:
-    given_batch = batch([9, 12, 20, 6], index=index)
-    made = augment(given_batch, AugmentConfig(), WORDS, seed)
+def test_a_changed_row_loses_its_label_and_a_kept_one_does_not(seed: int, visit: int) -> None:
+    given_batch = batch([9, 12, 20, 6], visit=visit)
+    made = changed(given_batch, AugmentConfig(), seed)
     for row, (old, new) in enumerate(zip(bodies(given_batch), bodies(made), strict=True)):
         assert made.labels_B is not None
         assert made.labels_B[row] == (row if old == new else IGNORE)
 
 
-def test_the_same_seed_and_micro_batch_give_the_same_variants() -> None:
+def test_the_same_seed_and_visit_give_the_same_variants() -> None:
     first, again = (with_only(batch([20, 20]), seed=1, join=1) for _ in range(2))
     assert np.array_equal(first.input_ids_BL, again.input_ids_BL)
-    for other in (with_only(batch([20, 20]), seed=2, join=1), with_only(batch([20, 20], index=5), seed=1, join=1)):
+    for other in (with_only(batch([20, 20]), seed=2, join=1), with_only(batch([20, 20], visit=5), seed=1, join=1)):
         assert not np.array_equal(first.input_ids_BL, other.input_ids_BL)
 
 
@@ -128,3 +135,13 @@ def test_the_share_of_rows_that_are_kept() -> None:
     made = with_only(given_batch, keep=0.25, mask=1)
     assert made.labels_B is not None
     assert (made.labels_B != IGNORE).mean() == pytest.approx(0.25, abs=0.06)
+
+
+def test_a_row_is_changed_alike_whoever_stands_beside_it() -> None:
+    """Its partner given, a variant hangs on (seed, visit) alone."""
+    config = AugmentConfig(keep=0.1)
+    whole, rows = batch([20, 12, 9, 20], visit=40), slice(2, 3)
+    ids, lengths, visits = whole.input_ids_BL[rows], whole.lengths_B[rows], whole.visits_B[rows]
+    alone = TokenBatch(7, ids, lengths, np.zeros(1, np.int32), None, 1, visits)
+    made = augment(alone, whole.input_ids_BL[3:], whole.lengths_B[3:], config, WORDS, seed=5)
+    assert np.array_equal(made.input_ids_BL, changed(whole, config, 5).input_ids_BL[rows])

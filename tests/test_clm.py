@@ -5,8 +5,7 @@ their end-of-text tokens. Dropout 0, one thread, float32.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,41 +14,26 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from conftest import sentences, write_jsonl
-from sources import streamed
+from parity import ALL_STATES, CPU, Streamed, check, one_micro_batch
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
+from watch import Widest
 
-from raydistil import wire
 from raydistil.attention import attention_of
-from raydistil.config import LossConfig, StudentConfig, TargetsConfig
-from raydistil.distiller import Distiller
+from raydistil.config import LossConfig, TargetsConfig
 from raydistil.errors import ModelError
-from raydistil.layers import plan_layers
-from raydistil.losses import weights_at
-from raydistil.manifest import Manifest
 from raydistil.models import HeadedEncoder, load_model, on_device, positions_on, vocabulary_head
 from raydistil.places import compared_places
 from raydistil.source import MicroBatches
-from raydistil.specs import SourceSpec, TargetsSpec, TeacherSpec
-from raydistil.student import build_student
+from raydistil.specs import TargetsSpec, TeacherSpec
 from raydistil.targets import PLACES_AT_ONCE, decode_targets, encode_targets
 from raydistil.teacher import Teacher
-from raydistil.tokens import TokenStore
-from raydistil.types import IGNORE, Sparse, TeacherTargets, TokenBatch
+from raydistil.types import IGNORE, Sparse, TokenBatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CPU = torch.device("cpu")
-ALL_STATES = (0, 1, 2, 3, 4)
 NOTHING: dict[str, Any] = {"kd": 0, "task": 0, "cosine": 0}
 VOCABULARY = len(decoders.tokenizer())
-
-
-def source_of(folder: Path, teacher: str, size: int = 8, length: int = 32) -> SourceSpec:
-    path = write_jsonl(folder / "corpus.jsonl", sentences(480))
-    store = decoders.write_store(path, teacher, length)
-    return SourceSpec(store, "train", Manifest(TokenStore(store).bucket_rows("train"), 2, size, seed=3), None)
 
 
 def documents(batch: TokenBatch) -> Iterator[Tensor]:
@@ -79,7 +63,7 @@ def rows_of(model: PreTrainedModel, batch: TokenBatch, given: dict[int, Tensor])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "qwen3"])
 def test_a_block_gives_what_its_documents_give_alone(tmp_path: Path, family: str, attention: str) -> None:
     teacher = decoders.write_model(tmp_path / "model", family)
-    batch = MicroBatches(source_of(tmp_path, teacher)).make(0)
+    batch = MicroBatches(decoders.source(tmp_path, teacher)).make(0)
     model = load_model(teacher, "clm").eval()
     model.set_attn_implementation(attention)
     encoder = HeadedEncoder(model, "clm", "float32")
@@ -104,58 +88,13 @@ def test_a_head_that_does_more_than_multiply_is_not_taken() -> None:
 # ---- parity
 
 
-@dataclass(frozen=True)
-class Streamed:
-    """One micro-batch that came through Ray, and what it was made from."""
-
-    teacher_dir: str
-    targets: TargetsSpec
-    batch: TokenBatch
-    given: TeacherTargets
-    made: TokenBatch  # the same micro-batch, made here
-
-    def teacher(self) -> PreTrainedModel:
-        return load_model(self.teacher_dir, "clm").requires_grad_(False).eval()
-
-
-def through_ray(folder: Path, teacher: str, config: TargetsConfig, soft: bool, loss: LossConfig) -> Streamed:
-    source = source_of(folder, teacher)
-    targets = TargetsSpec(config, loss, ALL_STATES, soft, 3)
-    row = streamed(source, TeacherSpec(teacher, "clm", "float32", 1, targets), total=4)[3]
-    batch = wire.batch_of(row)
-    given = decode_targets(targets, wire.targets_of(row), batch.num_tokens, CPU)
-    return Streamed(teacher, targets, batch, given, MicroBatches(source).make(3))
-
-
 @pytest.fixture(scope="module", params=["gpt2", "qwen2", "llama"])
 def case(ray_cluster: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Streamed:
     folder = tmp_path_factory.mktemp(request.param)
     teacher = decoders.write_model(folder / "model", request.param, with_bos=request.param == "llama")
-    return through_ray(folder, teacher, TargetsConfig(), False, LossConfig())
-
-
-def gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def check(case: Streamed, config: LossConfig, expected: Callable[[PreTrainedModel, reference.Rows], Tensor]) -> None:
-    """Loss and gradients of the library on what was streamed, against `expected` on what was made here."""
-    torch.manual_seed(5)
-    student = build_student(load_model(case.teacher_dir, "clm"), StudentConfig(layers=(0, 2)), "clm")
-    layers = plan_layers(config, "clm", not case.targets.soft_labels, 4, 2)
-    encoder = HeadedEncoder(student, "clm", "float32")
-    distiller = Distiller(encoder, config, layers, case.targets.seed, case.teacher()).train()
-    out = distiller(case.batch, case.given, weights_at(config, 0.0))
-    got = gradients(student, out.loss)
-    loss = expected(student, rows_of(student, case.made, dict(case.given.states)))
-    wanted = gradients(student, loss)
-    assert loss.item() > 0
-    assert out.loss.item() == pytest.approx(loss.item(), rel=1e-5)
-    assert wanted.keys() == got.keys()
-    for name, gradient in wanted.items():
-        assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
+    return one_micro_batch(
+        "clm", teacher, decoders.source(folder, teacher), TargetsConfig(), False, LossConfig(), ray=True
+    )
 
 
 def triple(rows: reference.Rows, student: PreTrainedModel, teacher: PreTrainedModel, config: LossConfig) -> Tensor:
@@ -174,13 +113,13 @@ def triple(rows: reference.Rows, student: PreTrainedModel, teacher: PreTrainedMo
 @pytest.mark.parametrize("positions", ["masked", "all"])
 def test_triple(case: Streamed, positions: str) -> None:
     config = LossConfig(kd=5, task=2, cosine=1, temperature=2, kd_positions=positions)
-    check(case, config, lambda student, rows: triple(rows, student, case.teacher(), config))
+    check(case, config, lambda student, rows: triple(rows, student, case.teacher(), config), rows_of)
 
 
 def test_hidden(case: Streamed) -> None:
     config = LossConfig(**NOTHING, hidden={"weight": 0.7})
     pairs = [(0, 0), (2, 1), (4, 2)]
-    check(case, config, lambda student, rows: 0.7 * reference.hidden_mse(rows, pairs))
+    check(case, config, lambda student, rows: 0.7 * reference.hidden_mse(rows, pairs), rows_of)
 
 
 def causal_relation_kl(
@@ -204,7 +143,7 @@ def causal_relation_kl(
 
 def test_minilm2_relates_what_attention_allows(case: Streamed) -> None:
     config = LossConfig(**NOTHING, minilm={"teacher_layer": 3, "relation_heads": 4})
-    check(case, config, lambda student, rows: causal_relation_kl(rows, student, case.teacher(), (3, 2), 4))
+    check(case, config, lambda student, rows: causal_relation_kl(rows, student, case.teacher(), (3, 2), 4), rows_of)
 
 
 @pytest.mark.parametrize(("codec", "positions"), [("logits", "all"), ("topk", "sample"), ("sampled", "masked")])
@@ -212,7 +151,8 @@ def test_codecs(ray_cluster: None, tmp_path: Path, codec: str, positions: str) -
     """Fed what the codec left of them, soft labels train as the formula says."""
     teacher = decoders.write_model(tmp_path / "model", "gpt2")
     loss = LossConfig(kd=3, task=1, cosine=0, kd_positions=positions)
-    case = through_ray(tmp_path, teacher, TargetsConfig(codec=codec, top_k=5, num_draws=20), True, loss)
+    targets = TargetsConfig(codec=codec, top_k=5, num_draws=20)
+    case = one_micro_batch("clm", teacher, decoders.source(tmp_path, teacher), targets, True, loss, ray=True)
     places = compared_places(case.made, loss, 3)
     at_T, kd_N = torch.from_numpy(places.at_T), torch.from_numpy(places.kd_N)
     given = case.given.soft_labels
@@ -227,33 +167,20 @@ def test_codecs(ray_cluster: None, tmp_path: Path, codec: str, positions: str) -
         return 3 * soft + F.cross_entropy(logits, labels)
 
     assert 0 < kd_N.sum() <= len(kd_N)
-    check(case, loss, expected)
+    check(case, loss, expected, rows_of)
 
 
 # ---- the teacher's logits, some places at a time
-
-
-class Widest(torch.utils._python_dispatch.TorchDispatchMode):
-    """Watches the largest float32 tensor as wide as the vocabulary that any operation makes."""
-
-    rows = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for made in () if func.is_view else out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(made, Tensor) and made.dtype == torch.float32 and made.shape[-1:] == (VOCABULARY,):
-                self.rows = max(self.rows, made.numel() // VOCABULARY)
-        return out
 
 
 @pytest.mark.parametrize("codec", ["logits", "topk", "sampled"])
 def test_a_teachers_logits_never_exist_as_a_whole(tmp_path: Path, codec: str) -> None:
     """What arrives is what encoding all of them at once would give; draws are made part by part."""
     folder = decoders.write_model(tmp_path / "model", "gpt2")
-    batch = MicroBatches(source_of(tmp_path, folder, size=24, length=64)).make(0)
+    batch = MicroBatches(decoders.source(tmp_path, folder, size=24, length=64)).make(0)
     wanted = TargetsSpec(TargetsConfig(codec=codec, top_k=5, num_draws=300), LossConfig(), (), True, 3)
     teacher = Teacher(TeacherSpec(folder, "clm", "float32", torch.get_num_threads(), wanted))
-    with Widest() as watched:
+    with Widest(VOCABULARY) as watched:
         columns = teacher.targets(batch)
     assert watched.rows == PLACES_AT_ONCE
     got = decode_targets(wanted, columns, batch.num_tokens, CPU).soft_labels
@@ -262,8 +189,8 @@ def test_a_teachers_logits_never_exist_as_a_whole(tmp_path: Path, codec: str) ->
     with torch.no_grad():
         logits = torch.cat([model(input_ids=ids[None]).logits[0, :-1] for ids in documents(batch)])
     assert len(logits) == (labels != IGNORE).sum() > 2 * PLACES_AT_ONCE
-    parts = logits.split(PLACES_AT_ONCE) if codec == "sampled" else logits
-    whole = decode_targets(wanted, encode_targets(wanted, 0, {}, parts), batch.num_tokens, CPU).soft_labels
+    visits_N = batch.visits_B.repeat((batch.labels_BL != IGNORE).sum(-1))
+    whole = decode_targets(wanted, encode_targets(wanted, visits_N, {}, logits), batch.num_tokens, CPU).soft_labels
     if not isinstance(got, Sparse):
         torch.testing.assert_close(got, whole, rtol=2e-3, atol=2e-3)
     else:

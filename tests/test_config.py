@@ -59,12 +59,12 @@ DEFINING: dict[str, Any] = {
     **{f"distill.loss.schedule.{term}.linear": [1.0, 0.5] for term in TERMS},
     **{f"distill.loss.schedule.{term}.steps": [[0.0, 1.0], [0.5, 2.0]] for term in TERMS},
     "distill.targets.codec": "topk", "distill.targets.top_k": 8, "distill.targets.num_draws": 7,
-    "distill.targets.states": "int8", "distill.augment.keep": 0.5, "distill.augment.join": 0.1,
-    "distill.augment.cut": 0.1, "distill.augment.mask": 0.2, "distill.augment.replace": 0.2,
-    "distill.augment.drop": 0.2,
+    "distill.targets.states": "int8", "distill.targets.mask_variants": 3, "distill.augment.keep": 0.5,
+    "distill.augment.join": 0.1, "distill.augment.cut": 0.1, "distill.augment.mask": 0.2,
+    "distill.augment.replace": 0.2, "distill.augment.drop": 0.2,
 }  # fmt: skip
 PLACING: dict[str, Any] = {
-    "name": "other", "output_dir": "elsewhere",
+    "name": "other", "output_dir": "elsewhere", "distill.targets.cache": "kept",
     "finetune.checkpoint_every_min": 1.5, "distill.checkpoint_every_min": 1.5,
     "evaluate.batch_size": 8, "evaluate.no_teacher_baseline": True, "evaluate.baseline_lr": 0.5,
     "evaluate.latency_length": 8, "evaluate.latency_rounds": 3, "export.license": "Apache-2.0",
@@ -76,6 +76,7 @@ PLACING: dict[str, Any] = {
 LEAVES = DEFINING | PLACING
 NEEDED: dict[str, dict[str, Any]] = {  # keys that make no sense alone
     "student.rule": {"student.num_layers": 2}, "student.narrow": {"student.ffn_size": 8},
+    "distill.targets.cache": {"distill.augment.keep": 1.0},
 }  # fmt: skip
 
 JSON_VALUES = st.recursive(
@@ -321,15 +322,57 @@ def test_overrides_leave_the_tree_alone() -> None:
 
 
 @pytest.mark.parametrize("key", sorted(PLACING))
-def test_placement_leaves_the_hash(tmp_path: Path, base: Config, key: str) -> None:
-    config = load_config(write(tmp_path / "c.toml", changed(key)), [])
-    assert config != base
-    assert result_hash(config) == result_hash(base)
+def test_placement_leaves_the_hash(tmp_path: Path, key: str) -> None:
+    flats = changed(key), BASE | NEEDED.get(key, {})
+    config, without = (load_config(write(tmp_path / "c.toml", flat), []) for flat in flats)
+    assert config != without
+    assert result_hash(config) == result_hash(without)
 
 
 @pytest.mark.parametrize("key", sorted(DEFINING))
 def test_everything_else_changes_the_hash(tmp_path: Path, base: Config, key: str) -> None:
     assert result_hash(load_config(write(tmp_path / "c.toml", changed(key)), [])) != result_hash(base)
+
+
+def test_masks_of_a_row_change_the_hash_and_where_its_targets_are_kept_does_not(tmp_path: Path) -> None:
+    def hashed(*overrides: str) -> str:
+        return result_hash(load_config(write(tmp_path / "c.toml", BASE | {"task": "mlm"}), list(overrides)))
+
+    anew, twice = hashed(), hashed("distill.targets.mask_variants=2")
+    assert len({anew, twice, hashed("distill.targets.mask_variants=3")}) == 3
+    assert twice == hashed("distill.targets.mask_variants=2", "distill.targets.cache=kept")
+    once = hashed("distill.epochs=1", "distill.targets.mask_variants=1")
+    assert once == hashed("distill.epochs=1", "distill.targets.cache=kept") != hashed("distill.epochs=1")
+
+
+@pytest.mark.parametrize(
+    ("task", "targets", "expected"),
+    [
+        (
+            "mlm",
+            {"cache": "kept"},
+            "distill.targets.cache keeps the targets of each text, and every one of the 3 epochs has masks of its own: "
+            "set distill.targets.mask_variants (such as 3), or distill.epochs=1",
+        ),
+        (
+            "classification",
+            {"mask_variants": 2, "augment.keep": 1.0},
+            "distill.targets.mask_variants is of what is random in a text, which is nothing for task classification as "
+            "it is configured: leave it out",
+        ),
+        (
+            "classification",
+            {"cache": "kept", "codec": "sampled"},
+            "distill.targets.cache keeps the targets of each text, and every one of the 3 epochs has augmented "
+            "texts of its own (distill.augment.keep = 1 turns them off): set distill.targets.mask_variants (such as ",
+        ),
+    ],
+)
+def test_targets_that_cannot_be_kept_are_refused(
+    tmp_path: Path, task: str, targets: dict[str, Any], expected: str
+) -> None:
+    flat = {f"distill.{'' if 'augment' in key else 'targets.'}{key}": value for key, value in targets.items()}
+    assert complaint(tmp_path, BASE | {"task": task} | flat).startswith(expected)
 
 
 def test_the_hash_is_the_same_in_every_process(base: Config) -> None:

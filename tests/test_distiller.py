@@ -21,7 +21,7 @@ def out_of(precision: Precision, **loss: Any) -> tuple[LossOutputs, Distiller]:
     ids_BL, _ = tiny.ids()
     labels_BL = np.full((2, 9), IGNORE, np.int32)
     labels_BL[:, 2:5] = ids_BL[:, 2:5].numpy()
-    batch = TokenBatch(0, ids_BL.numpy().astype(np.int32), np.array([9, 6], np.int32), None, labels_BL, 2)
+    batch = TokenBatch(0, ids_BL.numpy().astype(np.int32), np.array([9, 6], np.int32), None, labels_BL, 2, np.arange(2))
     config = LossConfig(**loss)
     teacher, student = (tiny.model(tiny.FAMILIES["bert"], "mlm", seed) for seed in (0, 1))
     layers = plan_layers(config, "mlm", True, 6, 6)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from watch import Widest
 
 from raydistil.config import LossConfig
 from raydistil.layers import plan_layers
@@ -95,19 +96,6 @@ def test_gradcheck_of_logits_that_are_there() -> None:
     assert torch.autograd.gradcheck(of, (logits_of(student).detach().requires_grad_(),))
 
 
-class Widest(torch.utils._python_dispatch.TorchDispatchMode):
-    """Watches the largest float32 tensor as wide as the vocabulary that any operation makes."""
-
-    rows = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for made in () if func.is_view else out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(made, Tensor) and made.ndim == 2 and made.shape[1] == V and made.dtype == torch.float32:
-                self.rows = max(self.rows, made.shape[0])
-        return out
-
-
 def test_the_logits_never_exist_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(labels, "ROWS_PER_PRODUCT", 3)
     student, teacher, labels_N = projections()
@@ -115,10 +103,10 @@ def test_the_logits_never_exist_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> N
     single = Projection(leaves[0], leaves[1], None)
     wide = Projection(teacher.features_ND.float(), teacher.weight_CD.float(), None)
     half_NV = logits_of(wide).half()
-    with Widest() as chunked:
+    with Widest(V) as chunked:
         kd_and_task(LossInputs(single, labels_N, wide), LossConfig(), 1.0, 1.0).loss.backward()
         kd_and_task(LossInputs(single, labels_N, half_NV), LossConfig(), 1.0, 1.0).loss.backward()
-    with Widest() as whole:
+    with Widest(V) as whole:
         sum(plain(logits_of(single), logits_of(wide), labels_N, labels_N != IGNORE, 1.0)).backward()
     assert chunked.rows == 3
     assert whole.rows == N

@@ -236,7 +236,7 @@ def test_bfloat16_is_of_the_products_alone() -> None:
 
 def test_a_micro_batch_on_its_device() -> None:
     ids = np.array([[2, 9, 3, 0], [2, 3, 0, 0]], np.int32)
-    batch = TokenBatch(0, ids, np.array([3, 2], np.int32), np.array([0, 1], np.int32), None, 2)
+    batch = TokenBatch(0, ids, np.array([3, 2], np.int32), np.array([0, 1], np.int32), None, 2, np.arange(2))
     ids_BL, mask_BL = on_device(batch, torch.device("cpu"))
     assert ids_BL.dtype == torch.int64
     assert ids_BL.tolist() == ids.tolist()

@@ -4,79 +4,26 @@ The reference (`reference.py`) is written from the papers' formulas, runs one ro
 the targets as the wire rounded them. Dropout 0, one thread, float32.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import reference
 import torch
-from sources import class_source, mlm_source, streamed
+from parity import Streamed, check, one_micro_batch
+from sources import class_source, mlm_source
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from raydistil import wire
 from raydistil.config import LossConfig, TargetsConfig
-from raydistil.distiller import Distiller
-from raydistil.layers import plan_layers
-from raydistil.losses import weights_at
-from raydistil.models import HeadedEncoder, load_model, load_tokenizer
+from raydistil.models import load_model, load_tokenizer
 from raydistil.places import compared_places
-from raydistil.source import MicroBatches
-from raydistil.specs import SourceSpec, TargetsSpec, TeacherSpec
-from raydistil.student import build_student
-from raydistil.targets import decode_targets
-from raydistil.teacher import Teacher
-from raydistil.types import Sparse, TeacherTargets, TokenBatch
+from raydistil.types import Sparse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CPU = torch.device("cpu")
-ALL_STATES = (0, 1, 2, 3, 4)
 LABELS = ("fruit", "metal", "river")
 NOTHING: dict[str, Any] = {"kd": 0, "task": 0, "cosine": 0}
-
-
-@dataclass(frozen=True)
-class Streamed:
-    """One micro-batch that came through Ray, and what it was made from."""
-
-    task: str
-    teacher_dir: str
-    targets: TargetsSpec
-    batch: TokenBatch
-    given: TeacherTargets
-    made: TokenBatch  # the same micro-batch, made here
-
-    def student(self) -> PreTrainedModel:
-        torch.manual_seed(5)
-        teacher = load_model(self.teacher_dir, self.task, LABELS if self.task == "classification" else ())
-        return build_student(teacher, student_config(), self.task)
-
-    def teacher(self) -> PreTrainedModel:
-        return load_model(self.teacher_dir, self.task).requires_grad_(False).eval()
-
-
-def student_config() -> Any:
-    from raydistil.config.student import StudentConfig
-
-    return StudentConfig(layers=(0, 2))
-
-
-def one_micro_batch(
-    task: str, folder: str, source: SourceSpec, config: TargetsConfig, soft: bool, loss: LossConfig, ray: bool
-) -> Streamed:
-    """The fourth micro-batch of the stream; without `ray` the teacher alone makes it, for other codecs."""
-    targets = TargetsSpec(config, loss, ALL_STATES, soft, 3)
-    spec = TeacherSpec(folder, task, "float32", 1, targets)
-    if ray:
-        row = streamed(source, spec, total=4)[3]
-    else:
-        (row,) = Teacher(spec)(wire.table_of([MicroBatches(source).make(3)]))
-    batch = wire.batch_of(row)
-    given = decode_targets(targets, wire.targets_of(row), batch.num_tokens, CPU)
-    return Streamed(task, folder, targets, batch, given, MicroBatches(source).make(3))
 
 
 @pytest.fixture(scope="module")
@@ -105,32 +52,9 @@ def classes(ray_cluster: None, opinionated: str, tmp_path_factory: pytest.TempPa
     torch.manual_seed(1)
     load_model(opinionated, "classification", LABELS).save_pretrained(folder)
     source = class_source(tmp_path_factory.mktemp("classes"), opinionated)
-    return one_micro_batch("classification", str(folder), source, TargetsConfig(), True, LossConfig(), ray=True)
-
-
-def gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def check(case: Streamed, config: LossConfig, expected: Callable[[PreTrainedModel, reference.Rows], Tensor]) -> None:
-    """Loss and gradients of the library on what was streamed, against `expected` on what was made here."""
-    student = case.student()
-    layers = plan_layers(config, case.task, case.task == "mlm" and not case.targets.soft_labels, 4, 2)
-    distiller = Distiller(
-        HeadedEncoder(student, case.task, "float32"), config, layers, case.targets.seed, case.teacher()
-    ).train()
-    out = distiller(case.batch, case.given, weights_at(config, 0.0))
-    got = gradients(student, out.loss)
-    rows = reference.student_rows(student, case.made, dict(case.given.states))
-    loss = expected(student, rows)
-    wanted = gradients(student, loss)
-    assert loss.item() > 0
-    assert out.loss.item() == pytest.approx(loss.item(), rel=1e-5)
-    assert wanted.keys() == got.keys()
-    for name, gradient in wanted.items():
-        assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
+    return one_micro_batch(
+        "classification", str(folder), source, TargetsConfig(), True, LossConfig(), ray=True, labels=LABELS
+    )
 
 
 # ---- masked-LM: the triple loss and the layers'

@@ -15,7 +15,6 @@ from raydistil.source import MicroBatches
 from raydistil.specs import TargetsSpec, TeacherSpec
 from raydistil.stream import build_stream, execution_options
 from raydistil.targets import decode_targets
-from raydistil.types import IGNORE
 
 LAST_STATE = TargetsSpec(TargetsConfig(), LossConfig(), (4,), False, 3)
 
@@ -74,4 +73,3 @@ def test_past_the_end_micro_batches_hold_nothing(tiny_teacher: str, tmp_path: Pa
     source = mlm_source(tmp_path, tiny_teacher)
     batch = MicroBatches(source).make(source.manifest.num_micro_batches + missing)
     assert batch.num_rows == 0
-    assert (batch.labels_BL == IGNORE).all()

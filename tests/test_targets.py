@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -25,7 +26,7 @@ def spec(numbers: tuple[int, ...], soft: bool, **keys: Any) -> TargetsSpec:
 def test_every_state_comes_back_as_itself(chosen: set[int], tokens: int, dtype: str) -> None:
     wanted = spec(tuple(sorted(chosen)), soft=False, states=dtype)
     states = {n: torch.full((tokens, 3), float(n)) for n in chosen}
-    columns = encode_targets(wanted, 0, states, None)
+    columns = encode_targets(wanted, np.arange(0), states, None)
     assert columns["soft_labels"] == b""
     decoded = decode_targets(wanted, columns, tokens, CPU)
     assert decoded.soft_labels is None
@@ -37,16 +38,16 @@ def test_every_state_comes_back_as_itself(chosen: set[int], tokens: int, dtype: 
 def test_logits_travel_in_fp16() -> None:
     wanted = spec((), soft=True)
     logits_NC = torch.tensor([[1.0, -2.5, 3.140625], [0.0, 1e-3, 7.0]])
-    decoded = decode_targets(wanted, encode_targets(wanted, 0, {}, logits_NC), 9, CPU)
+    decoded = decode_targets(wanted, encode_targets(wanted, np.arange(2), {}, logits_NC), 9, CPU)
     assert torch.equal(decoded.soft_labels, logits_NC.half())
     assert decoded.states == {}
 
 
-def test_draws_depend_on_seed_and_micro_batch_alone() -> None:
+def test_draws_depend_on_seed_and_visit_alone() -> None:
     wanted = spec((), soft=True, codec="sampled", num_draws=30)
     logits_NC = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
-    same = [encode_targets(wanted, 8, {}, logits_NC) for _ in range(2)]
-    assert same[0] == same[1] != encode_targets(wanted, 9, {}, logits_NC)
+    same = [encode_targets(wanted, np.full(5, 8), {}, logits_NC) for _ in range(2)]
+    assert same[0] == same[1] != encode_targets(wanted, np.full(5, 9), {}, logits_NC)
     decoded = decode_targets(wanted, same[0], 5, CPU).soft_labels
     assert isinstance(decoded, Sparse)
     torch.testing.assert_close(decoded.probs_NK.sum(-1), torch.ones(5))
@@ -57,7 +58,7 @@ def test_parts_of_the_places_come_back_as_one(codec: str) -> None:
     """An odd number of places a part, so that no part ends where the next may begin."""
     wanted = spec((), soft=True, codec=codec, top_k=3, num_draws=300)
     logits_NC = 3 * torch.randn(7, 40, generator=torch.Generator().manual_seed(0))
-    columns = encode_targets(wanted, 2, {}, (part for part in logits_NC.split(3)))
+    columns = encode_targets(wanted, np.arange(7), {}, (part for part in logits_NC.split(3)))
     got = decode_targets(wanted, columns, 7, CPU).soft_labels
     if codec == "logits":
         assert torch.equal(got, logits_NC.half().float())
@@ -73,13 +74,14 @@ def test_parts_of_the_places_come_back_as_one(codec: str) -> None:
 
 def test_no_places_are_a_part_too() -> None:
     wanted = spec((), soft=True)
-    assert decode_targets(wanted, encode_targets(wanted, 0, {}, torch.zeros(0, 5)), 4, CPU).soft_labels.shape == (0, 5)
+    columns = encode_targets(wanted, np.arange(0), {}, torch.zeros(0, 5))
+    assert decode_targets(wanted, columns, 4, CPU).soft_labels.shape == (0, 5)
 
 
 def test_the_largest_carry_the_temperature() -> None:
     wanted = spec((), soft=True, codec="topk", top_k=2)
     logits_NC = torch.tensor([[4.0, 2.0, 0.0, -2.0]])
-    decoded = decode_targets(wanted, encode_targets(wanted, 0, {}, logits_NC), 1, CPU).soft_labels
+    decoded = decode_targets(wanted, encode_targets(wanted, np.arange(1), {}, logits_NC), 1, CPU).soft_labels
     assert isinstance(decoded, Sparse)
     expected = torch.softmax(logits_NC / LossConfig().temperature, -1)
     torch.testing.assert_close(decoded.probs_NK, expected[:, :2], rtol=2e-3, atol=0)

@@ -25,6 +25,7 @@ def batches(draw: st.DrawFn) -> TokenBatch:
         labels_B=None if masked else rng.integers(0, 99, rows).astype(np.int32),
         labels_BL=labels_BL if masked else None,
         num_rows=draw(st.integers(0, rows)),
+        visits_B=rng.integers(0, 2**62, rows),
         positions_BL=rng.integers(0, width, (rows, width)).astype(np.int32) if masked and draw(st.booleans()) else None,
     )
 
@@ -79,16 +80,14 @@ def test_tables_of_any_widths_can_be_joined(made: list[TokenBatch]) -> None:
 
 def test_without_a_teacher_there_is_neither_target_nor_timing() -> None:
     ids = np.ones((1, 2), np.int32)
-    row = wire.table_of([TokenBatch(0, ids, np.array([2], np.int32), np.array([0], np.int32), None, 1)])
+    row = wire.table_of([TokenBatch(0, ids, np.array([2], np.int32), np.array([0], np.int32), None, 1, np.arange(1))])
     assert wire.targets_of(row) is None
     assert wire.timing_of(row, 2) is None
 
 
 def test_reading_is_a_view_and_not_a_copy() -> None:
-    made = [
-        TokenBatch(n, np.full((2, 3), n, np.int32), np.array([3, 3], np.int32), np.array([0, 1], np.int32), None, 2)
-        for n in range(3)
-    ]
+    lengths, labels = np.array([3, 3], np.int32), np.array([0, 1], np.int32)
+    made = [TokenBatch(n, np.full((2, 3), n, np.int32), lengths, labels, None, 2, np.arange(2)) for n in range(3)]
     table = wire.table_of(made)
     memory = table["ids"].chunk(0).buffers()[2]
     for number in range(3):

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raydistil.codecs.buffers import Readable, as_array, to_bytes, to_device
+from raydistil.codecs.layout import HEADER_BYTES, LOGITS, MANY, SAMPLED, TOPK, WIDE
 from raydistil.errors import ConfigError, ModelError
 from raydistil.masking import row_keys, uniforms
 from raydistil.types import Sparse
 
-HEADER_BYTES = 16  # four int32: kind, N, C, and K or R
+Key = int | NDArray[np.uint64]  # of all places, or one for each
 
-_LOGITS, _TOPK, _SAMPLED = 1, 2, 3
 _DRAW = 4  # the stream of random numbers; masking has the ones before
 _MOST_DRAWS = 65_535
 _PLACES_AT_ONCE = 16  # their probabilities fit a cache: five times faster on a CPU than all at once
@@ -39,7 +39,7 @@ class Logits:
         """Without the header."""
         return 2 * num_classes
 
-    def encode(self, logits_NC: Tensor, temperature: float, key: int) -> bytes:
+    def encode(self, logits_NC: Tensor, temperature: float, key: Key) -> bytes:
         """The logits as they are, whatever the temperature and the key. Raises ModelError where fp16 is too small."""
         half_NC = logits_NC.to(torch.float16)
         if not torch.isfinite(half_NC).all():
@@ -48,11 +48,11 @@ class Logits:
                 f"expected teacher logits that fit fp16 (65,504), got {largest:.4g}: ship topk or sampled, or check "
                 f"the teacher's weights where it is not finite"
             )
-        return to_bytes(_header(_LOGITS, half_NC, 0), half_NC)
+        return to_bytes(_header(LOGITS, half_NC, 0), half_NC)
 
     def decode(self, buffer: Readable, device: torch.device) -> Tensor:
         """The logits, float16: whoever compares them widens a few places at a time."""
-        array, places, classes, _ = _opened(buffer, _LOGITS)
+        array, places, classes, _ = _opened(buffer, LOGITS)
         return to_device(array, device).view(torch.float16).view(places, classes).clone()  # the memory is not ours
 
 
@@ -70,17 +70,17 @@ class TopK:
         """Without the header."""
         return min(self.k, num_classes) * (_id_bytes(num_classes) + 2) + 2
 
-    def encode(self, logits_NC: Tensor, temperature: float, key: int) -> bytes:
+    def encode(self, logits_NC: Tensor, temperature: float, key: Key) -> bytes:
         """Nothing is drawn: the key is not looked at. Raises ModelError where logits are not finite."""
         kept = min(self.k, logits_NC.shape[1])
         parts = [_largest(part_NC, temperature, kept) for part_NC in torch.split(_checked(logits_NC), _PLACES_AT_ONCE)]
         ids_NK, masses = (torch.cat(column) for column in zip(*parts, strict=True))
         logs = masses.log().to(torch.float16)
-        return to_bytes(_header(_TOPK, logits_NC, kept), ids_NK.to(_id_dtype(logits_NC.shape[1])), logs)
+        return to_bytes(_header(TOPK, logits_NC, kept), ids_NK.to(_id_dtype(logits_NC.shape[1])), logs)
 
     def decode(self, buffer: Readable, device: torch.device) -> Sparse:
         """Scaled so that kept ones and tail sum to 1 after fp16's rounding; the tail is 0 where every class is kept."""
-        array, places, classes, kept = _opened(buffer, _TOPK)
+        array, places, classes, kept = _opened(buffer, TOPK)
         raw = to_device(array, device)
         end = places * kept * _id_bytes(classes)
         ids_NK = raw[:end].view(_id_dtype(classes)).to(torch.int64).view(places, kept)
@@ -92,8 +92,8 @@ class TopK:
 class Sampled:
     """`num_draws` draws with replacement, an unbiased estimate (Anshumann et al. 2025, "Sparse Logit Sampling").
 
-    The draws of a place are a function of the key, the number of the place and its logits: whoever computes them, on
-    whatever device, gets the same but where rounding moves a logit.
+    The draws of a place are a function of the key, the number of the place and its logits (or of the place's own key
+    and its logits): whoever computes them, on whatever device, gets the same but where rounding moves a logit.
     """
 
     num_draws: int
@@ -107,7 +107,7 @@ class Sampled:
         count_bytes = _count_dtype(self.num_draws).itemsize
         return min(self.num_draws, num_classes) * (_id_bytes(num_classes) + count_bytes) + count_bytes
 
-    def encode(self, logits_NC: Tensor, temperature: float, key: int) -> bytes:
+    def encode(self, logits_NC: Tensor, temperature: float, key: Key) -> bytes:
         """Raises ModelError where logits are not finite."""
         places, classes = logits_NC.shape
         uniforms_NR = _uniforms(logits_NC, self.num_draws, key)
@@ -120,12 +120,12 @@ class Sampled:
         distinct_N = torch.bincount(found_M // classes, minlength=places)
         dtype = _count_dtype(self.num_draws)
         ids_M = (found_M % classes).to(_id_dtype(classes))
-        header = _header(_SAMPLED, logits_NC, self.num_draws)
+        header = _header(SAMPLED, logits_NC, self.num_draws)
         return to_bytes(header, ids_M, counts_M.to(dtype), distinct_N.to(dtype))
 
     def decode(self, buffer: Readable, device: torch.device) -> Sparse:
         """Shares of the draws, as wide as the place with most distinct ones; the tail is 0."""
-        array, places, classes, draws = _opened(buffer, _SAMPLED)
+        array, places, classes, draws = _opened(buffer, SAMPLED)
         dtype = _count_dtype(draws)
         distinct_N = array[len(array) - places * dtype.itemsize :].view(f"u{dtype.itemsize}").astype(np.int64)
         width, entries = int(distinct_N.max(initial=0)), int(distinct_N.sum())
@@ -165,9 +165,9 @@ def _largest(logits_NC: Tensor, temperature: float, kept: int) -> tuple[Tensor, 
     return ids_NK, torch.cat([probs_NK, tail_N1], -1)
 
 
-def _uniforms(logits_NC: Tensor, num_draws: int, key: int) -> Tensor:
+def _uniforms(logits_NC: Tensor, num_draws: int, key: Key) -> Tensor:
     """float64 [N, R] in [0, 1), a row for each place, on the logits' device."""
-    keys_N = row_keys(key, np.arange(len(logits_NC)))
+    keys_N = row_keys(key, np.arange(len(logits_NC))) if isinstance(key, int) else key
     return torch.from_numpy(uniforms(keys_N, num_draws, _DRAW)).to(logits_NC.device)
 
 
@@ -194,7 +194,7 @@ def _opened(buffer: Readable, kind: int) -> tuple[NDArray[np.uint8], int, int, i
 
 
 def _id_dtype(num_classes: int) -> torch.dtype:
-    return torch.uint16 if num_classes <= 1 << 16 else torch.int32
+    return torch.uint16 if num_classes <= WIDE else torch.int32
 
 
 def _id_bytes(num_classes: int) -> int:
@@ -202,4 +202,4 @@ def _id_bytes(num_classes: int) -> int:
 
 
 def _count_dtype(num_draws: int) -> torch.dtype:
-    return torch.uint8 if num_draws <= 255 else torch.uint16
+    return torch.uint8 if num_draws <= MANY else torch.uint16

@@ -20,6 +20,7 @@ from raydistil.config.loss import LossConfig
 from raydistil.config.recipes import over_recipe
 from raydistil.config.section import Beta, Positive, Section, Share
 from raydistil.config.student import AssistantConfig, StudentConfig
+from raydistil.config.targets import AugmentConfig, TargetsConfig, check_drawn, variants_of, what_is_drawn
 from raydistil.errors import ConfigError
 from raydistil.types import Precision, Task
 
@@ -78,7 +79,9 @@ class TeacherConfig(Section):
 
 class MaskingConfig(Section):
     kind: Literal["uniform", "frequency"] = "uniform"
-    """`uniform`: each token alike. `frequency`: p ~ count^-smoothing over a micro-batch (DistilBERT, XLM)."""
+    """`uniform`: each token alike. `frequency`: p ~ count^-smoothing over a micro-batch (DistilBERT, XLM).
+
+    Over each row apart where `distill.targets.mask_variants` is set."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.15
     smoothing: Annotated[float, Field(ge=0)] = 0.7
 
@@ -107,38 +110,6 @@ class TrainConfig(Section):
     zero_stage: Literal[0, 1, 2] = 0
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Plain DeepSpeed keys, merged over the generated ones; `check` shows the outcome."""
-
-
-class TargetsConfig(Section):
-    """How what the teacher says crosses the wire. Classes have few logits: there `hidden` ships them as they are."""
-
-    codec: Literal["hidden", "logits", "topk", "sampled"] = "hidden"
-    """Soft labels: made of the last hidden state on the student's side, or fp16 logits, the largest, or draws."""
-    top_k: Positive = 32
-    num_draws: Annotated[int, Field(ge=1, le=65_535)] = 50
-    states: Literal["fp16", "bf16", "int8"] = "fp16"
-    """Format of the hidden states."""
-
-
-class AugmentConfig(Section):
-    """Variants of labelled texts that only the teacher labels; a text that stays as it was keeps its label."""
-
-    keep: Share = 0.25
-    """Share of the rows that stay as they are."""
-    join: Share = 0.35
-    """Of the others, the share that become parts of two texts in a row."""
-    cut: Share = 0.25
-    """Of the others, the share that become a part of themselves."""
-    mask: Share = 0.08
-    """Share of the tokens that become the mask token; so `replace` (by others, as often as they occur) and `drop`."""
-    replace: Share = 0.03
-    drop: Share = 0.03
-
-    @model_validator(mode="after")
-    def _shares_fit(self) -> "AugmentConfig":
-        if self.join + self.cut > 1 or self.mask + self.replace + self.drop > 1:
-            raise ValueError("expected join + cut and mask + replace + drop of at most 1")
-        return self
 
 
 class DistillConfig(TrainConfig):
@@ -241,6 +212,13 @@ class Config(Section):
             raise ValueError("masking is of task mlm: leave [masking] out for task clm")
         if self.task == "clm" and self.distill is not None:
             self.distill.loss.check_causal()
+        return self
+
+    @model_validator(mode="after")
+    def _cached_targets_are_those_of_every_epoch(self) -> "Config":
+        if self.distill:
+            epochs = max(self.distill.epochs, *(assistant.epochs or 1 for assistant in self.assistants), 1)
+            check_drawn(self.task, epochs, self.distill.targets, self.distill.loss, self.distill.augment)
         return self
 
 
@@ -378,6 +356,12 @@ def result_part(config: Config) -> dict[str, Any]:
     for stage in ("finetune", "distill"):
         if tree[stage] is not None:
             del tree[stage]["checkpoint_every_min"]
+    if (
+        distill := config.distill
+    ) is not None:  # where targets are kept defines nothing, how often masks are drawn does
+        del tree["distill"]["targets"]["cache"]
+        drawn = what_is_drawn(config.task, distill.targets, distill.loss, distill.augment)
+        tree["distill"]["targets"]["mask_variants"] = variants_of(distill.targets) if drawn else None
     return {key: value for key, value in tree.items() if key not in PLACEMENT}
 
 
