@@ -19,22 +19,37 @@ class Link:
     """One distillation; directories are names below the run's, or whole paths."""
 
     stage: str
-    teacher: str
+    teachers: tuple[str, ...]  # several for the first link at most
+    weights: tuple[float, ...]  # of what they say; their sum is 1
     untuned: str  # what the teacher was before it was taught: where layers of `start = "checkpoint"` are from
     student: StudentConfig
     train: DistillConfig
     init: str  # the student before
     target: str  # and after
 
+    @property
+    def teacher(self) -> str:
+        """The one whose layers the student is made of, and whose hidden states count."""
+        return self.teachers[0]
 
-def links(config: Config, teacher: str, run_dir: Path) -> Iterator[Link]:
-    """The links in order, the student's last. `teacher`: the directory of the first one."""
+
+def links(config: Config, teachers: tuple[str, ...], run_dir: Path) -> Iterator[Link]:
+    """The links in order, the student's last. `teachers`: the directories of the first one's."""
     assert config.distill is not None
-    untuned = resolve(config.teacher.model)
+    weights, untuned = weights_of(config), resolve(config.teacher.model)
     for student, train, name in assistants(config):
-        yield Link(name, teacher, untuned, student, train, f"{name}-init", name)
-        teacher, untuned = str(run_dir / name), str(run_dir / f"{name}-init")
-    yield Link(rundir.DISTILL, teacher, untuned, config.student, config.distill, rundir.STUDENT_INIT, rundir.DISTILLED)
+        yield Link(name, teachers, weights, untuned, student, train, f"{name}-init", name)
+        teachers, weights, untuned = (str(run_dir / name),), (1.0,), str(run_dir / f"{name}-init")
+    yield Link(
+        rundir.DISTILL, teachers, weights, untuned, config.student, config.distill, rundir.STUDENT_INIT,
+        rundir.DISTILLED,
+    )  # fmt: skip
+
+
+def weights_of(config: Config) -> tuple[float, ...]:
+    """Of the teachers' soft labels; their sum is 1."""
+    weights = [config.teacher.weight, *(teacher.weight for teacher in config.ensemble)]
+    return tuple(weight / sum(weights) for weight in weights)
 
 
 def assistants(config: Config) -> Iterator[tuple[StudentConfig, DistillConfig, str]]:

@@ -88,7 +88,8 @@ def _examples(config: Config, rows: list[TextRow]) -> list[dict[str, Any]]:
 
 def _plan(config: Config) -> list[str]:
     """How the run would be laid out here."""
-    student_threads, teacher_threads = threads(config.cluster, config.distill is not None, _caches(config))
+    pools = 1 + len(config.ensemble) if config.distill else 0
+    student_threads, teacher_threads = threads(config.cluster, pools, _caches(config))
     where = address_of(config.cluster) or f"a local cluster of {local_cpus()} logical CPUs on {cores()} cores"
     lines = [f"on {where}, {torch.cuda.device_count()} GPUs"]
     lines += [need.arithmetic() for need in needs(config)]

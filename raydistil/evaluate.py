@@ -4,6 +4,7 @@ Classification: accuracy with its Wilson interval, and macro F1. Masked-LM: the 
 mean cross-entropy at them, on masks that depend on nothing but the text's place, so every model meets the same ones.
 Causal LM: the share of next tokens found, the mean cross-entropy of each given those of its document before it in the
 block, and its exponential, the perplexity.
+Several teachers count as one, by the weighted mean of what they hold probable; their times add up.
 Latency: median over interleaved rounds, one row, one thread, float32.
 """
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from sklearn.metrics import f1_score
 
+from raydistil.ensemble import mixed_logits
 from raydistil.manifest import Manifest
 from raydistil.models import HeadedEncoder, load_model, num_parameters, on_device, positions_on
 from raydistil.source import MicroBatches
@@ -29,6 +31,7 @@ from raydistil.tokens import TokenStore
 from raydistil.types import IGNORE, Score, TokenBatch
 
 Z95 = 1.959964
+Voices = list[tuple[HeadedEncoder, float]]  # models and their weights
 MASK_SEED = 20_191_008  # fixed: a score must not change with the seed of the training
 
 
@@ -43,17 +46,18 @@ def evaluate(spec: EvaluateSpec, candidates: list[Candidate]) -> list[ModelRepor
 
 
 def _scored(spec: EvaluateSpec, candidate: Candidate, device: torch.device) -> ModelReport:
-    model = HeadedEncoder(load_model(candidate.model, spec.task, spec.labels), spec.task, spec.precision)
-    model.eval().to(device)
-    parameters = num_parameters(model)
-    size = _size_on_disk(candidate.model) or 4 * parameters
+    loaded = [load_model(model, spec.task, spec.labels) for model in candidate.models]
+    models = [HeadedEncoder(model, spec.task, spec.precision).eval().to(device) for model in loaded]
+    voices = list(zip(models, candidate.weights, strict=True))
+    parameters = sum(map(num_parameters, models))
+    size = sum(map(_size_on_disk, candidate.models)) or 4 * parameters
     if spec.task == "mlm":
-        loss, score = _token_scores(model, spec, device, "masked accuracy")
+        loss, score = _token_scores(voices, spec, device, "masked accuracy")
         return ModelReport(candidate.name, parameters, size, score, None, loss, None)
     if spec.task == "clm":
-        loss, score = _token_scores(model, spec, device, "next-token accuracy")
+        loss, score = _token_scores(voices, spec, device, "next-token accuracy")
         return ModelReport(candidate.name, parameters, size, score, None, None, None, loss, math.exp(loss))
-    truth, guesses = _class_outcomes(model, spec, device)
+    truth, guesses = _class_outcomes(voices, spec, device)
     f1 = float(f1_score(truth, guesses, average="macro"))
     return ModelReport(candidate.name, parameters, size, wilson("accuracy", truth == guesses), f1, None, None)
 
@@ -71,42 +75,51 @@ def batches(spec: EvaluateSpec) -> Iterator[TokenBatch]:
     return (maker.make(index) for index in range(source.manifest.num_micro_batches))
 
 
+def _mixed(said: list[tuple[torch.Tensor, float]]) -> torch.Tensor:
+    """Logits of the mean prediction."""
+    logits, weights = zip(*said, strict=True)
+    return mixed_logits(logits, weights, temperature=1.0)
+
+
 @torch.inference_mode()
 def _class_outcomes(
-    model: HeadedEncoder, spec: EvaluateSpec, device: torch.device
+    voices: Voices, spec: EvaluateSpec, device: torch.device
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(true classes, predicted classes), one a row."""
     truth, guesses = [], []
     for batch in batches(spec):
-        _, logits = model(*on_device(batch, device))
-        assert logits is not None and batch.labels_B is not None
+        logits = _mixed([(model(*on_device(batch, device))[1], weight) for model, weight in voices])
+        assert batch.labels_B is not None
         truth.append(batch.labels_B.astype(np.int64))
         guesses.append(logits.argmax(-1).cpu().numpy())
     return np.concatenate(truth), np.concatenate(guesses)
 
 
 @torch.inference_mode()
-def _token_scores(model: HeadedEncoder, spec: EvaluateSpec, device: torch.device, metric: str) -> tuple[float, Score]:
+def _token_scores(voices: Voices, spec: EvaluateSpec, device: torch.device, metric: str) -> tuple[float, Score]:
     """(mean cross-entropy in nats, share found) of the tokens that have a label."""
     losses, hits = [], []
-    for states_nD, labels_n in _labelled_states(model, spec, device):
-        logits_nV = model.vocabulary_logits(states_nD)
+    for states, labels_n in _labelled_states(voices, spec, device):
+        spoken = zip(voices, states, strict=True)
+        logits_nV = _mixed([(model.vocabulary_logits(states_nD), weight) for (model, weight), states_nD in spoken])
         losses.append(F.cross_entropy(logits_nV, labels_n, reduction="none").cpu().numpy())
         hits.append((logits_nV.argmax(-1) == labels_n).cpu().numpy())
     return float(np.concatenate(losses).mean()), wilson(metric, np.concatenate(hits))
 
 
 def _labelled_states(
-    model: HeadedEncoder, spec: EvaluateSpec, device: torch.device
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(last states [n, D], labels [n]) of the tokens that have a label, a few at a time: the vocabulary is large."""
+    voices: Voices, spec: EvaluateSpec, device: torch.device
+) -> Iterator[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
+    """(each model's last states [n, D], labels [n]) of tokens that have a label, a few at a time."""
     for batch in batches(spec):
         ids_BL, mask_BL = on_device(batch, device)
         labels_T = torch.from_numpy(np.asarray(batch.labels_BL, np.int64)).to(device)[mask_BL]
-        states, _ = model(ids_BL, mask_BL, (model.num_layers,), positions_on(batch, device))
-        at_T = labels_T != IGNORE
-        compared = states[model.num_layers][at_T], labels_T[at_T]
-        yield from zip(*(torch.split(part, PLACES_AT_ONCE) for part in compared), strict=True)
+        at_T, positions = labels_T != IGNORE, positions_on(batch, device)
+        last = [
+            model(ids_BL, mask_BL, (model.num_layers,), positions)[0][model.num_layers][at_T] for model, _ in voices
+        ]
+        parts = (torch.split(part, PLACES_AT_ONCE) for part in (*last, labels_T[at_T]))
+        yield from ((tuple(states), labels_n) for *states, labels_n in zip(*parts, strict=True))
 
 
 def wilson(metric: str, hits: NDArray[np.bool_]) -> Score:
@@ -120,15 +133,17 @@ def wilson(metric: str, hits: NDArray[np.bool_]) -> Score:
 def latencies_ms(spec: EvaluateSpec, candidates: list[Candidate]) -> list[float]:
     """Median milliseconds of a one-row forward pass of each, the rounds interleaved so that noise hits all alike."""
     torch.set_num_threads(1)
-    models = [load_model(candidate.model, spec.task, spec.labels).train(False) for candidate in candidates]
+    models = [[load_model(model, spec.task, spec.labels).eval() for model in each.models] for each in candidates]
     length = spec.config.latency_length
-    ids = torch.arange(1000, 1000 + length)[None, :] % min((m.config.vocab_size for m in models), default=1)
+    sizes = [model.config.vocab_size for each in models for model in each]
+    ids = torch.arange(1000, 1000 + length)[None, :] % min(sizes, default=1)
     times: list[list[float]] = [[] for _ in models]
     with torch.inference_mode():
         for round_number in range(spec.config.latency_rounds + 5):
-            for model, measured in zip(models, times, strict=True):
+            for each, measured in zip(models, times, strict=True):
                 started = time.perf_counter()
-                model(input_ids=ids, attention_mask=torch.ones_like(ids))
+                for model in each:
+                    model(input_ids=ids, attention_mask=torch.ones_like(ids))
                 if round_number >= 5:  # the first rounds warm up
                     measured.append(1000 * (time.perf_counter() - started))
     return [statistics.median(measured) for measured in times]

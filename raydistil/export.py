@@ -35,8 +35,9 @@ def model_card(config: Config, report: dict[str, Any]) -> str:
     license_line = f"license: {config.export.license}\n" if config.export and config.export.license else ""
     tag = PIPELINE_TAGS[config.task]
     head = f"---\n{license_line}library_name: transformers\npipeline_tag: {tag}\n---\n\n# {config.name}\n\n"
+    teachers = " and ".join(f"`{teacher.model}`" for teacher in (config.teacher, *config.ensemble))
     body = (
-        f"A student of `{config.teacher.model}`, started from {_start(config.student)} and distilled on "
+        f"A student of {teachers}, started from {_start(config.student)} and distilled on "
         f"`{config.corpus.source}` with raydistil (seed {config.seed}).\n"
     )
     return head + body + (_card_table(report) if report else "\nNot evaluated.\n")

@@ -101,7 +101,7 @@ def fill_cache(
     builds = 0
     if missing:
         _check_room(cache, sizes, tokens, missing)
-        spec = FillSpec(cache, replace(source, cache=None), teacher, missing)
+        spec = FillSpec(cache, replace(source, caches=()), teacher, missing)
         builds = len(_run(spec, cluster, say))
     num_bytes, all_tokens = vouch(cache), tokens * cache.variants
     filled = Filled(str(cache.path), all_tokens, num_bytes, len(missing), builds, time.monotonic() - started)

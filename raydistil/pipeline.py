@@ -7,21 +7,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 
 from raydistil import rundir
-from raydistil.chain import Link, assistants, links
+from raydistil.chain import Link, assistants, links, weights_of
 from raydistil.cluster import cluster
 from raydistil.config import Config, EvaluateConfig, result_hash
 from raydistil.config.loss import LossConfig
 from raydistil.config.targets import variants_of
 from raydistil.errors import ConfigError, unwrapped
 from raydistil.export import export
+from raydistil.manifest import keyed
 from raydistil.models import load_model, resolve
 from raydistil.plan import cores
-from raydistil.prepare import Prepared, Say, needs, prepare
+from raydistil.prepare import Prepared, Say, needs, prepare, teacher_models
 from raydistil.specs import Candidate, EvaluateSpec, ModelReport
-from raydistil.stages import manifest_of, num_slots, train_stage
+from raydistil.stages import Training, manifest_of, num_slots, train_stage
 from raydistil.storage import whole_directory
 from raydistil.student import build_student, save_model, untune
 
@@ -32,16 +34,23 @@ LABELS_ONLY = LossConfig(kd=0, task=1, cosine=0)
 
 
 def finetune(run: Prepared) -> None:
-    """Teach the teacher the task (or, if it is a language model, the corpus): run_dir/teacher."""
-    assert run.config.finetune is not None
-    init = resolve(run.config.teacher.model)
-    train_stage(run, "finetune", run.config.finetune, LABELS_ONLY, init, rundir.TEACHER)
+    """Teach the teachers the task (or, if they are language models, the corpus): run_dir/teacher.
+
+    Each of an ensemble has a seed of its own, so that the same checkpoint may stand in it twice.
+    """
+    config = run.config.finetune
+    assert config is not None
+    for number, model in enumerate(teacher_models(run.config)):
+        stage, target = (rundir.numbered(name, number) for name in ("finetune", rundir.TEACHER))
+        seed = run.config.seed if number == 0 else int(keyed(run.config.seed, number) >> np.uint64(33))
+        train_stage(run, Training(stage, config, LABELS_ONLY, resolve(model), target, seed))
 
 
 def distill(run: Prepared) -> None:
     """Build the student and teach it what the teacher says, over assistants if there are any: run_dir/distilled."""
-    for link in links(run.config, run.teacher_dir, run.run_dir):
-        train_stage(run, link.stage, link.train, link.train.loss, _student_init(run, link), link.target, link)
+    for link in links(run.config, run.teacher_dirs, run.run_dir):
+        init, seed = _student_init(run, link), run.config.seed
+        train_stage(run, Training(link.stage, link.train, link.train.loss, init, link.target, seed, link))
 
 
 def _score(spec: EvaluateSpec, candidates: list[Candidate]) -> list[ModelReport]:
@@ -63,11 +72,11 @@ def train_baseline(run: Prepared) -> None:
     )
     epochs = math.ceil(distill.epochs * rows / labelled) + 1  # the last of them is cut short
     config = distill.model_copy(update={"lr": _baseline_lr(run.config), "epochs": epochs})
-    slots = num_slots(run, manifest_of(run, distill, with_teacher=True), distill)
-    name = _no_teacher(run.config)
-    *_, last = links(run.config, run.teacher_dir, run.run_dir)
+    seed, name = run.config.seed, _no_teacher(run.config)
+    slots = num_slots(run, manifest_of(run, distill, True, seed), distill)
+    *_, last = links(run.config, run.teacher_dirs, run.run_dir)
     init, variants = _student_init(run, last), variants_of(distill.targets)
-    train_stage(run, name, config, LABELS_ONLY, init, name, slots=slots, variants=variants)
+    train_stage(run, Training(name, config, LABELS_ONLY, init, name, seed, slots=slots, variants=variants))
 
 
 def _baseline_lr(config: Config) -> float:
@@ -128,7 +137,7 @@ def score(config: Config, spec: EvaluateSpec, candidates: list[Candidate]) -> li
 
 def _candidates(run: Prepared, config: EvaluateConfig) -> list[Candidate]:
     """What stands in the table: teacher and student, and what the configuration wants beside them."""
-    found = [Candidate("teacher", run.teacher_dir, True), _candidate(run, "student", rundir.DISTILLED, True)]
+    found = [teacher_of(run, True), _candidate(run, "student", rundir.DISTILLED, True)]
     if run.config.task != "classification":
         found.append(_candidate(run, "untrained", rundir.STUDENT_INIT, False))
     found += [_candidate(run, name, name, True) for _, _, name in assistants(run.config)]
@@ -141,7 +150,12 @@ def _candidate(run: Prepared, name: str, folder: str, timed: bool) -> Candidate:
     path = run.run_dir / folder
     if not path.exists():
         raise ConfigError(f"expected a model at {path}, found none: run distill first")
-    return Candidate(name, str(path), timed)
+    return Candidate(name, (str(path),), (1.0,), timed)
+
+
+def teacher_of(run: Prepared, timed: bool) -> Candidate:
+    """The teacher, or all of them as one."""
+    return Candidate("teacher", run.teacher_dirs, weights_of(run.config), timed)
 
 
 def build_report(run: Prepared, rows: dict[str, Any]) -> dict[str, Any]:
@@ -167,9 +181,15 @@ def build_report(run: Prepared, rows: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stage_names(config: Config) -> list[str]:
-    taught = [*(name for _, _, name in assistants(config)), rundir.DISTILL]
-    kept = config.distill is not None and config.distill.targets.cache is not None
-    return ["finetune", *(name for stage in taught for name in ([rundir.targets_of(stage)] if kept else []) + [stage])]
+    """In the order of the work."""
+    teachers = range(1 + len(config.ensemble))
+    names = [rundir.numbered("finetune", number) for number in teachers]
+    for stage in (*(name for _, _, name in assistants(config)), rundir.DISTILL):
+        if config.distill and config.distill.targets.cache:
+            names += [rundir.targets_of(stage, number) for number in teachers]
+            teachers = range(1)  # only the first student has several
+        names.append(stage)
+    return names
 
 
 def run_all(config: Config, say: Say) -> dict[str, Any]:
@@ -200,8 +220,9 @@ def run_stage(config: Config, stage: str, say: Say) -> dict[str, Any]:
     if stage == "export":
         return {"student_dir": str(export(config, run.run_dir, rundir.read_report(run.run_dir)))}
     work = {"finetune": finetune, "distill": distill, "evaluate": evaluate}[stage]
-    if stage in ("distill", "evaluate") and config.finetune and not Path(run.teacher_dir).exists():
-        raise ConfigError(f"expected a fine-tuned teacher at {run.teacher_dir}, found none: run finetune first")
+    for teacher in run.teacher_dirs if stage in ("distill", "evaluate") and config.finetune else ():
+        if not Path(teacher).exists():
+            raise ConfigError(f"expected a fine-tuned teacher at {teacher}, found none: run finetune first")
     with cluster(config.cluster, needs(config)):
         return work(run) or {"stage": stage, **(rundir.read_summary(run.run_dir, stage) or {})}
 

@@ -35,12 +35,11 @@ class Need:
         return f"CPUs: {cpus} + {READ_CPUS:g} to read = {self.cpus:g}; GPUs: {gpus} = {self.gpus:g}"
 
 
-def need_of(cluster: ClusterConfig, with_teacher: bool, with_student: bool = True) -> Need:
-    """What `cluster` asks for, with as few teachers as it allows."""
-    teachers = cluster.teachers[0] if with_teacher else 0
+def need_of(cluster: ClusterConfig, pools: int, with_student: bool = True) -> Need:
+    """What `cluster` asks for, with as few teachers in each of the pools as it allows."""
     return Need(
-        cluster.students if with_student else 0, cluster.student_cpus, cluster.student_gpus, teachers,
-        cluster.teacher_cpus, cluster.teacher_gpus,
+        cluster.students if with_student else 0, cluster.student_cpus, cluster.student_gpus,
+        pools * cluster.teachers[0], cluster.teacher_cpus, cluster.teacher_gpus,
     )  # fmt: skip
 
 
@@ -69,12 +68,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def threads(cluster: ClusterConfig, with_teacher: bool, cached: bool = False) -> tuple[int, int]:
+def threads(cluster: ClusterConfig, pools: int, cached: bool = False) -> tuple[int, int]:
     """(threads of a student, threads of a teacher): as configured, else the cores shared out evenly.
 
-    `cached`: the teachers are through before the students start.
+    `cached`: the teachers are through before the students start, one pool after the other.
     """
-    teachers = cluster.teachers[0] if with_teacher else 0
+    teachers = cluster.teachers[0] * (min(1, pools) if cached else pools)
     together = cluster.students + teachers
     student, teacher = (
         max(1, cores() // n) for n in ((cluster.students, teachers or 1) if cached else (together,) * 2)

@@ -1,6 +1,6 @@
 """prepare: everything that can be wrong with the input shows here, before any Ray process starts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -39,9 +39,12 @@ class Prepared:
         return self.store.meta.labels
 
     @property
-    def teacher_dir(self) -> str:
-        """Where the teacher of the distillation is: fine-tuned here, or as it came."""
-        return str(self.run_dir / rundir.TEACHER) if self.config.finetune else resolve(self.config.teacher.model)
+    def teacher_dirs(self) -> tuple[str, ...]:
+        """Where the teachers of the distillation are: fine-tuned here, or as they came."""
+        models = teacher_models(self.config)
+        if self.config.finetune:
+            return tuple(str(self.run_dir / rundir.numbered(rundir.TEACHER, n)) for n in range(len(models)))
+        return tuple(resolve(model) for model in models)
 
 
 def prepare(config: Config, say: Say) -> Prepared:
@@ -58,10 +61,15 @@ def prepare(config: Config, say: Say) -> Prepared:
 
 def needs(config: Config) -> list[Need]:
     """What the training stages of `config` ask of the cluster, one after the other."""
-    wanted = [need_of(config.cluster, with_teacher=False)] if config.finetune else []
+    wanted = [need_of(config.cluster, pools=0)] if config.finetune else []
     if config.distill and config.distill.targets.cache:
-        return [*wanted, *(need_of(config.cluster, teacher, with_student=not teacher) for teacher in (True, False))]
-    return wanted + ([need_of(config.cluster, with_teacher=True)] if config.distill else [])
+        return [*wanted, need_of(config.cluster, pools=1, with_student=False), need_of(config.cluster, pools=0)]
+    return wanted + ([need_of(config.cluster, pools=1 + len(config.ensemble))] if config.distill else [])
+
+
+def teacher_models(config: Config) -> tuple[str, ...]:
+    """What the teachers are before any fine-tuning."""
+    return (config.teacher.model, *(teacher.model for teacher in config.ensemble))
 
 
 # ---- models
@@ -69,16 +77,20 @@ def needs(config: Config) -> list[Need]:
 
 def check_models(config: Config) -> None:
     """Raise ModelError for a teacher that cannot be loaded or a student that cannot be made from it."""
+    for whose, model in _named(config):
+        shape = shape_of(model, f"{whose}.model")
+        _check_decoder(config, whose, shape)
+        _check_head(config, whose, shape)
+        _check_positions(config, whose, shape)
+        check_vocabularies(config.teacher.model, model, whose)
     shape = shape_of(config.teacher.model, "teacher.model")
-    _check_decoder(config, "teacher", shape)
-    _check_head(config, shape)
     tokenizer = load_tokenizer(config.teacher.model)
     _check_tokenizer(config, shape, tokenizer)
     *chain, student = outlines(config)
     for taught_by, taught in pairwise((*chain, student)):
         check_losses(config, taught_by.config, taught.config)
     if config.student.model is not None:
-        check_vocabularies(config.teacher.model, config.student.model)
+        check_vocabularies(config.teacher.model, config.student.model, "student")
         _check_decoder(config, "student", student.config)
         _check_positions(config, "student", student.config)
 
@@ -100,12 +112,18 @@ HEADS: dict[Task, tuple[str, ...]] = {
 DECODERS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")  # they take positions and masks of documents as they come
 
 
-def _check_head(config: Config, shape: Any) -> None:
+def _named(config: Config) -> Iterator[tuple[str, str]]:
+    """(its section, the model) of every teacher."""
+    sections = ["teacher", *(f"ensemble.{number}" for number in range(len(config.ensemble)))]
+    return zip(sections, teacher_models(config), strict=True)
+
+
+def _check_head(config: Config, whose: str, shape: Any) -> None:
     """A teacher that is used as it came must have a head: a random one would teach nothing, and differ each time."""
     kinds = tuple(shape.architectures or ())
     if not config.finetune and not any(kind.endswith(HEADS[config.task]) for kind in kinds):
         raise ModelError(
-            f"teacher.model: expected a teacher with a head for task {config.task}, got {', '.join(kinds) or 'none'}: "
+            f"{whose}.model: expected a teacher with a head for task {config.task}, got {', '.join(kinds) or 'none'}: "
             f"add [finetune] to give it one"
         )
 
@@ -140,7 +158,6 @@ def _check_tokenizer(config: Config, shape: Any, tokenizer: PreTrainedTokenizerB
     augment = config.distill.augment if config.distill else None
     if augment is not None and augment.mask and tokenizer.mask_token_id is None:
         raise ModelError("distill.augment.mask: expected a tokenizer with a mask token, this one has none: set it to 0")
-    _check_positions(config, "teacher", shape)
 
 
 def _check_positions(config: Config, whose: str, shape: Any) -> None:
@@ -254,19 +271,20 @@ def check_store(config: Config, store: TokenStore) -> None:
             f"corpus.labelled_share, or leave [finetune] and evaluate.no_teacher_baseline out"
         )
     if config.task == "classification" and not config.finetune:
-        _check_classes(shape_of(config.teacher.model, "teacher.model"), store.meta.labels)
+        for whose, model in _named(config):
+            _check_classes(whose, shape_of(model, f"{whose}.model"), store.meta.labels)
 
 
 def _trains_on_labels(config: Config) -> bool:
     return config.finetune is not None or (config.evaluate is not None and config.evaluate.no_teacher_baseline)
 
 
-def _check_classes(teacher: Any, labels: tuple[str, ...]) -> None:
+def _check_classes(whose: str, teacher: Any, labels: tuple[str, ...]) -> None:
     """A teacher's class n must be the data's class n; `LABEL_n`, what an unnamed class is called, is taken as it is."""
     names = tuple(teacher.id2label[number] for number in range(teacher.num_labels))
     unnamed = tuple(f"LABEL_{number}" for number in range(len(labels)))
     if names not in (labels, unnamed):
         raise ModelError(
-            f"teacher.model: expected a teacher of the classes {', '.join(labels)}, in this order, got "
+            f"{whose}.model: expected a teacher of the classes {', '.join(labels)}, in this order, got "
             f"{', '.join(names)}: add [finetune] to teach it these, or rename the labels"
         )

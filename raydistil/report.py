@@ -96,7 +96,8 @@ class Meter:
         self._student_busy_s = self._teacher_busy_s = 0.0
         self._teachers: set[str] = set()
         self._wait_s = self._wait_since_push = 0.0
-        self._tokens = self._tokens_since_push = self._teacher_tokens = 0
+        self._tokens = self._tokens_since_push = 0
+        self._teacher_tokens = 0.0  # by all of an ensemble: each its share
         self._bytes = self._micro_batches = 0
         self._losses: dict[str, float] = {}
         self._step = first_step
@@ -104,7 +105,7 @@ class Meter:
         self._stop = False
 
     def micro_step(
-        self, asked: float, started: float, ended: float, tokens: int, timing: TeacherTiming | None, num_bytes: int
+        self, asked: float, started: float, ended: float, tokens: int, timings: list[TeacherTiming], num_bytes: int
     ) -> None:
         """One micro-batch: asked for, there, trained on (seconds of the wall clock)."""
         self._wait_s += started - asked
@@ -115,11 +116,11 @@ class Meter:
         self._tokens_since_push += tokens
         self._bytes += num_bytes
         self._micro_batches += 1
-        if timing is not None:
+        for timing in timings:
             self._teachers.add(timing.actor)
             self._teacher_busy_s += timing.ended_s - timing.started_s
             self._overlap.add((started, ended), (timing.started_s, timing.ended_s))
-            self._teacher_tokens += timing.tokens
+            self._teacher_tokens += timing.tokens / len(timings)
 
     def step(self, step: int, epoch: float, losses: "dict[str, Tensor]", lr: float) -> None:
         """One optimizer step is done."""

@@ -67,9 +67,14 @@ def write_json(path: Path, value: Any) -> None:
         raise
 
 
-def targets_of(stage: str) -> str:
-    """The name under which stands what was kept of the teacher's targets for `stage`."""
-    return "targets" if stage == DISTILL else f"{stage}-targets"
+def numbered(name: str, number: int) -> str:
+    """`name` for the first teacher; `name-2` and so on for those beside it."""
+    return name if number == 0 else f"{name}-{number + 1}"
+
+
+def targets_of(stage: str, number: int) -> str:
+    """The name under which stands what was kept of a teacher's targets for `stage`."""
+    return numbered("targets" if stage == DISTILL else f"{stage}-targets", number)
 
 
 def write_summary(run_dir: Path, stage: str, figures: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ class MicroBatches:
     def __init__(self, spec: SourceSpec) -> None:
         self._spec = spec
         self._store = TokenStore(spec.store)
-        self._cached = None if spec.cache is None else CachedTargets(spec.cache)
+        self._cached = [CachedTargets(cache) for cache in spec.caches]
         meta = self._store.meta
         counted = spec.augment is not None or (spec.masking is not None and spec.masking.kind == "frequency")
         counts = self._store.token_counts() if counted else None
@@ -39,12 +39,14 @@ class MicroBatches:
         self._words = None if counts is None else Words(meta.pad_id, meta.mask_id, counts, meta.special_ids)
 
     def taught(self, index: int) -> pa.Table:
-        """Micro-batch `index` with its targets out of the cache, as a row of wire.TARGETS."""
-        assert self._cached is not None
+        """Micro-batch `index` with every teacher's targets out of the caches, a row of `wire`."""
         slot, batch = self._spec.manifest.slot(index), self.make(index)
         rows = slot.rows if len(slot.rows) else FIRST_ROW
-        columns = self._cached.columns(batch, slot.bucket, self._variant(slot), rows)
-        return wire.with_targets(wire.table_of([batch]), columns, None)
+        table = wire.table_of([batch])
+        for cached in self._cached:
+            columns = cached.columns(batch, slot.bucket, self._variant(slot), rows)
+            table = wire.with_targets(table, columns, None)
+        return table
 
     def make(self, index: int) -> TokenBatch:
         """Micro-batch `index`; past the end of the manifest one that holds a single row of no weight."""
@@ -112,13 +114,13 @@ class ManifestSource(Datasource):
     def _task(self, first: int, end: int) -> ReadTask:
         indices = self._ledger.select(np.arange(first, end), self._total)
         metadata = BlockMetadata(num_rows=end - first, size_bytes=None, input_files=None, exec_stats=None)
-        schema = wire.BATCH if self._spec.cache is None else wire.TARGETS
+        schema = wire.schema_of(len(self._spec.caches))
         return ReadTask(partial(_read, self._spec, indices.tolist()), metadata, schema=schema)
 
 
 def _read(spec: SourceSpec, indices: list[int]) -> Iterable[pa.Table]:
     source = MicroBatches(spec)
-    if spec.cache is None:
+    if not spec.caches:
         yield wire.table_of([source.make(index) for index in indices])
         return
     for index in indices:  # one table each: targets are large

@@ -48,7 +48,7 @@ class SourceSpec:
     masking: MaskingConfig | None  # None: labelled examples, or a causal LM's documents
     augment: AugmentConfig | None = None
     variants: int | None = None  # sets of draws (masks, sampled places) of a row, taken in turn; None: drawn anew
-    cache: CacheSpec | None = None  # where the micro-batches get their targets; None: not here
+    caches: tuple[CacheSpec, ...] = ()  # where the micro-batches get each teacher's targets; none: not here
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,8 @@ class WorkerSpec:
     task: Task
     init: str  # directory or name of the model the training starts from
     tokenizer: str  # directory or name of the tokenizer that is saved beside it
-    teacher: TeacherSpec | None  # None: no teacher in this run
+    teachers: tuple[TeacherSpec, ...]  # the first one's hidden states count; none: labels alone
+    weights: tuple[float, ...]  # of each teacher's soft labels; their sum is 1
     frozen_teacher: bool  # whether the student's side needs parts of the teacher: its vocabulary head, its attention
     teacher_width: int  # of its hidden states
     layers: LayerPlan
@@ -98,7 +99,8 @@ class Candidate:
     """A model to be scored."""
 
     name: str
-    model: str  # directory or hub name
+    models: tuple[str, ...]  # directories or hub names; of several the mean prediction counts
+    weights: tuple[float, ...]  # of each; their sum is 1
     timed: bool  # whether its latency belongs in the table
 
 

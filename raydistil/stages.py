@@ -1,6 +1,7 @@
 """One training of the chain: what flows, what the worker is made of, whether the teacher speaks or its kept word."""
 
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,20 @@ from raydistil.chain import Link
 from raydistil.config import TrainConfig
 from raydistil.config.loss import LossConfig
 from raydistil.config.targets import variants_of
-from raydistil.layers import plan_layers
+from raydistil.layers import LayerPlan, plan_layers
 from raydistil.manifest import Manifest
 from raydistil.models import resolve, shape_of
 from raydistil.plan import threads
 from raydistil.prepare import Prepared
-from raydistil.specs import SourceSpec, TeacherSpec, TrainRun, WorkerSpec
+from raydistil.specs import CacheSpec, SourceSpec, TeacherSpec, TrainRun, WorkerSpec
 from raydistil.targets import makes_logits, targets_spec
 
 
-def manifest_of(run: Prepared, config: TrainConfig, with_teacher: bool) -> Manifest:
+def manifest_of(run: Prepared, config: TrainConfig, with_teacher: bool, seed: int) -> Manifest:
     """All rows where there is a teacher; without one, what has no label cannot be learned from."""
     labelled = run.config.task == "classification" and not with_teacher
     rows = run.store.bucket_rows("train", labelled)
-    return Manifest(rows, config.epochs, config.micro_batch_size, run.config.seed)
+    return Manifest(rows, config.epochs, config.micro_batch_size, seed)
 
 
 def num_slots(run: Prepared, manifest: Manifest, config: TrainConfig) -> int:
@@ -32,43 +33,55 @@ def num_slots(run: Prepared, manifest: Manifest, config: TrainConfig) -> int:
     return manifest.padded_to(run.config.cluster.students * config.accumulation)
 
 
-def train_stage(
-    run: Prepared, stage: str, train_config: TrainConfig, loss: LossConfig, init: str, target: str,
-    link: Link | None = None, slots: int | None = None, variants: int | None = None,
-) -> None:  # fmt: skip
-    """One training, unless its model is there already; `slots` micro-batches, else every epoch to its end.
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What is trained, from what, and on whose word."""
 
-    `link`: whose teacher speaks; None: without a teacher. `variants`: see SourceSpec.
-    """
+    stage: str
+    config: TrainConfig
+    loss: LossConfig
+    init: str
+    target: str  # directory of its result, below the run's
+    seed: int
+    link: Link | None = None  # whose teachers speak; None: no teacher
+    slots: int | None = None  # micro-batches; None: every epoch to its end
+    variants: int | None = None  # without a teacher: see SourceSpec
+
+
+def train_stage(run: Prepared, training: Training) -> None:
+    """One training, unless its model is there already."""
     from raydistil.train import train
 
-    if (run.run_dir / target).exists():
-        run.say(f"{stage}: done before, kept in {run.run_dir / target}")
+    stage, target = training.stage, run.run_dir / training.target
+    if target.exists():
+        run.say(f"{stage}: done before, kept in {target}")
         return
-    manifest = manifest_of(run, train_config, link is not None)
-    slots = slots or num_slots(run, manifest, train_config)
-    worker = _worker(run, train_config, loss, init, link, slots, manifest.per_epoch)
-    source = _source(run, manifest, link, worker.teacher, variants)
-    summary = train(TrainRun(stage, source, worker, run.config.cluster, run.run_dir), run.run_dir / target)
-    figures = asdict(summary) | {"rows": manifest.num_rows, "lr": train_config.lr}
+    manifest = manifest_of(run, training.config, training.link is not None, training.seed)
+    worker = _worker(run, training, manifest)
+    source = _source(run, training, manifest, worker.teachers)
+    summary = train(TrainRun(stage, source, worker, run.config.cluster, run.run_dir), target)
+    figures = asdict(summary) | {"rows": manifest.num_rows, "lr": training.config.lr}
     rundir.write_summary(run.run_dir, stage, figures)
-    run.say(_describe(stage, summary, kept=source.cache is not None))
+    run.say(_describe(stage, summary, kept=bool(source.caches)))
 
 
-def _source(
-    run: Prepared, manifest: Manifest, link: Link | None, teacher: TeacherSpec | None, variants: int | None
-) -> SourceSpec:
-    """The micro-batches, and the teacher's targets of all of them where they are to be kept."""
-    masking = run.config.masking if run.config.task == "mlm" else None
+def _source(run: Prepared, training: Training, manifest: Manifest, teachers: tuple[TeacherSpec, ...]) -> SourceSpec:
+    """The micro-batches, and the teachers' targets of all of them where they are to be kept."""
+    masking, link = run.config.masking if run.config.task == "mlm" else None, training.link
     if link is None:
-        return SourceSpec(run.store.path, "train", manifest, masking, variants=variants)
+        return SourceSpec(run.store.path, "train", manifest, masking, variants=training.variants)
     targets = link.train.targets
     source = SourceSpec(run.store.path, "train", manifest, masking, link.train.augment, variants_of(targets))
-    return source if teacher is None or targets.cache is None else _kept(run, link, targets.cache, teacher, source)
+    if targets.cache is None:
+        return source
+    kept = (_kept(run, link.stage, targets.cache, number, spec, source) for number, spec in enumerate(teachers))
+    return replace(source, caches=tuple(kept))
 
 
-def _kept(run: Prepared, link: Link, root: Path, teacher: TeacherSpec, source: SourceSpec) -> SourceSpec:
-    """`source` with the teacher's targets of all its micro-batches, made here as far as they are not there."""
+def _kept(
+    run: Prepared, stage: str, root: Path, number: int, teacher: TeacherSpec, source: SourceSpec
+) -> CacheSpec:  # fmt: skip
+    """The targets of all micro-batches of `source`, made here as far as they are not there."""
     from raydistil.fill import fill_cache
 
     shape = shape_of(teacher.model, "teacher.model")
@@ -79,32 +92,38 @@ def _kept(run: Prepared, link: Link, root: Path, teacher: TeacherSpec, source: S
     tokens = run.store.meta.splits[source.split].tokens
     filled = fill_cache(cache, inputs, source, teacher, sizes, tokens, run.config.cluster, run.say)
     figures = asdict(filled) | {"bytes_per_token": filled.bytes_per_token}
-    rundir.write_summary(run.run_dir, rundir.targets_of(link.stage), figures)
-    return replace(source, cache=cache)
+    rundir.write_summary(run.run_dir, rundir.targets_of(stage, number), figures)
+    return cache
 
 
-def _worker(
-    run: Prepared, train_config: TrainConfig, loss: LossConfig, init: str, link: Link | None, num_slots: int,
-    per_epoch: int,
-) -> WorkerSpec:  # fmt: skip
-    """What every student worker is given; the teacher with it."""
-    config = run.config
+def _worker(run: Prepared, training: Training, manifest: Manifest) -> WorkerSpec:
+    """What every student worker is given; the teachers with it."""
+    config, loss, link = run.config, training.loss, training.link
     cached = link is not None and link.train.targets.cache is not None
-    student_threads, teacher_threads = threads(config.cluster, link is not None, cached)
-    student = shape_of(init, "student.model")
+    student_threads, teacher_threads = threads(config.cluster, len(link.teachers) if link else 0, cached)
+    student = shape_of(training.init, "student.model")
     teacher = student if link is None else shape_of(link.teacher, "teacher.model")
     head = link is not None and makes_logits(link.train.targets, loss, config.task)
     layers = plan_layers(loss, config.task, head, teacher.num_hidden_layers, student.num_hidden_layers)
-    spec = None
-    if link is not None and (layers.teacher_states or loss.kd):
-        wanted = targets_spec(link.train.targets, loss, config.task, layers, config.seed)
-        spec = TeacherSpec(link.teacher, config.task, config.teacher.precision, teacher_threads, wanted)
     return WorkerSpec(
-        task=config.task, init=init, tokenizer=resolve(config.teacher.model), teacher=spec,
-        frozen_teacher=head or bool(layers.attention_layers[0]), teacher_width=teacher.hidden_size,
-        layers=layers, labels=run.labels, train=train_config, loss=loss, seed=config.seed, threads=student_threads,
-        per_epoch=per_epoch, num_slots=num_slots,
+        task=config.task, init=training.init, tokenizer=resolve(config.teacher.model),
+        teachers=() if link is None else tuple(_teachers(run, link, layers, teacher_threads)),
+        weights=() if link is None else link.weights, frozen_teacher=head or bool(layers.attention_layers[0]),
+        teacher_width=teacher.hidden_size, layers=layers, labels=run.labels, train=training.config, loss=loss,
+        seed=training.seed, threads=student_threads, per_epoch=manifest.per_epoch,
+        num_slots=training.slots or num_slots(run, manifest, training.config),
     )  # fmt: skip
+
+
+def _teachers(run: Prepared, link: Link, layers: LayerPlan, threads: int) -> Iterator[TeacherSpec]:
+    """The first one with hidden states, those beside it with soft labels alone; none that would have nothing to say."""
+    config, loss = run.config, link.train.loss
+    if not (layers.teacher_states or loss.kd):
+        return
+    wanted = targets_spec(link.train.targets, loss, config.task, layers, config.seed)
+    for number, model in enumerate(link.teachers):
+        asked = wanted if number == 0 else replace(wanted, states=(), soft_labels=True)
+        yield TeacherSpec(model, config.task, config.teacher.precision, threads, asked)
 
 
 def _describe(stage: str, summary: Any, kept: bool) -> str:

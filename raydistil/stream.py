@@ -27,11 +27,12 @@ MOST_BLOCKS = 20_000  # read tasks are made up front, so a long run gets longer 
 
 
 def build_stream(
-    spec: SourceSpec, total: int, ledger: Ledger, teacher: TeacherSpec | None, cluster: ClusterConfig
+    spec: SourceSpec, total: int, ledger: Ledger, teachers: tuple[TeacherSpec, ...], cluster: ClusterConfig
 ) -> Dataset:
-    """The data set of micro-batches (columns wire.TARGETS, or wire.BATCH without targets), in manifest order.
+    """The data set of micro-batches with the targets of all teachers (see `wire`), in manifest order.
 
-    Where `spec` has a cache its targets are taken from there, and no teacher is built.
+    Each teacher has a pool of actors of its own. Where `spec` has caches the targets are taken from there, and no
+    teacher is built.
     """
     configure_data()
     missing = ledger.missing(total)
@@ -39,7 +40,9 @@ def build_stream(
     source: Dataset = ray.data.read_datasource(
         ManifestSource(spec, total, ledger), num_cpus=READ_CPUS, override_num_blocks=blocks, concurrency=1
     )
-    return source if teacher is None or spec.cache else on_teachers(source, Teacher, teacher, cluster)
+    for teacher in () if spec.caches else teachers:
+        source = on_teachers(source, Teacher, teacher, cluster)
+    return source
 
 
 def on_teachers(source: Dataset, actor: type, spec: Any, cluster: ClusterConfig) -> Dataset:

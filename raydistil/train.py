@@ -86,7 +86,7 @@ def _work(config: dict[str, Any]) -> None:
 def _dataset(run: TrainRun) -> ray.data.Dataset:
     """Called whenever the workers start: what the checkpoint they start from has not consumed."""
     ledger = latest_ledger(_storage(run) / run.stage)
-    return build_stream(run.source, run.worker.num_slots, ledger, run.worker.teacher, run.cluster)
+    return build_stream(run.source, run.worker.num_slots, ledger, run.worker.teachers, run.cluster)
 
 
 def _resources(cluster: ClusterConfig) -> dict[str, float]:

@@ -23,14 +23,22 @@ BATCH = pa.schema([
     ("visits", pa.binary()),  # int64 [B]
     ("positions", pa.binary()),  # int32 [B, L], causal LM
 ])  # fmt: skip
-TARGETS = pa.schema([
-    *BATCH,
-    ("states", pa.large_binary()),  # see targets
-    ("soft_labels", pa.large_binary()),
-    ("teacher", pa.string()),
-    ("started_s", pa.float64()),
-    ("ended_s", pa.float64()),
-])  # fmt: skip
+TARGETS = {  # a set for each teacher, its number behind the name
+    "states": pa.large_binary(),  # see targets
+    "soft_labels": pa.large_binary(),
+    "teacher": pa.string(),
+    "started_s": pa.float64(),
+    "ended_s": pa.float64(),
+}
+
+
+def schema_of(num_teachers: int) -> pa.Schema:
+    """Columns of a micro-batch with the targets of so many teachers."""
+    return pa.schema([*BATCH, *(field for number in range(num_teachers) for field in _fields(number))])
+
+
+def _fields(number: int) -> list[pa.Field]:
+    return [pa.field(f"{name}_{number}", kind) for name, kind in TARGETS.items()]
 
 
 def table_of(batches: list[TokenBatch]) -> pa.Table:
@@ -82,23 +90,31 @@ def _bytes(row: pa.Table, name: str) -> pa.Buffer:
 
 
 def with_targets(row: pa.Table, columns: dict[str, bytes], timing: TeacherTiming | None) -> pa.Table:
-    """`row` with what the teacher made of it, columns of TARGETS. `timing` None: not now, but before the run."""
+    """`row` with what the next teacher made of it. `timing` None: not now, but before the run."""
     timing = timing or TeacherTiming("", 0.0, 0.0, 0)
     added = {**columns, "teacher": timing.actor, "started_s": timing.started_s, "ended_s": timing.ended_s}
-    arrays = [pa.array([added[name]], TARGETS.field(name).type) for name in TARGETS.names[len(BATCH.names) :]]
-    return pa.Table.from_arrays([*row.columns, *arrays], schema=TARGETS)
+    arrays = [pa.array([added[name]], kind) for name, kind in TARGETS.items()]
+    fields = _fields(num_teachers(row))
+    return pa.Table.from_arrays([*row.columns, *arrays], schema=pa.schema([*row.schema, *fields]))
 
 
-def targets_of(row: pa.Table) -> dict[str, Any] | None:
-    """The columns of `targets` as buffers, or None where no teacher was asked."""
-    if "states" not in row.column_names:
-        return None
-    return {name: _bytes(row, name) for name in ("states", "soft_labels")}
+def num_teachers(row: pa.Table) -> int:
+    """How many have spoken."""
+    return len(row.column_names[len(BATCH) :]) // len(TARGETS)
 
 
-def timing_of(row: pa.Table, tokens: int) -> TeacherTiming | None:
-    """When the teacher worked on this micro-batch, or None where none did in this run."""
-    actor = row["teacher"][0].as_py() if "teacher" in row.column_names else ""
-    if not actor:
-        return None
-    return TeacherTiming(actor, row["started_s"][0].as_py(), row["ended_s"][0].as_py(), tokens)
+def targets_of(row: pa.Table) -> list[dict[str, Any]]:
+    """The columns of `targets` as buffers, a set for each teacher."""
+    return [
+        {name: _bytes(row, f"{name}_{number}") for name in ("states", "soft_labels")}
+        for number in range(num_teachers(row))
+    ]
+
+
+def timings_of(row: pa.Table, tokens: int) -> list[TeacherTiming]:
+    """When teachers worked on this micro-batch; of those that did in this run."""
+    found = []
+    for number in range(num_teachers(row)):
+        actor, started, ended = (row[f"{name}_{number}"][0].as_py() for name in ("teacher", "started_s", "ended_s"))
+        found += [TeacherTiming(actor, started, ended, tokens)] if actor else []
+    return found

@@ -18,6 +18,7 @@ from torch import Tensor
 from raydistil import wire
 from raydistil.checkpoint import load_state, save_state
 from raydistil.distiller import Distiller
+from raydistil.ensemble import mixed_targets
 from raydistil.losses import LossOutputs, weights_at
 from raydistil.manifest import Ledger, keyed
 from raydistil.models import HeadedEncoder, load_model, made_for_training
@@ -61,7 +62,7 @@ class StudentWorker:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         loaded = made_for_training(load_model(spec.init, spec.task, spec.labels), spec.train.dropout, device)
         encoder = HeadedEncoder(loaded, spec.task, spec.train.precision)
-        teacher: Any = load_model(spec.teacher.model, spec.task) if spec.teacher and spec.frozen_teacher else None
+        teacher: Any = load_model(spec.teachers[0].model, spec.task) if spec.frozen_teacher else None
         distiller = Distiller(encoder, spec.loss, spec.layers, spec.seed, teacher and teacher.to(device))
         distiller.project(spec.teacher_width)
         return distiller.train()
@@ -91,17 +92,18 @@ class StudentWorker:
         if row is None:
             raise RuntimeError(f"the stream ended after {len(self._consumed)} micro-batches of this worker's share")
         batch = wire.batch_of(row)
-        columns = wire.targets_of(row)
-        teacher, targets = self._spec.teacher, None
-        if columns is not None and teacher is not None:
-            targets = decode_targets(teacher.targets, columns, batch.num_tokens, self._device)
+        said = [
+            decode_targets(teacher.targets, columns, batch.num_tokens, self._device)
+            for teacher, columns in zip(self._spec.teachers, wire.targets_of(row), strict=True)
+        ]
+        targets = mixed_targets(said, self._spec.weights, self._spec.loss) if said else None
         torch.manual_seed(int(keyed(self._spec.seed, batch.index) >> np.uint64(1)))
         out: LossOutputs = self._engine(batch, targets, weights_at(self._spec.loss, self._progress()))
         self._engine.backward(out.loss * (batch.num_rows / self._spec.train.micro_batch_size))
         self._engine.step()
         self._consumed.append(batch.index)
-        timing = wire.timing_of(row, batch.num_tokens)
-        self._meter.micro_step(asked, started, time.time(), batch.num_tokens, timing, row.nbytes)
+        timings = wire.timings_of(row, batch.num_tokens)
+        self._meter.micro_step(asked, started, time.time(), batch.num_tokens, timings, row.nbytes)
         return out
 
     def _progress(self) -> float:

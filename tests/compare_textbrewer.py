@@ -108,7 +108,8 @@ def scores(run: Prepared, teacher_dir: str, student: Path) -> dict[str, dict[str
         spec = EvaluateSpec(
             "classification", run.store.path, split, None, run.labels, "bfloat16", EvaluateConfig(), cores()
         )
-        both = [Candidate("teacher", teacher_dir, False), Candidate("student", str(student), False)]
+        named = (("teacher", teacher_dir), ("student", str(student)))
+        both = [Candidate(name, (path,), (1.0,), False) for name, path in named]
         found[split] = {report.name: report.score.value for report in evaluate(spec, both)}
     return found
 

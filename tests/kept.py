@@ -30,27 +30,28 @@ def with_cache(source: SourceSpec, teacher: TeacherSpec, root: Path) -> SourceSp
     classes = shape.num_labels if teacher.task == "classification" else shape.vocab_size
     masked = source.masking.share if source.masking else 0
     sizes = sizes_of(teacher.task, teacher.targets, masked, shape.hidden_size, classes)
-    return replace(source, cache=cache_spec(root, inputs_of(teacher, source), teacher.targets, source, sizes))
+    return replace(source, caches=(cache_spec(root, inputs_of(teacher, source), teacher.targets, source, sizes),))
 
 
 def filled(source: SourceSpec, teacher: TeacherSpec, root: Path, shard_rows: int | None = None) -> SourceSpec:
     """`source` with its targets, complete; in files of so many rows."""
     kept = with_cache(source, teacher, root)
     if shard_rows is not None:
-        assert kept.cache is not None
-        sizes = tuple(shard_rows for _ in kept.cache.shard_rows)
-        kept = replace(kept, cache=replace(kept.cache, shard_rows=sizes, group_rows=tuple(min(5, n) for n in sizes)))
+        assert kept.caches
+        sizes = tuple(shard_rows for _ in kept.caches[0].shard_rows)
+        groups = tuple(min(5, n) for n in sizes)
+        kept = replace(kept, caches=(replace(kept.caches[0], shard_rows=sizes, group_rows=groups),))
     write_missing(kept, teacher)
     return kept
 
 
 def write_missing(source: SourceSpec, teacher: TeacherSpec) -> list[str]:
     """Write what lacks; returns what was said."""
-    assert source.cache is not None
+    assert source.caches
     said: list[str] = []
-    missing = tuple(missing_shards(source.cache, said.append))
-    filler = Filler(FillSpec(source.cache, replace(source, cache=None), teacher, missing))
+    missing = tuple(missing_shards(source.caches[0], said.append))
+    filler = Filler(FillSpec(source.caches[0], replace(source, caches=()), teacher, missing))
     rows = pa.table({"shard": list(range(len(missing)))})
     assert sum(part.num_rows for part in filler(rows)) == len(missing)
-    vouch(source.cache)
+    vouch(source.caches[0])
     return said

@@ -56,11 +56,11 @@ def one_micro_batch(
     targets = TargetsSpec(config, loss, ALL_STATES, soft, 3)
     spec = TeacherSpec(folder, task, "float32", 1, targets)
     if ray:
-        row = streamed(source, spec, total=4)[3]
+        row = streamed(source, (spec,), total=4)[3]
     else:
         (row,) = Teacher(spec)(wire.table_of([MicroBatches(source).make(3)]))
     batch = wire.batch_of(row)
-    given = decode_targets(targets, wire.targets_of(row), batch.num_tokens, CPU)
+    given = decode_targets(targets, wire.targets_of(row)[0], batch.num_tokens, CPU)
     return Streamed(task, folder, labels, targets, batch, given, MicroBatches(source).make(3))
 
 

@@ -34,12 +34,12 @@ def class_source(folder: Path, teacher: str) -> SourceSpec:
 
 def streamed(
     source: SourceSpec,
-    teacher: TeacherSpec | None,
+    teachers: tuple[TeacherSpec, ...],
     ledger: Ledger | None = None,
     total: int | None = None,
 ) -> list:
     """The micro-batches of a stream (the first `total` of the manifest) as one-row tables."""
     total = total or source.manifest.num_micro_batches
-    dataset = build_stream(source, total, ledger or Ledger(), teacher, CLUSTER)
+    dataset = build_stream(source, total, ledger or Ledger(), teachers, CLUSTER)
     dataset.context.execution_options = execution_options(CLUSTER)
     return list(dataset.iter_batches(batch_size=1, batch_format="pyarrow"))

@@ -46,13 +46,13 @@ def classes(tiny_teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Sour
 
 
 def read(source: SourceSpec, batch: TokenBatch, bucket: int, variant: int, rows: Any = ROWS) -> dict[str, bytes]:
-    assert source.cache is not None
-    return CachedTargets(source.cache).columns(batch, bucket, variant, rows)
+    assert source.caches
+    return CachedTargets(source.caches[0]).columns(batch, bucket, variant, rows)
 
 
 def paths(source: SourceSpec) -> list[Path]:
-    assert source.cache is not None
-    return [path_of(source.cache, shard) for shard in shards(source.cache)]
+    assert source.caches
+    return [path_of(source.caches[0], shard) for shard in shards(source.caches[0])]
 
 
 # ---- what is read is what was sent
@@ -125,8 +125,7 @@ def test_augmented_texts_come_back_with_what_is_said_of_them(
     for index in range(0, manifest.num_micro_batches, 29):
         row, batch = kept.taught(index), MicroBatches(source).make(index)
         assert np.array_equal(wire.batch_of(row).labels_B, batch.labels_B)
-        columns = wire.targets_of(row)
-        assert columns is not None
+        (columns,) = wire.targets_of(row)
         assert {name: bytes(part) for name, part in columns.items()} == live.targets(batch)
 
 
@@ -137,7 +136,7 @@ def test_documents_come_back_with_their_soft_labels(tmp_path: Path, codec: str) 
     texts = replace(decoders.source(tmp_path, folder, size=24, length=64), variants=1)
     teacher = teacher_of(folder, "clm", (4,), True, LossConfig(cosine=0), codec=codec, top_k=5, num_draws=20)
     row, batch = MicroBatches(filled(texts, teacher, tmp_path)).taught(0), MicroBatches(texts).make(0)
-    kept = decode_targets(teacher.targets, wire.targets_of(row), batch.num_tokens, CPU)
+    kept = decode_targets(teacher.targets, wire.targets_of(row)[0], batch.num_tokens, CPU)
     live = decode_targets(teacher.targets, Teacher(teacher).targets(batch), batch.num_tokens, CPU)
     places = compared_places(batch, teacher.targets.loss, SEED).at_T.sum()
     assert len(live.states[4]) > places > PLACES_AT_ONCE
@@ -158,11 +157,10 @@ def test_the_source_hands_out_what_the_teacher_would(texts: SourceSpec, tiny_tea
     kept, live = MicroBatches(filled(texts, teacher, tmp_path)), Teacher(teacher)
     for index in range(0, texts.manifest.num_micro_batches, 3):
         row, batch = kept.taught(index), MicroBatches(texts).make(index)
-        assert row.schema == wire.TARGETS
-        assert wire.timing_of(row, batch.num_tokens) is None
+        assert row.schema == wire.schema_of(1)
+        assert wire.timings_of(row, batch.num_tokens) == []
         assert np.array_equal(wire.batch_of(row).input_ids_BL, batch.input_ids_BL)
-        columns = wire.targets_of(row)
-        assert columns is not None
+        (columns,) = wire.targets_of(row)
         assert {name: bytes(part) for name, part in columns.items()} == live.targets(batch)
 
 
@@ -171,7 +169,7 @@ def test_past_the_end_there_are_targets_of_no_weight(texts: SourceSpec, tiny_tea
     row = MicroBatches(filled(texts, teacher, tmp_path)).taught(texts.manifest.num_micro_batches + 1)
     batch = wire.batch_of(row)
     assert batch.num_rows == 0
-    given = decode_targets(teacher.targets, wire.targets_of(row), batch.num_tokens, CPU)
+    given = decode_targets(teacher.targets, wire.targets_of(row)[0], batch.num_tokens, CPU)
     assert len(given.soft_labels) == compared_places(batch, teacher.targets.loss, SEED).at_T.sum()
 
 
@@ -280,41 +278,41 @@ def test_a_file_that_breaks_during_the_training_is_named(kept: tuple[SourceSpec,
 
 def test_a_file_that_was_vouched_for_is_not_read_again(kept: tuple[SourceSpec, TeacherSpec]) -> None:
     source, _ = kept
-    assert source.cache is not None
+    assert source.caches
     path, size = paths(source)[0], paths(source)[0].stat()
-    assert vouch(source.cache) == sum(p.stat().st_size for p in paths(source))
+    assert vouch(source.caches[0]) == sum(p.stat().st_size for p in paths(source))
     flip(path)
     os.utime(path, ns=(size.st_atime_ns, size.st_mtime_ns))  # as rot on a disk would leave it
     said: list[str] = []
-    assert missing_shards(source.cache, said.append) == said == []
-    assert fault_of(path, 7, {"fingerprint": source.cache.fingerprint}) is not None
+    assert missing_shards(source.caches[0], said.append) == said == []
+    assert fault_of(path, 7, {"fingerprint": source.caches[0].fingerprint}) is not None
 
 
 def test_what_a_killed_writer_left_goes_after_a_while(kept: tuple[SourceSpec, TeacherSpec]) -> None:
     source, _ = kept
-    assert source.cache is not None
+    assert source.caches
     fresh, stale = (paths(source)[0].with_name(f".x{n}.part") for n in (1, 2))
     for path in (fresh, stale):
         path.write_bytes(b"half")
     os.utime(stale, (time.time() - 7200,) * 2)
-    assert missing_shards(source.cache, print) == []
+    assert missing_shards(source.caches[0], print) == []
     assert fresh.exists()
     assert not stale.exists()
 
 
 def test_more_variants_keep_the_ones_there_are(kept: tuple[SourceSpec, TeacherSpec]) -> None:
     source, teacher = kept
-    assert source.cache is not None
-    more = with_cache(replace(source, variants=3, cache=None), teacher, source.cache.path.parent).cache
+    assert source.caches
+    more = with_cache(replace(source, variants=3, caches=()), teacher, source.caches[0].path.parent).caches[0]
     assert more is not None
-    assert (more.variants, more.fingerprint) == (3, source.cache.fingerprint)
-    more = replace(more, shard_rows=source.cache.shard_rows, group_rows=source.cache.group_rows)
+    assert (more.variants, more.fingerprint) == (3, source.caches[0].fingerprint)
+    more = replace(more, shard_rows=source.caches[0].shard_rows, group_rows=source.caches[0].group_rows)
     assert {shard.variant for shard in missing_shards(more, print)} == {2}
 
 
 def test_variants_the_epochs_do_not_get_to_are_not_kept(texts: SourceSpec, tiny_teacher: str, tmp_path: Path) -> None:
     teacher = teacher_of(tiny_teacher, "mlm", (4,), False)
-    kept = with_cache(replace(texts, variants=8), teacher, tmp_path).cache
+    kept = with_cache(replace(texts, variants=8), teacher, tmp_path).caches[0]
     assert kept is not None and kept.variants == texts.manifest.epochs
 
 
@@ -323,7 +321,7 @@ def test_other_inputs_have_a_place_of_their_own(texts: SourceSpec, tiny_teacher:
 
     teacher = teacher_of(tiny_teacher, "mlm", (4,), False)
     other = replace(teacher, precision="bfloat16")
-    first, second = (with_cache(texts, spec, tmp_path).cache for spec in (teacher, other))
+    first, second = (with_cache(texts, spec, tmp_path).caches[0] for spec in (teacher, other))
     assert first is not None and second is not None
     assert describe_inputs(first, inputs_of(teacher, texts)) is None
     assert describe_inputs(second, inputs_of(other, texts)) == (

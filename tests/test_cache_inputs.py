@@ -175,7 +175,7 @@ def test_what_is_written_is_at_most_what_was_reckoned(texts: SourceSpec, tiny_te
 
     teacher = teacher_of(tiny_teacher, "mlm", (2, 4), False)
     source = filled(replace(texts, variants=1), teacher, tmp_path)
-    assert source.cache is not None
+    assert source.caches
     sizes = sizes_of("mlm", teacher.targets, 0.15, 32, 30522)
     counts = TokenStore(source.store).meta.splits["train"]
     written = sum(path.stat().st_size for path in tmp_path.rglob("*.parquet"))

@@ -28,7 +28,7 @@ def config(folder: Path, teacher: str, corpus: Path, **changes: Any) -> Config:
 
 
 def test_each_link_is_taught_by_the_one_before(tmp_path: Path, corpus_file: Path) -> None:
-    made = list(links(config(tmp_path, "hub/name", corpus_file), "/t", Path("/run")))
+    made = list(links(config(tmp_path, "hub/name", corpus_file), ("/t",), Path("/run")))
     assert [(link.stage, link.teacher, link.untuned) for link in made] == [
         ("assistant-1", "/t", "hub/name"),
         ("assistant-2", "/run/assistant-1", "/run/assistant-1-init"),
@@ -42,7 +42,7 @@ def test_each_link_is_taught_by_the_one_before(tmp_path: Path, corpus_file: Path
 
 
 def test_without_assistants_there_is_one_link(tmp_path: Path, corpus_file: Path) -> None:
-    (only,) = links(config(tmp_path, "hub/name", corpus_file, assistants=[]), "/t", Path("/run"))
+    (only,) = links(config(tmp_path, "hub/name", corpus_file, assistants=[]), ("/t",), Path("/run"))
     assert (only.stage, only.teacher, only.target) == ("distill", "/t", "distilled")
 
 

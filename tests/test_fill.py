@@ -26,13 +26,13 @@ TOKENS = 1000
 
 
 def fill(source: SourceSpec, teacher: TeacherSpec, say: Any = quiet, sizes: Sizes = LEAN) -> Filled:
-    assert source.cache is not None
-    return fill_cache(source.cache, {}, source, teacher, sizes, TOKENS, CLUSTER, say)
+    assert source.caches
+    return fill_cache(source.caches[0], {}, source, teacher, sizes, TOKENS, CLUSTER, say)
 
 
 def contents(source: SourceSpec) -> list[bytes]:
-    assert source.cache is not None
-    return [path_of(source.cache, shard).read_bytes() for shard in shards(source.cache)]
+    assert source.caches
+    return [path_of(source.caches[0], shard).read_bytes() for shard in shards(source.caches[0])]
 
 
 def test_actors_write_what_one_process_would_and_only_once(
@@ -41,8 +41,8 @@ def test_actors_write_what_one_process_would_and_only_once(
     teacher = teacher_of(tiny_teacher, "mlm", (4,), True, LossConfig(kd_positions="all"), codec="topk", top_k=4)
     texts = replace(mlm_source(tmp_path, tiny_teacher, epochs=3), variants=2)
     alone = filled(texts, teacher, tmp_path / "alone", shard_rows=9)
-    assert alone.cache is not None
-    together = replace(alone, cache=replace(alone.cache, path=tmp_path / "together"))
+    assert alone.caches
+    together = replace(alone, cache=replace(alone.caches[0], path=tmp_path / "together"))
     said: list[str] = []
     first = fill(together, teacher, said.append)
     assert first.teacher_builds == 1
@@ -62,10 +62,10 @@ def test_the_stream_reads_what_was_kept_and_builds_no_teacher(
     teacher = teacher_of(tiny_classifier, "classification", (4,), True)
     source = filled(class_source(tmp_path, tiny_classifier), teacher, tmp_path / "kept")
     nobody = replace(teacher, model=str(tmp_path / "nobody"))
-    rows = streamed(source, nobody)
+    rows = streamed(source, (nobody,))
     assert [row["index"][0].as_py() for row in rows] == list(range(source.manifest.num_micro_batches))
-    assert all(row.schema == wire.TARGETS for row in rows)
-    assert {row["teacher"][0].as_py() for row in rows} == {""}
+    assert all(row.schema == wire.schema_of(1) for row in rows)
+    assert {row["teacher_0"][0].as_py() for row in rows} == {""}
 
 
 def test_without_room_nothing_is_written(tiny_teacher: str, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import raydistil
 
 ORDER = (
     "errors", "types", "config", "layers", "storage", "corpus", "manifest", "masking", "augment", "documents",
-    "places", "packing", "tokens", "specs", "models", "size", "codecs", "targets", "wire", "cache", "source", "plan",
+    "places", "packing", "tokens", "specs", "models", "size", "codecs", "targets", "ensemble",
+    "wire", "cache", "source", "plan",
     "losses", "attention", "distiller", "student", "optim", "teacher", "stream", "fill", "report", "checkpoint",
     "worker", "cluster", "rundir", "chain", "train", "evaluate", "export", "prepare", "stages", "pipeline", "check",
     "doctor", "tables", "serve", "bench", "cli", "__main__",

@@ -14,20 +14,20 @@ ARITHMETIC = "CPUs: 2 students x 3 + 2 teachers x 0.5 + 0.25 to read = 7.25; GPU
 
 
 def test_the_need_is_that_of_the_fewest_teachers() -> None:
-    need = need_of(CLUSTER, with_teacher=True)
+    need = need_of(CLUSTER, pools=1)
     assert (need.teachers, need.cpus, need.gpus) == (2, 7.25, 3.0)
-    alone = need_of(CLUSTER, with_teacher=False)
+    alone = need_of(CLUSTER, pools=0)
     assert (alone.teachers, alone.cpus, alone.gpus) == (0, 6.25, 2.0)
 
 
 def test_a_cluster_of_just_that_size_is_enough() -> None:
-    check_fits(need_of(CLUSTER, with_teacher=True), 7.25, 3, 3)
+    check_fits(need_of(CLUSTER, pools=1), 7.25, 3, 3)
 
 
 @pytest.mark.parametrize(("cpus", "gpus"), [(7, 3), (7.25, 2)])
 def test_a_smaller_cluster_is_refused_with_the_arithmetic(cpus: float, gpus: float) -> None:
     with pytest.raises(PlanError) as caught:
-        check_fits(need_of(CLUSTER, with_teacher=True), cpus, gpus, 64)
+        check_fits(need_of(CLUSTER, pools=1), cpus, gpus, 64)
     assert str(caught.value) == (
         f"expected a cluster that holds the run ({ARITHMETIC}), found {cpus:g} CPUs and {gpus:g} GPUs: "
         f"lower cluster.students, cluster.teachers or their cpus and gpus, or add nodes"
@@ -36,29 +36,29 @@ def test_a_smaller_cluster_is_refused_with_the_arithmetic(cpus: float, gpus: flo
 
 def test_the_largest_node_must_hold_the_widest_worker() -> None:
     with pytest.raises(PlanError, match="expected a node with 3 CPUs for one worker, the largest has 2: lower"):
-        check_fits(need_of(CLUSTER, with_teacher=True), 100, 100, 2)
+        check_fits(need_of(CLUSTER, pools=1), 100, 100, 2)
     wide = ClusterConfig(teacher_cpus=8)
     with pytest.raises(PlanError, match="expected a node with 8 CPUs"):
-        check_fits(need_of(wide, with_teacher=True), 100, 0, 4)
-    check_fits(need_of(wide, with_teacher=False), 100, 0, 4)
+        check_fits(need_of(wide, pools=1), 100, 0, 4)
+    check_fits(need_of(wide, pools=0), 100, 0, 4)
 
 
 @pytest.mark.parametrize(
-    ("number", "cluster", "with_teacher", "expected"),
+    ("number", "cluster", "pools", "expected"),
     [
-        (8, ClusterConfig(), True, (4, 4)),
-        (8, ClusterConfig(), False, (8, 8)),
-        (8, ClusterConfig(students=2, teachers=(1, 6)), True, (2, 2)),
-        (2, ClusterConfig(students=2, teachers=(3, 3)), True, (1, 1)),
-        (8, ClusterConfig(student_threads=7), True, (7, 4)),
-        (8, ClusterConfig(teacher_threads=1), True, (4, 1)),
+        (8, ClusterConfig(), 1, (4, 4)),
+        (8, ClusterConfig(), 0, (8, 8)),
+        (8, ClusterConfig(students=2, teachers=(1, 6)), 1, (2, 2)),
+        (2, ClusterConfig(students=2, teachers=(3, 3)), 1, (1, 1)),
+        (8, ClusterConfig(student_threads=7), 1, (7, 4)),
+        (8, ClusterConfig(teacher_threads=1), 1, (4, 1)),
     ],
 )
 def test_threads_are_the_cores_shared_out(
-    monkeypatch: pytest.MonkeyPatch, number: int, cluster: ClusterConfig, with_teacher: bool, expected: tuple[int, int]
+    monkeypatch: pytest.MonkeyPatch, number: int, cluster: ClusterConfig, pools: int, expected: tuple[int, int]
 ) -> None:
     monkeypatch.setattr(plan, "cores", lambda: number)
-    assert threads(cluster, with_teacher) == expected
+    assert threads(cluster, pools) == expected
 
 
 def test_a_local_cluster_counts_every_core_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,4 +70,4 @@ def test_a_local_cluster_counts_every_core_twice(monkeypatch: pytest.MonkeyPatch
 
 def test_the_default_run_fits_a_machine_with_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "cores", lambda: 1)
-    check_fits(need_of(ClusterConfig(), with_teacher=True), local_cpus(), 0, local_cpus())
+    check_fits(need_of(ClusterConfig(), pools=1), local_cpus(), 0, local_cpus())

@@ -62,8 +62,8 @@ def test_overlap_in_pieces_is_overlap_at_once(steps: list[tuple[float, float, fl
 
 def test_the_meter_adds_up_what_a_worker_did() -> None:
     meter = Meter(1, None, num_steps=2, first_step=0)  # type: ignore[arg-type]  # only rank 0 reports on the way
-    meter.micro_step(0.0, 1.0, 3.0, 100, TeacherTiming("a", 0.5, 2.0, 100), 1000)
-    meter.micro_step(3.0, 3.5, 5.0, 50, TeacherTiming("b", 1.5, 4.0, 50), 500)
+    meter.micro_step(0.0, 1.0, 3.0, 100, [TeacherTiming("a", 0.5, 2.0, 100)], 1000)
+    meter.micro_step(3.0, 3.5, 5.0, 50, [TeacherTiming("b", 1.5, 4.0, 50)], 500)
     meter.step(1, 0.5, {}, 1e-3)
     summary = meter.summary(interrupted=True)
     assert (summary.steps, summary.micro_batches, summary.tokens, summary.wire_bytes) == (1, 2, 150, 1500)

@@ -21,30 +21,30 @@ LAST_STATE = TargetsSpec(TargetsConfig(), LossConfig(), (4,), False, 3)
 
 def test_every_micro_batch_once_in_order_by_one_teacher(ray_cluster: None, tiny_teacher: str, tmp_path: Path) -> None:
     source = mlm_source(tmp_path, tiny_teacher, epochs=3)
-    rows = streamed(source, TeacherSpec(tiny_teacher, "mlm", "float32", 1, LAST_STATE))
+    rows = streamed(source, (TeacherSpec(tiny_teacher, "mlm", "float32", 1, LAST_STATE),))
     assert [row["index"][0].as_py() for row in rows] == list(range(source.manifest.num_micro_batches))
     assert source.manifest.num_micro_batches > source.manifest.per_epoch
-    assert len({row["teacher"][0].as_py() for row in rows}) == 1
+    assert len({row["teacher_0"][0].as_py() for row in rows}) == 1
 
 
 def test_consumed_micro_batches_do_not_come_again(ray_cluster: None, tiny_teacher: str, tmp_path: Path) -> None:
     source = mlm_source(tmp_path, tiny_teacher)
     total = source.manifest.num_micro_batches
     ledger = Ledger().adding([0, 1, 2, 5, total - 1])
-    rows = streamed(source, None, ledger)
+    rows = streamed(source, (), ledger)
     assert [row["index"][0].as_py() for row in rows] == [n for n in range(total) if n not in ledger]
 
 
 def test_class_targets_are_the_teachers_own(ray_cluster: None, tiny_classifier: str, tmp_path: Path) -> None:
     source = class_source(tmp_path, tiny_classifier)
     targets = TargetsSpec(TargetsConfig(), LossConfig(), (), True, 3)
-    rows = streamed(source, TeacherSpec(tiny_classifier, "classification", "float32", 1, targets))
+    rows = streamed(source, (TeacherSpec(tiny_classifier, "classification", "float32", 1, targets),))
     widths = {row["width"][0].as_py() for row in rows}
     assert len(widths) > 1
     model = load_model(tiny_classifier, "classification").eval()
     for row in rows[:5]:
         batch = wire.batch_of(row)
-        given = decode_targets(targets, wire.targets_of(row), batch.num_tokens, torch.device("cpu"))
+        given = decode_targets(targets, wire.targets_of(row)[0], batch.num_tokens, torch.device("cpu"))
         ids_BL, mask_BL = on_device(batch, torch.device("cpu"))
         with torch.inference_mode():
             expected = model(input_ids=ids_BL, attention_mask=mask_BL).logits
@@ -58,13 +58,13 @@ def test_a_slow_student_bounds_what_the_teacher_makes(ray_cluster: None, tiny_te
     cluster = ClusterConfig(max_bytes_in_flight=bound)
     spec = TeacherSpec(tiny_teacher, "mlm", "float32", 1, LAST_STATE)
     total = source.manifest.num_micro_batches
-    dataset = build_stream(source, total, Ledger(), spec, cluster)
+    dataset = build_stream(source, total, Ledger(), (spec,), cluster)
     dataset.context.execution_options = execution_options(cluster)
     rows = iter(dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=1))
     first = next(rows)
     time.sleep(6)  # the student works on its first micro-batch
     resumed = time.time()
-    ahead = [row for row in (next(rows) for _ in range(total - 1)) if row["ended_s"][0].as_py() < resumed]
+    ahead = [row for row in (next(rows) for _ in range(total - 1)) if row["ended_s_0"][0].as_py() < resumed]
     assert 0 < sum(row.nbytes for row in ahead) < 8 * bound < total * first.nbytes
 
 

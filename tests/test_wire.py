@@ -58,15 +58,15 @@ def test_every_table_has_the_one_schema(made: list[TokenBatch]) -> None:
 @given(batches(), st.binary(min_size=1, max_size=50), st.binary(max_size=50))
 def test_targets_come_back_as_they_were(batch: TokenBatch, states: bytes, soft_labels: bytes) -> None:
     table = wire.with_targets(wire.table_of([batch]), {"states": states, "soft_labels": soft_labels}, TIMING)
-    assert table.schema == wire.TARGETS
+    assert table.schema == wire.schema_of(1)
     assert same(wire.batch_of(table), batch)
-    targets = wire.targets_of(table)
+    (targets,) = wire.targets_of(table)
     assert targets is not None
     assert {name: buffer.to_pybytes() for name, buffer in targets.items()} == {
         "states": states,
         "soft_labels": soft_labels,
     }
-    assert wire.timing_of(table, 7) == TeacherTiming("actor-1", 10.5, 11.25, 7)
+    assert wire.timings_of(table, 7) == [TeacherTiming("actor-1", 10.5, 11.25, 7)]
 
 
 @given(st.lists(batches(), min_size=2, max_size=4))
@@ -81,8 +81,8 @@ def test_tables_of_any_widths_can_be_joined(made: list[TokenBatch]) -> None:
 def test_without_a_teacher_there_is_neither_target_nor_timing() -> None:
     ids = np.ones((1, 2), np.int32)
     row = wire.table_of([TokenBatch(0, ids, np.array([2], np.int32), np.array([0], np.int32), None, 1, np.arange(1))])
-    assert wire.targets_of(row) is None
-    assert wire.timing_of(row, 2) is None
+    assert wire.targets_of(row) == []
+    assert wire.timings_of(row, 2) == []
 
 
 def test_reading_is_a_view_and_not_a_copy() -> None:

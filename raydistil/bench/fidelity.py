@@ -18,7 +18,7 @@ from raydistil import rundir
 from raydistil.cluster import cluster
 from raydistil.config import Config, EvaluateConfig, config_of
 from raydistil.errors import DataError
-from raydistil.pipeline import distill, finetune, score
+from raydistil.pipeline import distill, finetune, score, teacher_of
 from raydistil.plan import cores
 from raydistil.prepare import Prepared, Say, needs, prepare
 from raydistil.specs import Candidate, EvaluateSpec
@@ -125,8 +125,8 @@ def _score(run: Prepared, split: Split) -> Tree:
     spec = EvaluateSpec(
         run.config.task, run.store.path, split, None, run.labels, run.config.teacher.precision, wanted, cores()
     )
-    found = [Candidate("teacher", run.teacher_dir, False)]
-    found.append(Candidate("student", str(run.run_dir / rundir.DISTILLED), False))
+    student = Candidate("student", (str(run.run_dir / rundir.DISTILLED),), (1.0,), False)
+    found = [teacher_of(run, timed=False), student]
     return {report.name: report.score.value for report in score(run.config, spec, found)}
 
 

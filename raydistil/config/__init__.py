@@ -21,6 +21,7 @@ from raydistil.config.recipes import over_recipe
 from raydistil.config.section import Beta, Positive, Section, Share
 from raydistil.config.student import AssistantConfig, StudentConfig
 from raydistil.config.targets import AugmentConfig, TargetsConfig, check_drawn, variants_of, what_is_drawn
+from raydistil.config.teacher import EnsembleConfig, TeacherConfig, check_ensemble
 from raydistil.errors import ConfigError
 from raydistil.types import Precision, Task
 
@@ -69,12 +70,6 @@ class TokensConfig(Section):
     """Texts with fewer tokens are left out, and counted."""
     max_unknown_share: Share = 1.0
     """Texts with a larger share of unknown tokens are left out, and counted."""
-
-
-class TeacherConfig(Section):
-    model: str
-    """Local directory in hub layout, hub name, or `package:NAME/SUBDIR` for weights shipped in a Python package."""
-    precision: Precision = "float32"
 
 
 class MaskingConfig(Section):
@@ -174,6 +169,8 @@ class Config(Section):
     tokens: TokensConfig = TokensConfig()
     masking: MaskingConfig = MaskingConfig()
     teacher: TeacherConfig
+    ensemble: tuple[EnsembleConfig, ...] = ()
+    """Teachers beside it: the student learns from the weighted mean of what they all say."""
     student: StudentConfig
     assistants: tuple[AssistantConfig, ...] = ()
     """Models between teacher and student, largest first: the teacher teaches the first, the last one the student."""
@@ -212,6 +209,14 @@ class Config(Section):
             raise ValueError("masking is of task mlm: leave [masking] out for task clm")
         if self.task == "clm" and self.distill is not None:
             self.distill.loss.check_causal()
+        return self
+
+    @model_validator(mode="after")
+    def _teachers_speak_as_one(self) -> "Config":
+        if self.teacher.weight != 1 and not self.ensemble:
+            raise ValueError("teacher.weight is its say beside those of [[ensemble]]: add one, or leave the weight out")
+        if self.ensemble and self.distill:
+            check_ensemble(self.task, self.distill.loss, self.distill.targets)
         return self
 
     @model_validator(mode="after")

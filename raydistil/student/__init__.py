@@ -37,13 +37,13 @@ def check_student(config: StudentConfig, teacher: Any) -> None:
         widths(config, teacher)
 
 
-def check_vocabularies(teacher: str, student: str) -> None:
-    """Raise ModelError unless both cut and number texts alike."""
-    teacher_tokenizer, student_tokenizer = load_tokenizer(teacher), load_tokenizer(student, "student.model")
-    if tokenizer_hash(teacher_tokenizer) != tokenizer_hash(student_tokenizer):
+def check_vocabularies(teacher: str, other: str, whose: str) -> None:
+    """Raise ModelError unless both cut and number texts alike. `whose`: the section of `other`."""
+    tokenizer, other_tokenizer = load_tokenizer(teacher), load_tokenizer(other, f"{whose}.model")
+    if tokenizer_hash(tokenizer) != tokenizer_hash(other_tokenizer):
         raise ModelError(
-            f"student.model: expected one vocabulary, got {len(teacher_tokenizer)} tokens in the teacher {teacher} and "
-            f"{len(student_tokenizer)} in the student {student}: use a student with the teacher's tokenizer"
+            f"{whose}.model: expected one vocabulary, got {len(tokenizer)} tokens in the teacher {teacher} and "
+            f"{len(other_tokenizer)} in {other}: use a {whose.partition('.')[0]} with the teacher's tokenizer"
         )
 
 
