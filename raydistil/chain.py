@@ -62,3 +62,8 @@ def assistants(config: Config) -> Iterator[tuple[StudentConfig, DistillConfig, s
         given = {"epochs": assistant.epochs, "lr": assistant.lr}
         train = config.distill.model_copy(update={name: value for name, value in given.items() if value is not None})
         yield student, train, f"assistant-{number}"
+
+
+def teacher_models(config: Config) -> tuple[str, ...]:
+    """What the teachers are before any fine-tuning."""
+    return (config.teacher.model, *(teacher.model for teacher in config.ensemble))

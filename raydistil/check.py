@@ -93,6 +93,10 @@ def _plan(config: Config) -> list[str]:
     where = address_of(config.cluster) or f"a local cluster of {local_cpus()} logical CPUs on {cores()} cores"
     lines = [f"on {where}, {torch.cuda.device_count()} GPUs"]
     lines += [need.arithmetic() for need in needs(config)]
+    if config.student.vocabulary == "corpus":
+        lines.append(
+            "vocabulary: cut down to that of the training texts when the run starts; sizes here are of the whole"
+        )
     return [*lines, f"threads: {student_threads} for a student, {teacher_threads} for a teacher"]
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from raydistil import rundir
+from raydistil.chain import teacher_models
 from raydistil.config import Config
 from raydistil.config.student import StudentConfig
 from raydistil.errors import StorageError
@@ -35,7 +36,7 @@ def model_card(config: Config, report: dict[str, Any]) -> str:
     license_line = f"license: {config.export.license}\n" if config.export and config.export.license else ""
     tag = PIPELINE_TAGS[config.task]
     head = f"---\n{license_line}library_name: transformers\npipeline_tag: {tag}\n---\n\n# {config.name}\n\n"
-    teachers = " and ".join(f"`{teacher.model}`" for teacher in (config.teacher, *config.ensemble))
+    teachers = " and ".join(f"`{model}`" for model in teacher_models(config))
     body = (
         f"A student of {teachers}, started from {_start(config.student)} and distilled on "
         f"`{config.corpus.source}` with raydistil (seed {config.seed}).\n"

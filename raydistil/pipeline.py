@@ -11,7 +11,7 @@ import numpy as np
 import ray
 
 from raydistil import rundir
-from raydistil.chain import Link, assistants, links, weights_of
+from raydistil.chain import Link, assistants, links, teacher_models, weights_of
 from raydistil.cluster import cluster
 from raydistil.config import Config, EvaluateConfig, result_hash
 from raydistil.config.loss import LossConfig
@@ -21,7 +21,7 @@ from raydistil.export import export
 from raydistil.manifest import keyed
 from raydistil.models import load_model, resolve
 from raydistil.plan import cores
-from raydistil.prepare import Prepared, Say, needs, prepare, teacher_models
+from raydistil.prepare import Prepared, Say, needs, prepare
 from raydistil.specs import Candidate, EvaluateSpec, ModelReport
 from raydistil.stages import Training, manifest_of, num_slots, train_stage
 from raydistil.storage import whole_directory

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistil import rundir
 from raydistil.attention import check_attention
-from raydistil.chain import assistants
+from raydistil.chain import assistants, teacher_models
 from raydistil.cluster import check_before_start
 from raydistil.config import Config
 from raydistil.corpus import open_corpus
@@ -18,6 +18,7 @@ from raydistil.errors import ConfigError, DataError, ModelError
 from raydistil.layers import plan_layers
 from raydistil.models import load_tokenizer, outline, quiet_transformers, resolve, shape_of
 from raydistil.plan import Need, need_of
+from raydistil.prune import pruned_teacher
 from raydistil.student import check_student, check_vocabularies, student_outline
 from raydistil.tokens import TokenStore, build_store
 from raydistil.types import Task
@@ -52,11 +53,22 @@ def prepare(config: Config, say: Say) -> Prepared:
     quiet_transformers()
     check_models(config)
     check_before_start(config.cluster, needs(config))
-    store = TokenStore(make_store(config))
+    store, used = TokenStore(make_store(config)), config
+    if config.student.vocabulary == "corpus":
+        used = _in_words_of(config, store, say)
+        store = TokenStore(make_store(used))
     for line in describe_store(store):
         say(line)
-    check_store(config, store)
-    return Prepared(config, rundir.claim(config, store.path.name), store, say)
+    check_store(used, store)
+    return Prepared(used, rundir.claim(config, store.path.name), store, say)
+
+
+def _in_words_of(config: Config, store: TokenStore, say: Say) -> Config:
+    """`config` with the teacher that has the vocabulary of `store` alone."""
+    path = str(pruned_teacher(config, store))
+    before, after = len(load_tokenizer(config.teacher.model)), len(load_tokenizer(path))
+    say(f"vocabulary: {after:,} of {before:,} tokens, those of the training texts and what they are spelt with")
+    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"model": path})})
 
 
 def needs(config: Config) -> list[Need]:
@@ -65,11 +77,6 @@ def needs(config: Config) -> list[Need]:
     if config.distill and config.distill.targets.cache:
         return [*wanted, need_of(config.cluster, pools=1, with_student=False), need_of(config.cluster, pools=0)]
     return wanted + ([need_of(config.cluster, pools=1 + len(config.ensemble))] if config.distill else [])
-
-
-def teacher_models(config: Config) -> tuple[str, ...]:
-    """What the teachers are before any fine-tuning."""
-    return (config.teacher.model, *(teacher.model for teacher in config.ensemble))
 
 
 # ---- models

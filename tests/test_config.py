@@ -41,6 +41,7 @@ DEFINING: dict[str, Any] = {
     "teacher.model": "another", "teacher.precision": "bfloat16", "teacher.weight": 2.0,
     "ensemble": [{"model": "third", "weight": 0.5}],
     "student.layers": [1], "student.model": "small", "student.family": "distilbert",
+    "student.vocabulary": "corpus",
     "assistants": [{"num_layers": 4, "rule": "last", "epochs": 2, "lr": 0.5}],
     "student.start": "finetuned", "student.num_layers": 2, "student.rule": "last", "student.hidden_size": 16,
     "student.num_heads": 2, "student.ffn_size": 8, "student.narrow": "svd",

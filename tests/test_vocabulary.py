@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers import (
+    AutoModel,
     BertConfig,
     BertTokenizer,
     MPNetConfig,
@@ -20,8 +22,12 @@ from transformers import (
     RobertaTokenizer,
 )
 
+from raydistil import config as configuration
+from raydistil import pipeline
+from raydistil.config import Config
 from raydistil.errors import ModelError
 from raydistil.models import load_model, load_tokenizer
+from raydistil.prepare import prepare
 from raydistil.student.vocabulary import Pruned, prune_vocabulary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -162,3 +168,45 @@ def test_other_tokenizers_are_refused() -> None:
         ModelError, match="expected a WordPiece tokenizer to prune, got BPE: a piece of another kind is"
     ):
         prune_vocabulary(tiny.model(tiny.FAMILIES["roberta"], "mlm"), tokenizer, np.ones(8, np.int64))
+
+
+# ---- a run in the words of its corpus
+
+
+def config_of(folder: Path, teacher: str, corpus: Path, **student: Any) -> Config:
+    return configuration.config_of({
+        "name": "words", "output_dir": str(folder), "task": "classification",
+        "corpus": {"source": str(corpus), "test_share": 0.3}, "tokens": {"length": 32, "buckets": [16]},
+        "teacher": {"model": teacher}, "student": {"layers": [0, 2], "vocabulary": "corpus", **student},
+        "finetune": {"epochs": 12, "lr": 3e-3, "micro_batch_size": 8},
+        "distill": {"epochs": 2, "lr": 3e-3, "micro_batch_size": 8},
+        "evaluate": {"latency_rounds": 3, "latency_length": 16},
+    })  # fmt: skip
+
+
+def test_teacher_store_and_student_share_the_words_of_the_corpus(
+    tiny_teacher: str, corpus_file: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    config = config_of(tmp_path, tiny_teacher, corpus_file)
+    run = prepare(config, said.append)
+    tokenizer, whole = load_tokenizer(run.config.teacher.model), load_tokenizer(tiny_teacher)
+    assert len(tokenizer) < len(whole)
+    assert f"vocabulary: {len(tokenizer):,} of {len(whole):,} tokens" in said[0]
+    assert run.store.meta.vocab_size == len(tokenizer)
+    plain = prepare(config_of(tmp_path / "plain", tiny_teacher, corpus_file, vocabulary="whole"), said.append)
+    for bucket in range(len(run.store.bucket_rows("train"))):
+        ids, plain_ids = (each.store.read("train", bucket, np.arange(5))[0] for each in (run, plain))
+        assert tokenizer.batch_decode(ids) == whole.batch_decode(plain_ids)
+    assert prepare(config, said.append).config.teacher.model == run.config.teacher.model
+
+
+@pytest.mark.slow
+def test_a_run_in_the_words_of_its_corpus(
+    ray_cluster: None, tiny_teacher: str, corpus_file: Path, tmp_path: Path
+) -> None:
+    report = pipeline.run_all(config_of(tmp_path, tiny_teacher, corpus_file), lambda line: None)
+    student, tokenizer = (load(report["student_dir"]) for load in (AutoModel.from_pretrained, load_tokenizer))
+    assert student.config.vocab_size == len(tokenizer) < len(load_tokenizer(tiny_teacher))
+    assert report["student_score"] > 0.6
+    assert report["student_params"] < load_model(tiny_teacher, "classification", ("a", "b", "c")).num_parameters() / 2

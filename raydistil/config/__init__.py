@@ -215,6 +215,8 @@ class Config(Section):
     def _teachers_speak_as_one(self) -> "Config":
         if self.teacher.weight != 1 and not self.ensemble:
             raise ValueError("teacher.weight is its say beside those of [[ensemble]]: add one, or leave the weight out")
+        if self.ensemble and self.student.vocabulary == "corpus":
+            raise ValueError("student.vocabulary = corpus cuts down one teacher's: leave it or [[ensemble]] out")
         if self.ensemble and self.distill:
             check_ensemble(self.task, self.distill.loss, self.distill.targets)
         return self

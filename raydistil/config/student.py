@@ -43,6 +43,8 @@ class StudentConfig(Section):
     """Start from this checkpoint instead (written like teacher.model); it must have the teacher's vocabulary."""
     family: Literal["same", "distilbert"] = "same"
     """`same`: the teacher's architecture, shallower or narrower. `distilbert`: no token types, no pooler."""
+    vocabulary: Literal["whole", "corpus"] = "whole"
+    """`corpus`: only the WordPiece tokens that the training texts use, in the teacher and in the student."""
     hidden_size: Positive | None = None
     """Width of the student; None: the teacher's. Without `layers` and `num_layers` all layers are kept."""
     num_heads: Positive | None = None
@@ -63,6 +65,12 @@ class StudentConfig(Section):
             )
         if self.rule != "uniform" and not self.num_layers:
             raise ValueError("rule chooses num_layers layers: set num_layers, or leave rule out")
+        return self
+
+    @model_validator(mode="after")
+    def _one_vocabulary(self) -> "StudentConfig":
+        if self.vocabulary == "corpus" and self.model:
+            raise ValueError("vocabulary is that of the teacher, cut down: leave it out for a model of its own")
         return self
 
     @model_validator(mode="after")
