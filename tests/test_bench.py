@@ -18,6 +18,7 @@ def write_splits(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_losses_agree_and_the_chunked_pass_takes_less_memory(one_thread: None) -> None:
     result = bench_losses((16,), 2000, 3000, 1, 1, lambda line: None)
     exact, rough = result["rows"]

@@ -292,7 +292,7 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hub_cache"))
 
 
-def test_a_hub_name_that_cannot_be_had(hub_cache: None) -> None:
+def test_a_hub_name_that_cannot_be_had(hub_cache: None, no_pauses: None) -> None:
     message = complaint("nobody/no-such-data-set")
     assert message.startswith("corpus.source: expected python-docs, a file, a glob or the name of a hub data set, got")
     assert "'nobody/no-such-data-set', which the hub client cannot load: " in message

@@ -42,7 +42,7 @@ def test_actors_write_what_one_process_would_and_only_once(
     texts = replace(mlm_source(tmp_path, tiny_teacher, epochs=3), variants=2)
     alone = filled(texts, teacher, tmp_path / "alone", shard_rows=9)
     assert alone.caches
-    together = replace(alone, cache=replace(alone.caches[0], path=tmp_path / "together"))
+    together = replace(alone, caches=(replace(alone.caches[0], path=tmp_path / "together"),))
     said: list[str] = []
     first = fill(together, teacher, said.append)
     assert first.teacher_builds == 1
@@ -120,6 +120,7 @@ def cached(
     return config, said
 
 
+@pytest.mark.slow
 def test_a_second_student_needs_no_teacher(cached: tuple[Config, list[str]]) -> None:
     config, said = cached
     assert (kept(config)["teacher_builds"], stage(config)["teacher_builds"]) == (1, 0)

@@ -113,7 +113,7 @@ def test_an_error_names_the_key_the_model_came_from(model: str) -> None:
             load()
 
 
-def test_an_outline_has_shapes_and_no_weights(saved: Path) -> None:
+def test_an_outline_has_shapes_and_no_weights(saved: Path, no_pauses: None) -> None:
     made, whole = outline(str(saved), "mlm"), load_model(str(saved), "mlm")
     assert {parameter.device.type for parameter in made.parameters()} == {"meta"}
     shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in (made, whole)]

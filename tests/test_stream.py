@@ -53,7 +53,7 @@ def test_class_targets_are_the_teachers_own(ray_cluster: None, tiny_classifier: 
 
 
 def test_a_slow_student_bounds_what_the_teacher_makes(ray_cluster: None, tiny_teacher: str, tmp_path: Path) -> None:
-    source = mlm_source(tmp_path, tiny_teacher, rows=4000, epochs=8)
+    source = mlm_source(tmp_path, tiny_teacher, rows=1500, epochs=8)
     bound = 1 << 20
     cluster = ClusterConfig(max_bytes_in_flight=bound)
     spec = TeacherSpec(tiny_teacher, "mlm", "float32", 1, LAST_STATE)

@@ -337,10 +337,10 @@ def test_vocabularies_must_agree(tmp_path: Path) -> None:
     used = tiny.tokenizer()
     used(["aa"], padding="max_length", truncation=True, max_length=16)
     used.save_pretrained(tmp_path / "c")
-    check_vocabularies(str(tmp_path / "a"), str(tmp_path / "c"))
-    expected = f"expected one vocabulary, got 45 tokens in the teacher {tmp_path}/a and 44 in the student {tmp_path}/b"
+    check_vocabularies(str(tmp_path / "a"), str(tmp_path / "c"), "student")
+    expected = f"expected one vocabulary, got 45 tokens in the teacher {tmp_path}/a and 44 in {tmp_path}/b"
     with pytest.raises(ModelError, match=expected):
-        check_vocabularies(str(tmp_path / "a"), str(tmp_path / "b"))
+        check_vocabularies(str(tmp_path / "a"), str(tmp_path / "b"), "student")
 
 
 # ---- a student of its own
@@ -354,4 +354,4 @@ def test_a_student_that_starts_from_a_checkpoint(tmp_path: Path) -> None:
     config = StudentConfig(model=str(tmp_path / "start"))
     student = build_student(teacher, config, "mlm")
     assert torch.equal(logits(student), logits(start))
-    check_vocabularies(str(tmp_path / "start"), str(tmp_path / "tokenizer"))
+    check_vocabularies(str(tmp_path / "start"), str(tmp_path / "tokenizer"), "student")
