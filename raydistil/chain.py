@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raydistil import rundir
-from raydistil.config import Config, DistillConfig
+from raydistil.config import Config
 from raydistil.config.student import StudentConfig
+from raydistil.config.train import DistillConfig
 from raydistil.models import resolve
 
 
@@ -26,6 +27,15 @@ class Link:
     train: DistillConfig
     init: str  # the student before
     target: str  # and after
+
+    @property
+    def general(self) -> "Link | None":
+        """The general distillation before this one: whose layers the student has is its teacher."""
+        if not self.train.general.epochs:
+            return None
+        source = self.untuned if self.student.start == "checkpoint" else self.teacher
+        name, train = f"{self.stage}-general", self.train.general_training()
+        return Link(name, (source,), (1.0,), source, self.student, train, f"{name}-init", name)
 
     @property
     def teacher(self) -> str:

@@ -11,8 +11,9 @@ import torch
 from raydistil.cache.sizes import Sizes, sizes_of
 from raydistil.chain import assistants
 from raydistil.cluster import address_of, check_before_start
-from raydistil.config import Config, DistillConfig, explain, load_config, read_toml
+from raydistil.config import Config, explain, load_config, read_toml
 from raydistil.config.targets import variants_of
+from raydistil.config.train import DistillConfig
 from raydistil.corpus import open_corpus
 from raydistil.errors import DataError
 from raydistil.fill import mebibytes

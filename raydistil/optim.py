@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from raydistil.config import TrainConfig
+from raydistil.config.train import TrainConfig
 
 
 def deepspeed_config(train: TrainConfig) -> dict[str, Any]:

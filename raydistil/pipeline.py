@@ -25,7 +25,7 @@ from raydistil.prepare import Prepared, Say, needs, prepare
 from raydistil.specs import Candidate, EvaluateSpec, ModelReport
 from raydistil.stages import Training, manifest_of, num_slots, train_stage
 from raydistil.storage import whole_directory
-from raydistil.student import build_student, save_model, untune
+from raydistil.student import build_student, save_model, take_layers
 
 LABELS_ONLY = LossConfig(kd=0, task=1, cosine=0)
 
@@ -49,8 +49,15 @@ def finetune(run: Prepared) -> None:
 def distill(run: Prepared) -> None:
     """Build the student and teach it what the teacher says, over assistants if there are any: run_dir/distilled."""
     for link in links(run.config, run.teacher_dirs, run.run_dir):
-        init, seed = _student_init(run, link), run.config.seed
-        train_stage(run, Training(link.stage, link.train, link.train.loss, init, link.target, seed, link))
+        for part in (link.general, link):
+            if part is not None:
+                train_stage(run, lesson(run, part))
+
+
+def lesson(run: Prepared, link: Link) -> Training:
+    """What is to be trained for `link`, from its student's start on."""
+    init = _student_init(run, link)
+    return Training(link.stage, link.train, link.train.loss, init, link.target, run.config.seed, link)
 
 
 def _score(spec: EvaluateSpec, candidates: list[Candidate]) -> list[ModelReport]:
@@ -90,7 +97,7 @@ def _no_teacher(config: Config) -> str:
 
 
 def _student_init(run: Prepared, link: Link) -> str:
-    """The directory of the untrained student of `link`, written once."""
+    """The directory of the student of `link` before its training (but after any general one), written once."""
     path = run.run_dir / link.init
     if not path.exists():
         import torch
@@ -98,9 +105,12 @@ def _student_init(run: Prepared, link: Link) -> str:
         torch.manual_seed(run.config.seed)
         teacher = load_model(link.teacher, run.config.task, run.labels)
         if link.student.start == "checkpoint":
-            untune(teacher, load_model(link.untuned, run.config.task, run.labels))
+            take_layers(teacher, load_model(link.untuned, run.config.task, run.labels))
+        student = build_student(teacher, link.student, run.config.task)
+        if link.general is not None:
+            take_layers(student, load_model(str(run.run_dir / link.general.target), run.config.task, run.labels))
         with whole_directory(path) as scratch:
-            save_model(build_student(teacher, link.student, run.config.task), link.teacher, scratch)
+            save_model(student, link.teacher, scratch)
     return str(path)
 
 
@@ -184,11 +194,15 @@ def _stage_names(config: Config) -> list[str]:
     """In the order of the work."""
     teachers = range(1 + len(config.ensemble))
     names = [rundir.numbered("finetune", number) for number in teachers]
+    if config.distill is None:
+        return names
+    kept, general = config.distill.targets.cache is not None, config.distill.general.epochs > 0
     for stage in (*(name for _, _, name in assistants(config)), rundir.DISTILL):
-        if config.distill and config.distill.targets.cache:
-            names += [rundir.targets_of(stage, number) for number in teachers]
-            teachers = range(1)  # only the first student has several
+        before = f"{stage}-general"
+        names += [*([rundir.targets_of(before, 0)] if kept else []), before] if general else []
+        names += [rundir.targets_of(stage, number) for number in teachers] if kept else []
         names.append(stage)
+        teachers = range(1)  # only the first student has several
     return names
 
 

@@ -42,7 +42,7 @@ def claim(config: Config, data: str) -> Path:
 def _has_results(path: Path) -> bool:
     """Whether a stage has left anything: a run that failed before is no reason to refuse its mended configuration."""
     kept = any((path / name).exists() for name in (TEACHER, STUDENT_INIT, DISTILLED, STUDENT, CHECKPOINTS))
-    return kept or any(path.glob("assistant-*"))
+    return kept or any(path.glob("assistant-*")) or any(path.glob("*-general*"))
 
 
 def _changes(before: dict[str, Any], config: Config) -> str:

@@ -6,9 +6,10 @@ Kept apart from the parts themselves, so that a process that only passes them on
 from dataclasses import dataclass
 from pathlib import Path
 
-from raydistil.config import ClusterConfig, EvaluateConfig, MaskingConfig, TrainConfig
+from raydistil.config import ClusterConfig, EvaluateConfig, MaskingConfig
 from raydistil.config.loss import LossConfig
 from raydistil.config.targets import AugmentConfig, TargetsConfig
+from raydistil.config.train import TrainConfig
 from raydistil.layers import LayerPlan
 from raydistil.manifest import Manifest
 from raydistil.types import Precision, Score, Split, Task

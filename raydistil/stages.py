@@ -9,9 +9,9 @@ from raydistil import rundir
 from raydistil.cache.inputs import inputs_of
 from raydistil.cache.sizes import cache_spec, sizes_of
 from raydistil.chain import Link
-from raydistil.config import TrainConfig
 from raydistil.config.loss import LossConfig
 from raydistil.config.targets import variants_of
+from raydistil.config.train import TrainConfig
 from raydistil.layers import LayerPlan, plan_layers
 from raydistil.manifest import Manifest
 from raydistil.models import resolve, shape_of

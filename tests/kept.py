@@ -9,7 +9,8 @@ import pyarrow as pa
 from raydistil.cache.check import missing_shards, vouch
 from raydistil.cache.inputs import inputs_of
 from raydistil.cache.sizes import cache_spec, sizes_of
-from raydistil.config import LossConfig, TargetsConfig
+from raydistil.config.loss import LossConfig
+from raydistil.config.targets import TargetsConfig
 from raydistil.fill import Filler, FillSpec
 from raydistil.models import shape_of
 from raydistil.specs import SourceSpec, TargetsSpec, TeacherSpec

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raydistil import wire
-from raydistil.config import LossConfig, StudentConfig, TargetsConfig
+from raydistil.config.loss import LossConfig
+from raydistil.config.student import StudentConfig
+from raydistil.config.targets import TargetsConfig
 from raydistil.distiller import Distiller
 from raydistil.layers import plan_layers
 from raydistil.losses import weights_at

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from raydistil.config import LossConfig
+from raydistil.config.loss import LossConfig
 from raydistil.types import IGNORE, TokenBatch
 
 States = list[Tensor]  # by number, [l, D] each

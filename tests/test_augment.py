@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raydistil.augment import Words, augment
-from raydistil.config import AugmentConfig
+from raydistil.config.targets import AugmentConfig
 from raydistil.types import IGNORE, TokenBatch
 
 PAD, CLS, SEP, MASK = 0, 1, 2, 3

@@ -19,7 +19,8 @@ from raydistil.cache.check import describe_inputs, missing_shards, vouch
 from raydistil.cache.files import fault_of
 from raydistil.cache.layout import path_of, shards
 from raydistil.cache.read import CachedTargets
-from raydistil.config import AugmentConfig, LossConfig
+from raydistil.config.loss import LossConfig
+from raydistil.config.targets import AugmentConfig
 from raydistil.errors import StorageError
 from raydistil.places import compared_places
 from raydistil.source import MicroBatches

@@ -16,7 +16,9 @@ from raydistil.cache.inputs import inputs_of, model_hash
 from raydistil.cache.layout import place_of, shards
 from raydistil.cache.sizes import compared_share, sizes_of
 from raydistil.check import check
-from raydistil.config import AugmentConfig, LossConfig, MaskingConfig, TargetsConfig
+from raydistil.config import MaskingConfig
+from raydistil.config.loss import LossConfig
+from raydistil.config.targets import AugmentConfig, TargetsConfig
 from raydistil.errors import ModelError
 from raydistil.specs import CacheSpec, SourceSpec, TargetsSpec, TeacherSpec
 

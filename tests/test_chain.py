@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import MINILM
 
 from raydistil import pipeline
@@ -39,11 +40,25 @@ def test_each_link_is_taught_by_the_one_before(tmp_path: Path, corpus_file: Path
         ("assistant-1-init", "assistant-1"), ("assistant-2-init", "assistant-2"), ("student_init", "distilled"),
     ]  # fmt: skip
     assert {link.student.start for link in made} == {"checkpoint"}
+    general = [link.general for link in made if link.general]
+    assert [(link.stage, link.teacher, link.init, link.target) for link in general] == [
+        ("assistant-1-general", "hub/name", "assistant-1-general-init", "assistant-1-general"),
+        ("assistant-2-general", "/run/assistant-1-init", "assistant-2-general-init", "assistant-2-general"),
+        ("distill-general", "/run/assistant-2-init", "distill-general-init", "distill-general"),
+    ]
+    assert {(link.train.epochs, link.train.lr, link.train.loss.kd) for link in general} == {(6, 5e-4, 0)}
 
 
 def test_without_assistants_there_is_one_link(tmp_path: Path, corpus_file: Path) -> None:
     (only,) = links(config(tmp_path, "hub/name", corpus_file, assistants=[]), ("/t",), Path("/run"))
     assert (only.stage, only.teacher, only.target) == ("distill", "/t", "distilled")
+
+
+def test_layers_of_the_fine_tuned_learn_what_it_did(tmp_path: Path, corpus_file: Path) -> None:
+    student = {"num_layers": 1, "start": "finetuned"}
+    *_, last = links(config(tmp_path, "hub/name", corpus_file, student=student), ("/t",), Path("/run"))
+    assert last.general is not None
+    assert last.general.teacher == last.teacher == "/run/assistant-2"
 
 
 def test_the_shapes_of_a_chain(tmp_path: Path, corpus_file: Path) -> None:
@@ -75,16 +90,25 @@ def test_a_chain_ends_in_the_student(ray_cluster: None, tiny_teacher: str, corpu
     }  # fmt: skip
     chosen = config(
         tmp_path, tiny_teacher, corpus_file, student={"num_layers": 1, "hidden_size": 16, "ffn_size": 32},
-        distill={"epochs": 2, "lr": 3e-3, "micro_batch_size": 8, "loss": loss},
+        assistants=[{"num_layers": 3, "epochs": 1}],
+        distill={"epochs": 2, "lr": 3e-3, "micro_batch_size": 8, "loss": loss, "general": {"epochs": 1}},
     )  # fmt: skip
     said: list[str] = []
     report = pipeline.run_all(chosen, said.append)
-    assert [model["name"] for model in report["models"]] == ["teacher", "student", "assistant-1", "assistant-2"]
-    assert list(report["stages"]) == ["finetune", "assistant-1", "assistant-2", "distill"]
+    assert [model["name"] for model in report["models"]] == ["teacher", "student", "assistant-1"]
+    taught = ["assistant-1", "distill"]
+    assert list(report["stages"]) == ["finetune", *(f"{name}{kind}" for name in taught for kind in ("-general", ""))]
+    assert set(report["stages"]["distill-general"]["final_losses"]) == {"loss", "hidden"}
+    start, teacher, general = (
+        load_model(str(chosen.run_dir / name), "classification")
+        for name in ("assistant-1-init", "teacher", "assistant-1-general")
+    )
+    assert torch.equal(start.classifier.weight, teacher.classifier.weight)
+    assert torch.equal(start.get_input_embeddings().weight, general.get_input_embeddings().weight)
     terms = {"loss", "kd", "task", "hidden", "pkd", "minilm", "triplet", "contrastive"}
     assert set(report["stages"]["distill"]["final_losses"]) == terms
     student = load_model(report["student_dir"], "classification")
     assert (student.config.num_hidden_layers, student.config.hidden_size) == (1, 16)
     again: list[str] = []
     pipeline.run_all(chosen, again.append)
-    assert sum("done before" in line for line in again) == 4
+    assert sum("done before" in line for line in again) == 5

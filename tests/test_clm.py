@@ -20,7 +20,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 from watch import Widest
 
 from raydistil.attention import attention_of
-from raydistil.config import LossConfig, TargetsConfig
+from raydistil.config.loss import LossConfig
+from raydistil.config.targets import TargetsConfig
 from raydistil.errors import ModelError
 from raydistil.models import HeadedEncoder, load_model, on_device, positions_on, vocabulary_head
 from raydistil.places import compared_places

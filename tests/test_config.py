@@ -61,6 +61,7 @@ DEFINING: dict[str, Any] = {
     **{f"distill.loss.schedule.{term}.linear": [1.0, 0.5] for term in TERMS},
     **{f"distill.loss.schedule.{term}.steps": [[0.0, 1.0], [0.5, 2.0]] for term in TERMS},
     "distill.targets.codec": "topk", "distill.targets.top_k": 8, "distill.targets.num_draws": 7,
+    "distill.general.epochs": 2, "distill.general.lr": 1e-3,
     "distill.targets.states": "int8", "distill.targets.mask_variants": 3, "distill.augment.keep": 0.5,
     "distill.augment.join": 0.1, "distill.augment.cut": 0.1, "distill.augment.mask": 0.2,
     "distill.augment.replace": 0.2, "distill.augment.drop": 0.2,

@@ -10,7 +10,8 @@ from conftest import sentences, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raydistil.config import LossConfig, TokensConfig, digest
+from raydistil.config import TokensConfig, digest
+from raydistil.config.loss import LossConfig
 from raydistil.corpus import Corpus
 from raydistil.documents import next_tokens, positions_of
 from raydistil.errors import ModelError

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from raydistil import pipeline, wire
 from raydistil.chain import weights_of
-from raydistil.config import Config, LossConfig, config_of
+from raydistil.config import Config, config_of
+from raydistil.config.loss import LossConfig
 from raydistil.ensemble import mean_logits, mixed_draws, mixed_logits, mixed_targets
 from raydistil.errors import ConfigError, ModelError
 from raydistil.models import load_model, num_parameters

@@ -15,7 +15,8 @@ from test_pipeline import LANGUAGE_MODEL, config_for, losses, quiet
 from raydistil import pipeline, rundir, wire
 from raydistil.cache.layout import path_of, shards
 from raydistil.cache.sizes import Sizes
-from raydistil.config import Config, LossConfig
+from raydistil.config import Config
+from raydistil.config.loss import LossConfig
 from raydistil.errors import ModelError, StorageError
 from raydistil.fill import Filled, fill_cache
 from raydistil.models import load_model, load_tokenizer

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydistil.config import LossConfig
+from raydistil.config.loss import LossConfig
 from raydistil.errors import ConfigError
 from raydistil.layers import LayerPlan, plan_layers, spread
 

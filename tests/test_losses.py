@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from watch import Widest
 
-from raydistil.config import LossConfig
+from raydistil.config.loss import LossConfig
 from raydistil.layers import plan_layers
 from raydistil.losses import LossInputs, LossOutputs, Projection, combined, kd_and_task, labels, weights_at
 from raydistil.types import IGNORE

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from raydistil.config import TrainConfig
+from raydistil.config.train import TrainConfig
 from raydistil.optim import deepspeed_config, linear_schedule, parameter_groups
 
 

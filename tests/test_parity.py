@@ -15,7 +15,8 @@ from sources import class_source, mlm_source
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from raydistil.config import LossConfig, TargetsConfig
+from raydistil.config.loss import LossConfig
+from raydistil.config.targets import TargetsConfig
 from raydistil.models import load_model, load_tokenizer
 from raydistil.places import compared_places
 from raydistil.types import Sparse

@@ -13,12 +13,14 @@ def test_task_distillation_has_its_recipe() -> None:
     assert config.distill.loss.hidden is not None
     assert (config.distill.epochs, config.distill.loss.cosine) == (6, 0)
     assert config.student.start == "checkpoint"
+    assert config.distill.general.epochs == 6
 
 
 def test_language_models_keep_distilberts() -> None:
     config = config_of(BASE | {"task": "mlm"})
     assert config.distill is not None
     assert config.distill.augment is None
+    assert config.distill.general.epochs == 0
     loss = config.distill.loss
     assert (loss.kd, loss.task, loss.cosine, loss.hidden) == (5, 2, 1, None)
 

@@ -8,7 +8,9 @@ import torch
 from sources import class_source, mlm_source, streamed
 
 from raydistil import wire
-from raydistil.config import ClusterConfig, LossConfig, TargetsConfig
+from raydistil.config import ClusterConfig
+from raydistil.config.loss import LossConfig
+from raydistil.config.targets import TargetsConfig
 from raydistil.manifest import Ledger
 from raydistil.models import load_model, on_device
 from raydistil.source import MicroBatches

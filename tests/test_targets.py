@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydistil.config import LossConfig, TargetsConfig
+from raydistil.config.loss import LossConfig
+from raydistil.config.targets import TargetsConfig
 from raydistil.specs import TargetsSpec
 from raydistil.targets import decode_targets, encode_targets
 from raydistil.types import Sparse

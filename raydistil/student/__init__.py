@@ -64,12 +64,12 @@ def build_student(teacher: PreTrainedModel, config: StudentConfig, task: Task) -
     return student
 
 
-def untune(teacher: PreTrainedModel, checkpoint: PreTrainedModel) -> None:
-    """Give a fine-tuned `teacher` the layers and embeddings of the `checkpoint` it came from; its head it keeps."""
-    encoder = checkpoint.base_model.state_dict()
+def take_layers(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Give a `model` the layers and embeddings of another of its shape; its head it keeps."""
+    encoder = other.base_model.state_dict()
     layers = {name: tensor for name, tensor in encoder.items() if not name.startswith("pooler.")}
-    missing, unexpected = teacher.base_model.load_state_dict(layers, strict=False)
-    assert not unexpected and all(name.startswith("pooler.") for name in missing), "a teacher and what it came from"
+    missing, unexpected = model.base_model.load_state_dict(layers, strict=False)
+    assert not unexpected and all(name.startswith("pooler.") for name in missing), "two models of one shape"
 
 
 def _of_teacher(teacher: PreTrainedModel, config: StudentConfig) -> PreTrainedModel:

@@ -1,0 +1,66 @@
+"""The sections of what is trained."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from raydistil.config.loss import HiddenConfig, LossConfig
+from raydistil.config.section import Beta, Positive, Section, Share
+from raydistil.config.targets import AugmentConfig, TargetsConfig
+from raydistil.types import Precision
+
+
+class TrainConfig(Section):
+    """What the fine-tuning and the distillation loops share."""
+
+    epochs: Positive = 3
+    lr: Annotated[float, Field(gt=0)] = 5e-5
+    warmup_share: Share = 0.05
+    """Share of the steps over which the learning rate rises; it then falls linearly to 0."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest norm of the gradient."""
+    micro_batch_size: Positive = 32
+    """Rows that go through the model at once; fixed for a run."""
+    accumulation: Positive = 1
+    """Micro-batches per optimizer step and worker."""
+    dropout: Share | None = None
+    """Of every dropout layer while training; None: as in the model's configuration, which keeps its own."""
+    precision: Precision = "float32"
+    """Of the matrix products; weights and optimizer stay float32."""
+    checkpoint_every_min: Annotated[float, Field(gt=0)] = 10.0
+    zero_stage: Literal[0, 1, 2] = 0
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Plain DeepSpeed keys, merged over the generated ones; `check` shows the outcome."""
+
+
+class GeneralConfig(Section):
+    """General distillation before the task's (Jiao et al. 2020, TinyBERT): the hidden states, layer by layer, of the
+    model whose layers the student starts from, on the training texts; their labels have no say."""
+
+    epochs: Annotated[int, Field(ge=0)] = 0
+    """0: none."""
+    lr: Annotated[float, Field(gt=0)] = 5e-4
+
+
+class DistillConfig(TrainConfig):
+    loss: LossConfig = LossConfig()
+    augment: AugmentConfig | None = None
+    """Task classification: distil on variants of the training texts, made anew in every epoch."""
+    targets: TargetsConfig = TargetsConfig()
+    general: GeneralConfig = GeneralConfig()
+
+    @model_validator(mode="after")
+    def _sparse_labels_have_one_divergence(self) -> "DistillConfig":
+        if self.targets.codec in ("topk", "sampled") and self.loss.divergence != "forward_kl":
+            raise ValueError(f"targets.codec {self.targets.codec} goes with loss.divergence forward_kl only")
+        return self
+
+    def general_training(self) -> "DistillConfig":
+        """How the general distillation is trained: as this one, but for its own keys and its loss."""
+        layers = self.loss.hidden.layers if self.loss.hidden else ()
+        loss = LossConfig(kd=0, task=0, cosine=0, hidden=HiddenConfig(layers=layers))
+        changes = {"epochs": self.general.epochs, "lr": self.general.lr, "loss": loss}
+        return self.model_copy(update=changes | {"general": GeneralConfig()})
