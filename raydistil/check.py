@@ -1,14 +1,14 @@
 """check: the resolved configuration, a sample of the data and the plan. Trains nothing and starts no Ray process."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from raydistil.cache.sizes import Sizes, sizes_of
+from raydistil.cache.sizes import sizes_of
 from raydistil.chain import assistants
 from raydistil.cluster import address_of, check_before_start
 from raydistil.config import Config, explain, load_config, read_toml
@@ -23,6 +23,7 @@ from raydistil.optim import deepspeed_config
 from raydistil.plan import cores, local_cpus, threads
 from raydistil.prepare import check_models, needs, outlines
 from raydistil.size import describe_model
+from raydistil.specs import TargetsSpec
 from raydistil.storage import free_bytes
 from raydistil.targets import makes_logits, targets_spec
 from raydistil.tokens import class_names
@@ -114,15 +115,33 @@ def _kept(config: Config, rows: list[TextRow]) -> Iterator[str]:
         return
     root = config.distill.targets.cache
     tokens, num_rows = _amount(config, rows)
-    trained = [train for _, train, _ in assistants(config)] + [config.distill]
-    for train, (teacher, student) in zip(trained, pairwise(outlines(config)), strict=True):
-        variants = min(variants_of(train.targets) or 1, train.epochs)
-        sizes = _sizes(config, train, teacher.config, student.config, rows)
+    for variants, wanted, teacher in _asked(config, config.distill):
+        classes = len({row.label for row in rows} - {None}) if config.task == "classification" else teacher.vocab_size
+        sizes = sizes_of(config.task, wanted, config.masking.share, teacher.hidden_size, classes)
         yield (
             f"targets: about {mebibytes(variants * sizes.of(tokens, num_rows))} in {root} before compression "
             f"({variants} x ({tokens:,.0f} tokens x {sizes.per_token:.4g} bytes + {num_rows:,.0f} rows x "
             f"{sizes.per_row:.4g})), {mebibytes(free_bytes(root.expanduser()))} free there"
         )
+
+
+def _asked(config: Config, distill: DistillConfig) -> Iterator[tuple[int, TargetsSpec, Any]]:
+    """(variants of each row, what is kept of it, the teacher's shape) for every teacher in the order of the work."""
+    trained = [train for _, train, _ in assistants(config)] + [distill]
+    beside = len(config.ensemble)
+    for train, (teacher, student) in zip(trained, pairwise(made.config for made in outlines(config)), strict=True):
+        for part in (train.general_training(), train) if train.general.epochs else (train,):
+            variants, wanted = min(variants_of(part.targets) or 1, part.epochs), _wanted(config, part, teacher, student)
+            yield variants, wanted, teacher
+        for _ in range(beside):
+            yield variants, replace(wanted, states=(), soft_labels=True), teacher
+        beside = 0  # only the first student has several
+
+
+def _wanted(config: Config, train: DistillConfig, teacher: Any, student: Any) -> TargetsSpec:
+    head = makes_logits(train.targets, train.loss, config.task)
+    layers = plan_layers(train.loss, config.task, head, teacher.num_hidden_layers, student.num_hidden_layers)
+    return targets_spec(train.targets, train.loss, config.task, layers, config.seed)
 
 
 def _amount(config: Config, rows: list[TextRow]) -> tuple[float, float]:
@@ -135,11 +154,3 @@ def _amount(config: Config, rows: list[TextRow]) -> tuple[float, float]:
     lengths = [len(ids) for ids in load_tokenizer(config.teacher.model)(sample, verbose=False)["input_ids"]]
     mean = sum(min(length, config.tokens.length) if labelled else length for length in lengths) / max(1, len(lengths))
     return texts * mean, texts if labelled else texts * mean / config.tokens.length
-
-
-def _sizes(config: Config, train: DistillConfig, teacher: Any, student: Any, rows: list[TextRow]) -> Sizes:
-    head = makes_logits(train.targets, train.loss, config.task)
-    layers = plan_layers(train.loss, config.task, head, teacher.num_hidden_layers, student.num_hidden_layers)
-    wanted = targets_spec(train.targets, train.loss, config.task, layers, config.seed)
-    classes = len({row.label for row in rows} - {None}) if config.task == "classification" else teacher.vocab_size
-    return sizes_of(config.task, wanted, config.masking.share, teacher.hidden_size, classes)

@@ -218,3 +218,17 @@ def test_check_says_what_a_cache_would_take(corpus_file: Path, tiny_teacher: str
     assert f"in {tmp_path / 'kept'} before compression (2 x (" in line
     assert "tokens x 68 bytes" in line
     assert not (tmp_path / "kept").exists()
+
+
+def test_check_counts_every_teacher_and_the_general_distillation(
+    tiny_classifier: str, corpus_file: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(
+        f'task = "classification"\ncorpus.source = "{corpus_file}"\ntokens.length = 32\n'
+        f'teacher.model = "{tiny_classifier}"\nensemble = [{{ model = "{tiny_classifier}" }}]\n'
+        f"student.layers = [0, 2]\ndistill.augment.keep = 1.0\ndistill.targets.cache = {str(tmp_path)!r}\n"
+    )
+    lines = [line for line in check(file, [], 0)["plan"] if line.startswith("targets: about ")]
+    assert ["tokens x 196 bytes" in line for line in lines] == [True, True, False]
+    assert "tokens x 4 bytes" in lines[2]
