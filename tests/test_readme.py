@@ -57,6 +57,7 @@ def raydistil(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_check_of_the_quickstart_passes(tmp_path: Path) -> None:
     done = raydistil("check", "jobs/quickstart.toml", "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
