@@ -155,7 +155,7 @@ def config(folder: Path, corpus: Path | str, *models: str, **changes: Any) -> Co
         "corpus": {"source": str(corpus), "test_share": 0.3}, "tokens": {"length": 32, "buckets": [16]},
         "teacher": {"model": first, "weight": 3.0}, "ensemble": [{"model": model} for model in others],
         "student": {"layers": [0, 2]}, "finetune": {"epochs": 12, "lr": 3e-3, "micro_batch_size": 8},
-        "distill": {"epochs": 2, "lr": 3e-3, "micro_batch_size": 8},
+        "distill": {"epochs": 2, "lr": 3e-3, "micro_batch_size": 8, "general": {"epochs": 0}},
         "evaluate": {"latency_rounds": 3, "latency_length": 16},
     }  # fmt: skip
     return config_of(tree | changes)

@@ -179,7 +179,7 @@ def config_of(folder: Path, teacher: str, corpus: Path, **student: Any) -> Confi
         "corpus": {"source": str(corpus), "test_share": 0.3}, "tokens": {"length": 32, "buckets": [16]},
         "teacher": {"model": teacher}, "student": {"layers": [0, 2], "vocabulary": "corpus", **student},
         "finetune": {"epochs": 12, "lr": 3e-3, "micro_batch_size": 8},
-        "distill": {"epochs": 2, "lr": 3e-3, "micro_batch_size": 8},
+        "distill": {"epochs": 2, "lr": 3e-3, "micro_batch_size": 8, "general": {"epochs": 0}},
         "evaluate": {"latency_rounds": 3, "latency_length": 16},
     })  # fmt: skip
 
