@@ -16,6 +16,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionOptions, 
 
 from raydistil.config import ClusterConfig
 from raydistil.manifest import Ledger
+from raydistil.pace import Paced
 from raydistil.plan import READ_CPUS
 from raydistil.source import ManifestSource
 from raydistil.specs import SourceSpec, TeacherSpec
@@ -70,6 +71,7 @@ def configure_data() -> None:
     context.execution_no_progress_timeout_s = -1  # a student that evaluates or compiles for long is no failure
     context.enable_fallback_to_arrow_object_ext_type = False
     context.max_consecutive_actor_init_deaths = 3
+    context.custom_execution_callback_classes = [Paced]
 
 
 def execution_options(cluster: ClusterConfig) -> ExecutionOptions:
