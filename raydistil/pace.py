@@ -8,7 +8,7 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 STEP_S = 0.02
 
 
-class Paced(ExecutionCallback):  # type: ignore[misc]
+class Paced(ExecutionCallback):
     """One step of the scheduler every `STEP_S` at most; see `DataContext.custom_execution_callback_classes`.
 
     While a stream is ahead of its student, finished work waits to be taken, so that the scheduler's wait for finished

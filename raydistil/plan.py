@@ -71,11 +71,12 @@ def cores() -> int:
 def threads(cluster: ClusterConfig, pools: int, cached: bool = False) -> tuple[int, int]:
     """(threads of a student, threads of a teacher): as configured, else the cores shared out evenly.
 
-    `cached`: the teachers are through before the students start, one pool after the other.
+    `cached`: the teachers are through before the students start, one pool after the other, and a core is left to what
+    reads their targets: threads that wait for one that cannot run are slower than fewer of them.
     """
-    teachers = cluster.teachers[0] * (min(1, pools) if cached else pools)
-    together = cluster.students + teachers
-    student, teacher = (
-        max(1, cores() // n) for n in ((cluster.students, teachers or 1) if cached else (together,) * 2)
-    )
+    teachers = cluster.teachers[0] * pools
+    student = teacher = max(1, cores() // (cluster.students + teachers))
+    if cached:
+        student = max(1, (cores() - 1) // cluster.students)
+        teacher = max(1, cores() // cluster.teachers[0])
     return cluster.student_threads or student, cluster.teacher_threads or teacher

@@ -61,6 +61,22 @@ def test_threads_are_the_cores_shared_out(
     assert threads(cluster, pools) == expected
 
 
+@pytest.mark.parametrize(
+    ("number", "cluster", "expected"),
+    [
+        (8, ClusterConfig(), (7, 8)),
+        (8, ClusterConfig(students=2, teachers=(2, 6)), (3, 4)),
+        (1, ClusterConfig(), (1, 1)),
+        (8, ClusterConfig(student_threads=8), (8, 8)),
+    ],
+)
+def test_a_core_is_left_to_what_reads_kept_targets(
+    monkeypatch: pytest.MonkeyPatch, number: int, cluster: ClusterConfig, expected: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(plan, "cores", lambda: number)
+    assert threads(cluster, 1, cached=True) == threads(cluster, 3, cached=True) == expected
+
+
 def test_a_local_cluster_counts_every_core_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 <= cores() <= (os.cpu_count() or 1)
     for number, expected in ((1, 8), (4, 8), (5, 10), (64, 128)):

@@ -2,12 +2,14 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from ray.data import DataContext
 from sources import class_source, mlm_source, streamed
 
-from raydistil import wire
+from raydistil import pace, wire
 from raydistil.config import ClusterConfig
 from raydistil.config.loss import LossConfig
 from raydistil.config.targets import TargetsConfig
@@ -15,10 +17,11 @@ from raydistil.manifest import Ledger
 from raydistil.models import load_model, on_device
 from raydistil.source import MicroBatches
 from raydistil.specs import TargetsSpec, TeacherSpec
-from raydistil.stream import build_stream, execution_options
+from raydistil.stream import build_stream, configure_data, execution_options
 from raydistil.targets import decode_targets
 
 LAST_STATE = TargetsSpec(TargetsConfig(), LossConfig(), (4,), False, 3)
+ALL_STATES = TargetsSpec(TargetsConfig(), LossConfig(), (0, 1, 2, 3, 4), False, 3)
 
 
 def test_every_micro_batch_once_in_order_by_one_teacher(ray_cluster: None, tiny_teacher: str, tmp_path: Path) -> None:
@@ -55,10 +58,10 @@ def test_class_targets_are_the_teachers_own(ray_cluster: None, tiny_classifier: 
 
 
 def test_a_slow_student_bounds_what_the_teacher_makes(ray_cluster: None, tiny_teacher: str, tmp_path: Path) -> None:
-    source = mlm_source(tmp_path, tiny_teacher, rows=1500, epochs=8)
+    source = mlm_source(tmp_path, tiny_teacher, rows=600, epochs=4)
     bound = 1 << 20
     cluster = ClusterConfig(max_bytes_in_flight=bound)
-    spec = TeacherSpec(tiny_teacher, "mlm", "float32", 1, LAST_STATE)
+    spec = TeacherSpec(tiny_teacher, "mlm", "float32", 1, ALL_STATES)
     total = source.manifest.num_micro_batches
     dataset = build_stream(source, total, Ledger(), (spec,), cluster)
     dataset.context.execution_options = execution_options(cluster)
@@ -68,6 +71,29 @@ def test_a_slow_student_bounds_what_the_teacher_makes(ray_cluster: None, tiny_te
     resumed = time.time()
     ahead = [row for row in (next(rows) for _ in range(total - 1)) if row["ended_s_0"][0].as_py() < resumed]
     assert 0 < sum(row.nbytes for row in ahead) < 8 * bound < total * first.nbytes
+
+
+def test_the_scheduler_takes_one_step_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of its own: three steps at once, then one after longer than a step."""
+    now, slept = 100.0, list[float]()
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        slept.append(seconds)
+
+    monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    paced = pace.Paced()
+    for _ in range(3):
+        paced.on_execution_step(None)
+    now += 2 * pace.STEP_S
+    paced.on_execution_step(None)
+    assert slept == pytest.approx([0, pace.STEP_S, pace.STEP_S, 0])
+
+
+def test_every_execution_is_paced(ray_cluster: None) -> None:
+    configure_data()
+    assert pace.Paced in DataContext.get_current().execution_callback_classes
 
 
 @pytest.mark.parametrize("missing", [0, 1])
