@@ -61,15 +61,12 @@ class Distiller(nn.Module):
         teacher_layers, student_layers = self._layers.attention_layers
         attention = _attention(self.model, student_layers, states)
         taught = _attention(self._teacher[0], teacher_layers, targets.states) if self._teacher else {}
-        projected = {n: self._projected(n, state_TD) for n, state_TD in states.items()}
+        projected = {int(n): project(states[int(n)]).float() for n, project in self.projections.items()}
         logits, labels_N, teacher_logits, kd_N = self._labels(batch, states, logits_BC, targets)
         return LossInputs(
-            logits, labels_N, teacher_logits, kd_N, projected, targets.states, attention, taught, mask_BL,
-            _pairs(batch, mask_BL) if attention else None,
+            logits, labels_N, teacher_logits, kd_N, states, targets.states, attention, taught, mask_BL,
+            _pairs(batch, mask_BL) if attention else None, projected,
         )  # fmt: skip
-
-    def _projected(self, n: int, state_TD: Tensor) -> Tensor:
-        return self.projections[str(n)](state_TD).float() if str(n) in self.projections else state_TD
 
     def _labels(
         self, batch: TokenBatch, states: Mapping[int, Tensor], logits_BC: Tensor | None, targets: TeacherTargets

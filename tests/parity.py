@@ -80,16 +80,42 @@ def check(
     rows_of: RowsOf = reference.student_rows,
 ) -> None:  # fmt: skip
     """Loss and gradients of the library on what was streamed, against `expected` on what was made here."""
-    student = case.student()
+    distiller, loss = _trained(case, case.student(), config)
+    rows = rows_of(distiller.model, case.made, dict(case.given.states))
+    _same(distiller, loss, expected(distiller.model, rows))
+
+
+def check_narrow(
+    case: Streamed, config: LossConfig, expected: Callable[[PreTrainedModel, reference.Rows, reference.Rows], Tensor]
+) -> None:
+    """As `check`, of a student half as wide: `expected` gets its rows, and those with its states projected."""
+    narrow = StudentConfig(layers=(0, 2), hidden_size=16, num_heads=2)
+    torch.manual_seed(5)
+    student = build_student(load_model(case.teacher_dir, case.task, case.labels), narrow, case.task)
+    distiller, loss = _trained(case, student, config)
+    rows = reference.student_rows(student, case.made, dict(case.given.states))
+    projected = [([_projected(distiller, n, state) for n, state in enumerate(states)], *rest) for states, *rest in rows]
+    _same(distiller, loss, expected(student, rows, projected))
+
+
+def _projected(distiller: Distiller, n: int, state_TD: Tensor) -> Tensor:
+    return distiller.projections[str(n)](state_TD) if str(n) in distiller.projections else state_TD
+
+
+def _trained(case: Streamed, student: PreTrainedModel, config: LossConfig) -> tuple[Distiller, Tensor]:
+    """The library's module around `student`, and its loss of the micro-batch."""
     layers = plan_layers(config, case.task, case.task != "classification" and not case.targets.soft_labels, 4, 2)
+    teacher = case.teacher()
     encoder = HeadedEncoder(student, case.task, "float32")
-    distiller = Distiller(encoder, config, layers, case.targets.seed, case.teacher()).train()
-    out = distiller(case.batch, case.given, weights_at(config, 0.0))
-    got = gradients(student, out.loss)
-    loss = expected(student, rows_of(student, case.made, dict(case.given.states)))
-    wanted = gradients(student, loss)
-    assert loss.item() > 0
-    assert out.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    distiller = Distiller(encoder, config, layers, case.targets.seed, teacher).train()
+    distiller.project(teacher.config.hidden_size)
+    return distiller, distiller(case.batch, case.given, weights_at(config, 0.0)).loss
+
+
+def _same(distiller: Distiller, got_loss: Tensor, wanted_loss: Tensor) -> None:
+    got, wanted = gradients(distiller, got_loss), gradients(distiller, wanted_loss)
+    assert wanted_loss.item() > 0
+    assert got_loss.item() == pytest.approx(wanted_loss.item(), rel=1e-5)
     assert wanted.keys() == got.keys()
     for name, gradient in wanted.items():
         assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name

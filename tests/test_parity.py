@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from parity import Streamed, check, one_micro_batch
+from parity import Streamed, check, check_narrow, one_micro_batch
 from sources import class_source, mlm_source
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -198,3 +198,40 @@ def test_contrastive(classes: Streamed, pooling: str) -> None:
         return reference.supervised_contrastive(units, labels, 0.2)
 
     check(classes, config, expected)
+
+
+# ---- a student half as wide: hidden states meet in a learned projection, and what shapes its own space does not
+
+
+def test_hidden_of_a_narrow_student(mlm: Streamed) -> None:
+    config = LossConfig(**NOTHING, hidden={"weight": 0.7})
+    pairs = [(0, 0), (2, 1), (4, 2)]
+    check_narrow(mlm, config, lambda _, rows, projected: 0.7 * reference.hidden_mse(projected, pairs))
+
+
+def test_pkd_of_a_narrow_student(mlm: Streamed) -> None:
+    config = LossConfig(**NOTHING, pkd={"weight": 3.0, "layers": ((1, 1), (4, 2))})
+    check_narrow(mlm, config, lambda _, rows, projected: 3 * reference.patient(projected, [(1, 1), (4, 2)]))
+
+
+def test_minilm2_of_a_narrow_student(mlm: Streamed) -> None:
+    config = LossConfig(**NOTHING, minilm={"relation_heads": 4})
+
+    def expected(student: PreTrainedModel, rows: reference.Rows, projected: reference.Rows) -> Tensor:
+        return reference.relation_kl(rows, student, mlm.teacher(), (4, 2), 4, reference.version2)
+
+    check_narrow(mlm, config, expected)
+
+
+@pytest.mark.parametrize("term", ["triplet", "contrastive"])
+def test_classes_part_in_a_narrow_students_own_space(classes: Streamed, term: str) -> None:
+    config = LossConfig(**NOTHING, hidden={}, **{term: {}})
+    labels = classes.made.labels_B.tolist()
+
+    def expected(_: PreTrainedModel, rows: reference.Rows, projected: reference.Rows) -> Tensor:
+        units = first_units(rows, 0, 2)
+        apart = reference.hard_triplets if term == "triplet" else reference.supervised_contrastive
+        default = 0.2 if term == "triplet" else 0.1  # the margin, the temperature
+        return reference.hidden_mse(projected, [(0, 0), (2, 1), (4, 2)]) + apart(units, labels, default)
+
+    check_narrow(classes, config, expected)

@@ -53,6 +53,7 @@ class LossInputs:
     teacher_attention: Mapping[int, Attention] = field(default_factory=dict)
     mask_BL: Tensor | None = None  # bool: which of the tokens are real
     pairs_BLL: Tensor | None = None  # bool: whom each real token may look at; None: all real ones of its row
+    projected_states: Mapping[int, Tensor] = field(default_factory=dict)  # the student's in the teacher's width
 
 
 @dataclass(frozen=True, slots=True)

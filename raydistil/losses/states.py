@@ -1,4 +1,4 @@
-"""Losses that compare hidden states. A student's states come in the teacher's width (projected where they differ)."""
+"""Losses that compare hidden states, the student's in the teacher's width: projected where theirs is another."""
 
 from collections.abc import Iterable
 
@@ -60,7 +60,7 @@ def _starts(inputs: LossInputs) -> Tensor:
 
 
 def _states(inputs: LossInputs, pair: Pair) -> tuple[Tensor, Tensor]:
-    return inputs.teacher_states[pair[0]], inputs.student_states[pair[1]]
+    return inputs.teacher_states[pair[0]], inputs.projected_states.get(pair[1], inputs.student_states[pair[1]])
 
 
 def _zero(inputs: LossInputs) -> Tensor:
