@@ -5,7 +5,7 @@ arXiv:1902.03393), so a run may go 12 -> 6 -> 3 layers: each link's student is t
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from raydistil import rundir
@@ -36,6 +36,13 @@ class Link:
         source = self.untuned if self.student.start == "checkpoint" else self.teacher
         name, train = f"{self.stage}-general", self.train.general_training()
         return Link(name, (source,), (1.0,), source, self.student, train, f"{name}-init", name)
+
+    def ungeneral(self) -> "Link":
+        """This one without a general distillation before it."""
+        if not self.train.general.epochs:
+            return self
+        alone = self.train.model_copy(update={"general": self.train.general.model_copy(update={"epochs": 0})})
+        return replace(self, train=alone, init=f"{self.init}-ungeneral")
 
     @property
     def teacher(self) -> str:

@@ -70,7 +70,7 @@ def load_tokenizer(model: str, key: str = "teacher.model") -> PreTrainedTokenize
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(model, key))
     except (OSError, ValueError, KeyError) as error:
-        raise _unloadable(model, "tokenizer", error, key) from error
+        raise unloadable(model, "tokenizer", error, key) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one out of nothing but a config.json
         raise ModelError(f"{key}: expected a tokenizer in hub layout, found no vocabulary in {model!r}")
     return tokenizer
@@ -88,7 +88,7 @@ def load_model(model: str, task: Task, labels: tuple[str, ...] = (), key: str = 
         loaded: PreTrainedModel = LOADERS[task].from_pretrained(resolve(model, key), dtype=torch.float32, **extra)
         return loaded
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _unloadable(model, f"{task} model", error, key) from error
+        raise unloadable(model, f"{task} model", error, key) from error
 
 
 def outline(model: str, task: Task, num_labels: int | None = None, key: str = "teacher.model") -> PreTrainedModel:
@@ -103,11 +103,11 @@ def outline(model: str, task: Task, num_labels: int | None = None, key: str = "t
         with torch.device("meta"):
             made: PreTrainedModel = LOADERS[task].from_config(config, dtype=torch.float32)
     except ValueError as error:
-        raise _unloadable(model, f"{task} model", error, key) from error
+        raise unloadable(model, f"{task} model", error, key) from error
     return made
 
 
-def _unloadable(model: str, what: str, error: Exception, key: str) -> ModelError:
+def unloadable(model: str, what: str, error: Exception, key: str) -> ModelError:
     reason = str(error).strip().splitlines()[0]
     return ModelError(f"{key}: expected a {what} in hub layout, cannot load {model!r}: {reason}")
 

@@ -68,9 +68,10 @@ def _score(spec: EvaluateSpec, candidates: list[Candidate]) -> list[ModelReport]
 
 
 def train_baseline(run: Prepared) -> None:
-    """The same student (same start, batch size, masks and number of steps) on the labels alone.
+    """The same student (same layers, batch size, masks and number of steps) on the labels alone.
 
-    Where some rows have no label it goes round the others more often.
+    It starts without a general distillation, which has a teacher too. Where some rows have no label it goes round the
+    others more often.
     """
     distill = run.config.distill
     assert distill is not None
@@ -82,7 +83,7 @@ def train_baseline(run: Prepared) -> None:
     seed, name = run.config.seed, _no_teacher(run.config)
     slots = num_slots(run, manifest_of(run, distill, True, seed), distill)
     *_, last = links(run.config, run.teacher_dirs, run.run_dir)
-    init, variants = _student_init(run, last), variants_of(distill.targets)
+    init, variants = _student_init(run, last.ungeneral()), variants_of(distill.targets)
     train_stage(run, Training(name, config, LABELS_ONLY, init, name, seed, slots=slots, variants=variants))
 
 

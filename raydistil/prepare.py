@@ -169,6 +169,8 @@ def _check_tokenizer(config: Config, shape: Any, tokenizer: PreTrainedTokenizerB
 
 def _check_positions(config: Config, whose: str, shape: Any) -> None:
     positions = num_positions(shape)
+    if positions is None:
+        return
     wanted = {"tokens.length": config.tokens.length}
     if config.evaluate:
         wanted["evaluate.latency_length"] = config.evaluate.latency_length
@@ -177,10 +179,13 @@ def _check_positions(config: Config, whose: str, shape: Any) -> None:
             raise ConfigError(f"{key}: expected at most the {whose}'s {positions} positions, got {length}: lower it")
 
 
-def num_positions(shape: Any) -> int:
-    """Tokens a model can take. RoBERTa and its kin count positions from their padding id + 1."""
+def num_positions(shape: Any) -> int | None:
+    """Tokens a model can take; None: any number. RoBERTa and its kin count positions from their padding id + 1."""
+    most = getattr(shape, "max_position_embeddings", -1)  # XLNet has -1, T5 none: their positions are relative
+    if most is None or most < 0:
+        return None
     reserved = shape.pad_token_id + 1 if shape.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
-    return int(shape.max_position_embeddings - reserved)
+    return int(most - reserved)
 
 
 def check_losses(config: Config, teacher: Any, student: Any) -> None:

@@ -1,6 +1,6 @@
 """What a run says of itself: measured by the student's rank 0, carried by one small actor, shown by the driver.
 
-Shown as one live line in a terminal and as plain lines elsewhere; every step also goes to `metrics.jsonl`.
+Shown as one live line in a terminal and as plain lines elsewhere; the same goes to `metrics.jsonl`.
 """
 
 import json

@@ -136,4 +136,6 @@ def _describe(stage: str, summary: Any, kept: bool) -> str:
         )
     elif kept:
         text += f"; teacher built 0x, student waited {summary.wait_s / max(summary.wall_s, 1e-9):.0%}"
+    if kept or summary.teacher_builds:
+        text += f", {summary.wire_bytes / max(1, summary.tokens):,.0f} bytes/token"
     return text

@@ -39,6 +39,7 @@ DEFINING: dict[str, Any] = {
     "student.num_heads": 2, "student.ffn_size": 8, "student.narrow": "svd",
     **{f"finetune.{key}": value for key, value in TRAIN.items()}, 
     **{f"distill.{key}": value for key, value in TRAIN.items()},
+    "distill.loss.triple": True,
     "distill.loss.kd": 1.0, "distill.loss.temperature": 4.0, "distill.loss.task": 0.75, "distill.loss.cosine": 0.25,
     "distill.loss.kd_positions": "all", "distill.loss.kd_sample": 0.5, "distill.loss.divergence": "reverse_kl",
     "distill.loss.beta": 0.3, "distill.loss.label_smoothing": 0.1, "distill.loss.hidden.weight": 2.0,
@@ -71,7 +72,8 @@ PLACING: dict[str, Any] = {
 LEAVES = DEFINING | PLACING
 NEEDED: dict[str, dict[str, Any]] = {  # keys that make no sense alone
     "student.rule": {"student.num_layers": 2}, "student.narrow": {"student.ffn_size": 8},
-    "distill.targets.cache": {"distill.augment.keep": 1.0}, "teacher.weight": {"ensemble": [{"model": "third"}]},
+    "distill.targets.cache": {"distill.augment.keep": 1.0},
+    "distill.loss.triple": {"task": "mlm"}, "teacher.weight": {"ensemble": [{"model": "third"}]},
 }  # fmt: skip
 
 

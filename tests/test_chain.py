@@ -49,6 +49,15 @@ def test_each_link_is_taught_by_the_one_before(tmp_path: Path, corpus_file: Path
     assert {(link.train.epochs, link.train.lr, link.train.loss.kd) for link in general} == {(6, 5e-4, 0)}
 
 
+def test_a_student_without_a_teacher_has_no_general_distillation(tmp_path: Path, corpus_file: Path) -> None:
+    *_, last = links(config(tmp_path, "hub/name", corpus_file), ("/t",), Path("/run"))
+    alone = last.ungeneral()
+    assert last.general is not None and alone.general is None
+    assert alone.init != last.init
+    assert (alone.student, alone.target) == (last.student, last.target)
+    assert alone.ungeneral() == alone
+
+
 def test_without_assistants_there_is_one_link(tmp_path: Path, corpus_file: Path) -> None:
     (only,) = links(config(tmp_path, "hub/name", corpus_file, assistants=[]), ("/t",), Path("/run"))
     assert (only.stage, only.teacher, only.target) == ("distill", "/t", "distilled")

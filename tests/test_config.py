@@ -287,6 +287,15 @@ def test_the_hash_is_the_same_in_every_process(base: Config) -> None:
     assert configuration.digest({"a": 1}) == "165b44bb3d3e0923"
 
 
+def test_triple_is_distilberts_sum_but_for_what_is_set(tmp_path: Path) -> None:
+    triple = BASE | {"task": "mlm", "distill.loss.triple": True, "distill.loss.cosine": 3.0}
+    distill = load_config(write(tmp_path / "c.toml", triple), []).distill
+    assert distill is not None
+    loss = distill.loss
+    assert (loss.kd, loss.temperature, loss.kd_positions, loss.task, loss.cosine) == (5, 2, "all", 2, 3)
+    assert "did you mean distill.loss.triplet?" in complaint(tmp_path, BASE | {"distill.loss.triple": True})
+
+
 def test_explain_tells_every_origin(tmp_path: Path) -> None:
     path = write(tmp_path / "c.toml", BASE | {"distill.deepspeed": {"a": {"b": 1}}})
     overrides = ["distill.lr=0.5", "finetune.deepspeed={c = 2}", "distill.epochs=9"]
@@ -296,6 +305,7 @@ def test_explain_tells_every_origin(tmp_path: Path) -> None:
     assert origins["distill.epochs"] == (9, "--set")
     assert origins["finetune.deepspeed.c"] == (2, "--set")
     assert origins["distill.deepspeed.a.b"] == (1, "file")
+    assert origins["distill.loss.temperature"] == (1.0, "recipe")
     assert origins["finetune.epochs"] == (3, "file")
     assert origins["finetune.lr"] == (5e-5, "default")
     assert origins["cluster.students"] == (1, "default")

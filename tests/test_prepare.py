@@ -3,11 +3,19 @@
 from typing import Any
 
 import pytest
-from transformers import BertConfig, LlamaConfig, MPNetConfig, PreTrainedConfig, T5Config
+from transformers import (
+    BertConfig,
+    LlamaConfig,
+    MPNetConfig,
+    PreTrainedConfig,
+    RobertaConfig,
+    T5Config,
+    XLNetConfig,
+)
 
 from raydistil.config import Config, config_of
 from raydistil.errors import RaydistilError
-from raydistil.prepare import check_losses
+from raydistil.prepare import check_losses, num_positions
 
 BERT = BertConfig(hidden_size=96, num_hidden_layers=6, num_attention_heads=12)
 NARROW = BertConfig(hidden_size=48, num_hidden_layers=3, num_attention_heads=6)
@@ -70,3 +78,16 @@ def test_classes_are_needed_to_tell_them_apart(name: str) -> None:
 def test_a_run_without_distillation_has_no_losses() -> None:
     plain = config()
     check_losses(plain.model_copy(update={"distill": None}), BERT, NARROW)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        (BertConfig(max_position_embeddings=512), 512),
+        (RobertaConfig(max_position_embeddings=514, pad_token_id=1), 512),
+        (T5Config(), None),
+        (XLNetConfig(), None),
+    ],
+)
+def test_positions_a_model_has(shape: PreTrainedConfig, expected: int | None) -> None:
+    assert num_positions(shape) == expected

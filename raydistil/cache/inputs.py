@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 from raydistil.config.section import Section
 from raydistil.config.targets import TargetsConfig
 from raydistil.errors import ModelError
+from raydistil.models import unloadable
 from raydistil.specs import SourceSpec, TargetsSpec, TeacherSpec
 from raydistil.types import Task
 
@@ -51,7 +52,10 @@ def _folder(model: str) -> Path:
     """Where a model's files are; those of a hub name lie in the hub client's cache, and are fetched if they are not."""
     if Path(model).is_dir():
         return Path(model)
-    return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json"]))
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.bin", "*.json"]))
+    except (OSError, ValueError) as error:
+        raise unloadable(model, "model", error, "teacher.model") from error
 
 
 def _plain(section: Section | None) -> dict[str, Any] | None:

@@ -173,6 +173,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _triple_is_of_language_models(self) -> "Config":
+        if self.distill is not None and self.distill.loss.triple and self.task == "classification":
+            raise ValueError(
+                "distill.loss.triple is DistilBERT's loss of language models, expected task mlm or clm, got "
+                "classification: leave it out (or did you mean distill.loss.triplet?)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _teachers_speak_as_one(self) -> "Config":
         if self.teacher.weight != 1 and not self.ensemble:
             raise ValueError("teacher.weight is its say beside those of [[ensemble]]: add one, or leave the weight out")
@@ -345,7 +354,8 @@ def digest(value: Any) -> str:
 
 
 def explain(config: Config, tree: dict[str, Any], overrides: list[str]) -> list[tuple[str, Any, str]]:
-    """(key, value, origin) for every resolved value; origin is `--set`, `file` or `default`."""
-    origins = dict.fromkeys(flatten(tree), "file") | dict.fromkeys(flatten(merged({}, overrides)), "--set")
+    """(key, value, origin) for every resolved value; origin is `--set`, `file`, `recipe` or `default`."""
+    origins = dict.fromkeys(flatten(over_recipe(merged(tree, overrides))), "recipe")
+    origins |= dict.fromkeys(flatten(tree), "file") | dict.fromkeys(flatten(merged({}, overrides)), "--set")
     values = flatten(config.model_dump(mode="json", exclude_none=True))
     return [(key, value, origins.get(key, "default")) for key, value in values.items()]

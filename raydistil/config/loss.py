@@ -97,6 +97,11 @@ class SchedulesConfig(Section):
 class LossConfig(Section):
     """A sum of weighted terms; each is logged apart and unweighted."""
 
+    triple: bool = False
+    """DistilBERT's loss of language models, under its name: 5 kd at temperature 2 over all tokens + 2 task + 1 cosine.
+
+    What else is set has its own value.
+    """
     kd: Weight = 5.0
     """Soft labels: the divergence below (Hinton et al. 2015)."""
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "mse"] = "forward_kl"

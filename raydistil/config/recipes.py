@@ -20,13 +20,22 @@ CLASSIFICATION: Tree = {
         "general": {"epochs": 6},
     },
 }
+# DistilBERT's sum (Sanh et al. 2019, arXiv:1910.01108, and the weights of the published training): loss.triple.
+TRIPLE: Tree = {"kd": 5.0, "temperature": 2.0, "kd_positions": "all", "task": 2.0, "cosine": 1.0}
 RECIPES: dict[Task, Tree] = {"classification": CLASSIFICATION, "mlm": {}}
 
 
 def over_recipe(tree: Tree) -> Tree:
-    """`tree` with the recipe of its task below it, in the sections it has."""
+    """`tree` with the recipe of its task below it, in the sections it has, and of its loss if that goes by a name."""
     recipe = next((recipe for task, recipe in RECIPES.items() if task == tree.get("task")), {})
+    if _named_triple(tree):
+        recipe = {**recipe, "distill": _over(recipe.get("distill", {}), {"loss": TRIPLE})}
     return {**tree, **{name: _over(part, tree[name]) for name, part in recipe.items() if _is_section(tree, name)}}
+
+
+def _named_triple(tree: Tree) -> bool:
+    loss = tree["distill"].get("loss") if _is_section(tree, "distill") else None
+    return isinstance(loss, dict) and loss.get("triple") is True
 
 
 def _over(recipe: Tree, tree: Tree) -> Tree:

@@ -22,6 +22,7 @@ from raydistil.types import IGNORE, Sparse
 
 ROWS_PER_PRODUCT = 1024  # places that go through the head at once: enough for the matrix products to run at full speed
 ROWS_PER_PASS = 16  # places a CPU takes the elementwise passes over at once, so that they stay in its cache
+ROWS_PER_LAUNCH = 256  # and another device: enough to keep it at work, few enough to be small beside the logits
 
 
 def kd_and_task(inputs: LossInputs, config: LossConfig, kd: float, task: float) -> LossOutputs:
@@ -228,7 +229,7 @@ def _taught(
 
 
 def _passes(num_rows: int, device: str) -> Iterator[slice]:
-    step = ROWS_PER_PASS if device == "cpu" else num_rows
+    step = ROWS_PER_PASS if device == "cpu" else ROWS_PER_LAUNCH
     return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
 
