@@ -1,11 +1,11 @@
 """bench fidelity: what each loss is worth in task distillation, and what the default recipe keeps of the teacher.
 
 Real parts only: every row is a run of the pipeline (Ray Data teacher, DeepSpeed student) on the user's labelled texts,
-for several seeds, each with its own fine-tuned teacher, which all rows of that seed share. The default recipe's students
-of one depth start from one general distillation, whatever the seed: the spread is that of the fine-tuning, the order
-and the variants of the texts. The other rows have no general distillation and see the texts as they are, so that they
-differ in their losses alone; their targets are made once and kept, but for drawn ones. Scores are of the validation
-split, by which recipes are chosen, and of the test split, which is looked at once.
+for several seeds, each with its own fine-tuned teacher, which all rows of that seed share. Students of one depth
+that learn by the default recipe start from one general distillation, whatever the seed: the spread is that of the
+fine-tuning, the order and the variants of the texts. The other rows have no general distillation and see the texts as
+they are, so that they differ in their losses alone; their targets are made once and kept, but for drawn ones. Scores
+are of the validation split, by which recipes are chosen, and of the test split, which is looked at once.
 
 Resumable: what is done is kept in the output directory, row by row.
 """
