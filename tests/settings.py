@@ -73,7 +73,9 @@ LEAVES = DEFINING | PLACING
 NEEDED: dict[str, dict[str, Any]] = {  # keys that make no sense alone
     "student.rule": {"student.num_layers": 2}, "student.narrow": {"student.ffn_size": 8},
     "distill.targets.cache": {"distill.augment.keep": 1.0},
-    "distill.loss.triple": {"task": "mlm"}, "teacher.weight": {"ensemble": [{"model": "third"}]},
+    **{key: {"task": "mlm"} for key in DEFINING if key.startswith("masking.")},
+    "distill.loss.triple": {"task": "mlm"}, "distill.loss.kd_positions": {"task": "mlm"},
+    "teacher.weight": {"ensemble": [{"model": "third"}]},
 }  # fmt: skip
 
 

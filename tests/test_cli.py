@@ -194,7 +194,8 @@ def test_check_shows_where_values_come_from(capfd: pytest.CaptureFixture[str], c
     rows = {row["key"]: row for row in json.loads(capfd.readouterr().out)["config"]}
     assert rows["seed"] == {"key": "seed", "value": 7, "origin": "--set"}
     assert rows["distill.epochs"]["origin"] == "file"
-    assert rows["distill.lr"]["origin"] == "default"
+    assert rows["distill.lr"]["origin"] == "recipe"
+    assert rows["distill.accumulation"]["origin"] == "default"
 
 
 def _start(config: Path, *more: str) -> subprocess.Popen[str]:

@@ -106,7 +106,7 @@ def test_qwen2_through_its_relations(ray_cluster: None, corpus_file: Path, tmp_p
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"masking": {}}, "masking is of task mlm: leave [masking] out for task clm"),
+        ({"masking": {"share": 0.3}}, "masking is of task mlm: leave [masking] out for task clm"),
         ({"corpus": {"labelled_share": 0.5}}, "corpus.labelled_share is of task classification: leave it out for task"),
         ({"distill": {"loss": {"pkd": {}}}}, "got pkd: leave it out"),
         ({"distill": {"loss": {"attention": {}}}}, "got attention: leave it out"),

@@ -296,6 +296,11 @@ def test_triple_is_distilberts_sum_but_for_what_is_set(tmp_path: Path) -> None:
     assert "did you mean distill.loss.triplet?" in complaint(tmp_path, BASE | {"distill.loss.triple": True})
 
 
+@pytest.mark.parametrize(("key", "value"), [("masking.share", 0.3), ("distill.loss.kd_positions", "all")])
+def test_what_is_of_language_models_is_refused_for_classes(tmp_path: Path, key: str, value: Any) -> None:
+    assert "leave" in (said := complaint(tmp_path, BASE | {key: value})) and "classification" in said
+
+
 def test_explain_tells_every_origin(tmp_path: Path) -> None:
     path = write(tmp_path / "c.toml", BASE | {"distill.deepspeed": {"a": {"b": 1}}})
     overrides = ["distill.lr=0.5", "finetune.deepspeed={c = 2}", "distill.epochs=9"]

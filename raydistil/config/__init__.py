@@ -165,20 +165,14 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _causal_models_predict_what_follows(self) -> "Config":
-        if self.task == "clm" and "masking" in self.model_fields_set:
-            raise ValueError("masking is of task mlm: leave [masking] out for task clm")
-        if self.task == "clm" and self.distill is not None:
-            self.distill.loss.check_causal()
-        return self
-
-    @model_validator(mode="after")
-    def _triple_is_of_language_models(self) -> "Config":
-        if self.distill is not None and self.distill.loss.triple and self.task == "classification":
-            raise ValueError(
-                "distill.loss.triple is DistilBERT's loss of language models, expected task mlm or clm, got "
-                "classification: leave it out (or did you mean distill.loss.triplet?)"
-            )
+    def _settings_of_another_task(self) -> "Config":
+        if self.task != "mlm" and self.masking != MaskingConfig():
+            raise ValueError(f"masking is of task mlm: leave [masking] out for task {self.task}")
+        loss = self.distill and self.distill.loss
+        if loss and self.task == "clm":
+            loss.check_causal()
+        if loss and self.task == "classification":
+            loss.check_classes()
         return self
 
     @model_validator(mode="after")

@@ -153,6 +153,16 @@ class LossConfig(Section):
         scalars: dict[TermName, float] = {"kd": self.kd, "task": self.task, "cosine": self.cosine}
         return scalars | {name: part.weight if part else 0.0 for name, part in parts.items()}
 
+    def check_classes(self) -> None:
+        """Raise ValueError for what only language models have."""
+        if self.triple:
+            raise ValueError(
+                "distill.loss.triple is DistilBERT's loss of language models, expected task mlm or clm, got "
+                "classification: leave it out (or did you mean distill.loss.triplet?)"
+            )
+        if self.kd_positions != "masked":
+            raise ValueError("distill.loss.kd_positions is of language models' tokens: leave it out for classification")
+
     def check_causal(self) -> None:
         """Raise ValueError for a term that a causal language model has no use for.
 
