@@ -90,7 +90,8 @@ def train(run: Prepared, teacher_dir: str, init: str, row: Row, lr: float, targe
         DistillationConfig(temperature=8, hard_label_weight=0, kd_loss_type="ce", intermediate_matches=matches),
         teacher, student, adapted, adapted,
     )  # fmt: skip
-    with distiller, torch.autocast("cpu", torch.bfloat16):
+    # cache_enabled: within one context the cast weights would be kept, and the student never see its own steps
+    with distiller, torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         distiller.train(
             optimizer,
             batches,
