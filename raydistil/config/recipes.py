@@ -20,7 +20,10 @@ CLASSIFICATION: Tree = {
         "general": {"epochs": 6},
     },
 }
-RECIPES: dict[Task, Tree] = {"classification": CLASSIFICATION, "mlm": {}}
+# The same of numbers, whose soft labels are compared as they are.
+_NUMBERS: Tree = {"kd": 5.0, "divergence": "mse", "task": 0.5, "cosine": 0.0, "hidden": {"weight": 1.0}}
+REGRESSION: Tree = {**CLASSIFICATION, "distill": {**CLASSIFICATION["distill"], "loss": _NUMBERS}}
+RECIPES: dict[Task, Tree] = {"classification": CLASSIFICATION, "regression": REGRESSION, "mlm": {}}
 
 
 def over_recipe(tree: Tree) -> Tree:
