@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from raydistil.config.targets import AugmentConfig
 from raydistil.manifest import keyed
 from raydistil.masking import row_keys
-from raydistil.types import IGNORE, TokenBatch
+from raydistil.types import IGNORE, Labels, TokenBatch
 
 Ids = NDArray[np.int32]
 _AUGMENT = 6  # a stream of random numbers apart from those of masking, sampling and drawing
@@ -63,8 +63,14 @@ def augment(
         batch,
         input_ids_BL=_framed(batch, chosen, words.pad_id),
         lengths_B=np.array([len(body) + 2 for body in chosen], np.int32),
-        labels_B=np.where(same_B, batch.labels_B, IGNORE).astype(np.int32),
+        labels_B=_kept_where(same_B, batch.labels_B),
     )
+
+
+def _kept_where(same_B: NDArray[np.bool_], labels_B: Labels) -> Labels:
+    kept_B = labels_B.copy()
+    kept_B[~same_B] = IGNORE if labels_B.dtype == np.int32 else np.nan
+    return kept_B
 
 
 def _bodies(ids_BL: Ids, lengths_B: Ids) -> list[Ids]:

@@ -14,7 +14,7 @@ from raydistil.cluster import address_of, check_before_start
 from raydistil.config import Config, explain, load_config, read_toml
 from raydistil.config.targets import variants_of
 from raydistil.config.train import DistillConfig
-from raydistil.corpus import open_corpus
+from raydistil.corpus import Corpus, open_corpus
 from raydistil.errors import DataError
 from raydistil.fill import mebibytes
 from raydistil.layers import plan_layers
@@ -27,7 +27,7 @@ from raydistil.specs import TargetsSpec
 from raydistil.storage import free_bytes
 from raydistil.targets import makes_logits, targets_spec
 from raydistil.tokens import class_names
-from raydistil.types import TextRow
+from raydistil.types import Task, TextRow, labels_texts
 
 ROWS_READ = 1000  # enough to meet most defects; `run` reads all
 SHOWN_CHARACTERS = 200
@@ -53,14 +53,17 @@ def check(path: Path, overrides: list[str], show: int) -> dict[str, Any]:
 
 
 def _sample(config: Config) -> tuple[list[TextRow], tuple[str, ...]]:
-    labelled = config.task == "classification"
-    corpus = open_corpus(config.corpus, labelled)
+    corpus = _corpus(config)
     rows = list(islice(corpus.rows(), ROWS_READ))
     if not any(row.text.strip() for row in rows):
         raise DataError(f"corpus.source: expected texts in {config.corpus.source}, found none: the corpus is empty")
-    if labelled and len(rows) < ROWS_READ:
+    if config.task == "classification" and len(rows) < ROWS_READ:
         class_names(rows)
     return rows, corpus.notes
+
+
+def _corpus(config: Config) -> Corpus:
+    return open_corpus(config.corpus, labels_texts(config.task), config.task == "regression")
 
 
 def _models(config: Config, rows: list[TextRow]) -> dict[str, dict[str, Any]]:
@@ -116,13 +119,20 @@ def _kept(config: Config, rows: list[TextRow]) -> Iterator[str]:
     root = config.distill.targets.cache
     tokens, num_rows = _amount(config, rows)
     for variants, wanted, teacher in _asked(config, config.distill):
-        classes = len({row.label for row in rows} - {None}) if config.task == "classification" else teacher.vocab_size
+        classes = _num_classes(config.task, rows, teacher)
         sizes = sizes_of(config.task, wanted, config.masking.share, teacher.hidden_size, classes)
         yield (
             f"targets: about {mebibytes(variants * sizes.of(tokens, num_rows))} in {root} before compression "
             f"({variants} x ({tokens:,.0f} tokens x {sizes.per_token:.4g} bytes + {num_rows:,.0f} rows x "
             f"{sizes.per_row:.4g})), {mebibytes(free_bytes(root.expanduser()))} free there"
         )
+
+
+def _num_classes(task: Task, rows: list[TextRow], teacher: Any) -> int:
+    """How many logits a soft label has."""
+    if task == "regression":
+        return 1
+    return len({row.label for row in rows} - {None}) if task == "classification" else teacher.vocab_size
 
 
 def _asked(config: Config, distill: DistillConfig) -> Iterator[tuple[int, TargetsSpec, Any]]:
@@ -146,11 +156,11 @@ def _wanted(config: Config, train: DistillConfig, teacher: Any, student: Any) ->
 
 def _amount(config: Config, rows: list[TextRow]) -> tuple[float, float]:
     """(tokens, rows) of the training split's store: by all of its texts, each as long as those of the sample."""
-    labelled = config.task == "classification"
+    labelled = labels_texts(config.task)
     sample = [row.text for row in rows if row.split == "train"]
     texts = len(sample)
     if len(rows) == ROWS_READ:
-        texts = sum(row.split == "train" for row in open_corpus(config.corpus, labelled).rows())
+        texts = sum(row.split == "train" for row in _corpus(config).rows())
     lengths = [len(ids) for ids in load_tokenizer(config.teacher.model)(sample, verbose=False)["input_ids"]]
     mean = sum(min(length, config.tokens.length) if labelled else length for length in lengths) / max(1, len(lengths))
     return texts * mean, texts if labelled else texts * mean / config.tokens.length

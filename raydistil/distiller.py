@@ -74,8 +74,8 @@ class Distiller(nn.Module):
         """(student's logits, data's labels, teacher's logits, where those are compared), at the compared places."""
         if logits_BC is not None:
             assert batch.labels_B is not None
-            labels_B = torch.from_numpy(batch.labels_B.astype("int64")).to(logits_BC.device)
-            return logits_BC, labels_B, targets.soft_labels, None
+            labels_B = torch.from_numpy(batch.labels_B.copy()).to(logits_BC.device)
+            return logits_BC, labels_B if labels_B.is_floating_point() else labels_B.long(), targets.soft_labels, None
         teacher, student = self._layers.last
         device = states[student].device
         places = compared_places(batch, self._loss, self._seed)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from raydistil.codecs.soft_labels import logit_dtype
 from raydistil.config.loss import LossConfig
 from raydistil.types import Sparse, TeacherTargets
 
@@ -23,7 +24,8 @@ def mixed_targets(said: Sequence[TeacherTargets], weights: Sequence[float], loss
     logits = [part for part in labels if isinstance(part, Tensor)]
     parts = zip(*(torch.split(part, PLACES_AT_ONCE) for part in logits), strict=True)
     mix = mean_logits if loss.divergence == "mse" else mixed_logits
-    return TeacherTargets(said[0].states, torch.cat([mix(part, weights, loss.temperature).half() for part in parts]))
+    dtype = logit_dtype(logits[0].shape[-1])
+    return TeacherTargets(said[0].states, torch.cat([mix(part, weights, loss.temperature).to(dtype) for part in parts]))
 
 
 def mixed_logits(logits: Sequence[Tensor], weights: Sequence[float], temperature: float) -> Tensor:

@@ -1,10 +1,11 @@
 """evaluate: checkpoints -> one table, with every score beside the teacher's.
 
-Classification: accuracy with its Wilson interval, and macro F1. Masked-LM: the share of masked tokens found and the
-mean cross-entropy at them, on masks that depend on nothing but the text's place, so every model meets the same ones.
-Causal LM: the share of next tokens found, the mean cross-entropy of each given those of its document before it in the
-block, and its exponential, the perplexity.
-Several teachers count as one, by the weighted mean of what they hold probable; their times add up.
+Classification: accuracy with its Wilson interval, and macro F1. Regression: Spearman's rank correlation with its
+bootstrap interval, Pearson's, and the root of the mean squared error. Masked-LM: the share of masked tokens found and
+the mean cross-entropy at them, on masks that depend on nothing but the text's place, so every model meets the same
+ones. Causal LM: the share of next tokens found, the mean cross-entropy of each given those of its document before it in
+the block, and its exponential, the perplexity.
+Several teachers count as one, by the weighted mean of what they hold probable, or of their numbers; their times add up.
 Latency: median over interleaved rounds, one row, one thread, float32.
 """
 
@@ -21,17 +22,19 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from sklearn.metrics import f1_score
 
-from raydistil.ensemble import mixed_logits
+from raydistil.ensemble import mean_logits, mixed_logits
 from raydistil.manifest import Manifest
 from raydistil.models import HeadedEncoder, load_model, num_parameters, on_device, positions_on
 from raydistil.source import MicroBatches
 from raydistil.specs import Candidate, EvaluateSpec, ModelReport, SourceSpec
 from raydistil.targets import PLACES_AT_ONCE
 from raydistil.tokens import TokenStore
-from raydistil.types import IGNORE, Score, TokenBatch
+from raydistil.types import IGNORE, Score, TokenBatch, labels_texts
 
 Z95 = 1.959964
 Voices = list[tuple[HeadedEncoder, float]]  # models and their weights
+Floats = NDArray[np.float64]
+RESAMPLES, BOOTSTRAP_SEED = 1000, 1979
 MASK_SEED = 20_191_008  # fixed: a score must not change with the seed of the training
 
 
@@ -57,6 +60,10 @@ def _scored(spec: EvaluateSpec, candidate: Candidate, device: torch.device) -> M
     if spec.task == "clm":
         loss, score = _token_scores(voices, spec, device, "next-token accuracy")
         return ModelReport(candidate.name, parameters, size, score, None, None, None, loss, math.exp(loss))
+    if spec.task == "regression":
+        truth_N, said_N = _number_outcomes(voices, spec, device)
+        figures = {"pearson": correlation(truth_N, said_N), "rmse": float(np.sqrt(np.square(truth_N - said_N).mean()))}
+        return ModelReport(candidate.name, parameters, size, spearman(truth_N, said_N), None, None, None, **figures)
     truth, guesses = _class_outcomes(voices, spec, device)
     f1 = float(f1_score(truth, guesses, average="macro"))
     return ModelReport(candidate.name, parameters, size, wilson("accuracy", truth == guesses), f1, None, None)
@@ -69,7 +76,7 @@ def _size_on_disk(model: str) -> int:
 
 def batches(spec: EvaluateSpec) -> Iterator[TokenBatch]:
     """Every row of the split once; of labelled examples those that have a label."""
-    rows = TokenStore(spec.store).bucket_rows(spec.split, labelled=spec.task == "classification")
+    rows = TokenStore(spec.store).bucket_rows(spec.split, labelled=labels_texts(spec.task))
     source = SourceSpec(spec.store, spec.split, Manifest(rows, 1, spec.config.batch_size, MASK_SEED), spec.masking)
     maker = MicroBatches(source)
     return (maker.make(index) for index in range(source.manifest.num_micro_batches))
@@ -93,6 +100,18 @@ def _class_outcomes(
         truth.append(batch.labels_B.astype(np.int64))
         guesses.append(logits.argmax(-1).cpu().numpy())
     return np.concatenate(truth), np.concatenate(guesses)
+
+
+@torch.inference_mode()
+def _number_outcomes(voices: Voices, spec: EvaluateSpec, device: torch.device) -> tuple[Floats, Floats]:
+    """(true numbers, predicted ones), one a row; of several teachers the weighted mean."""
+    truth, said = [], []
+    for batch in batches(spec):
+        spoken = [model(*on_device(batch, device))[1] for model, _ in voices]
+        assert batch.labels_B is not None
+        truth.append(batch.labels_B.astype(np.float64))
+        said.append(mean_logits(spoken, [weight for _, weight in voices], 1.0)[:, 0].cpu().numpy().astype(np.float64))
+    return np.concatenate(truth), np.concatenate(said)
 
 
 @torch.inference_mode()
@@ -128,6 +147,37 @@ def wilson(metric: str, hits: NDArray[np.bool_]) -> Score:
     centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
     return Score(metric, share, centre - half, centre + half, n)
+
+
+def correlation(first_N: Floats, second_N: Floats) -> float:
+    """Pearson's; 0 where all numbers of a side are the same."""
+    if np.ptp(first_N) == 0 or np.ptp(second_N) == 0:
+        return 0.0
+    one_N, other_N = (side_N - side_N.mean() for side_N in (first_N, second_N))
+    return float(np.clip(one_N @ other_N / (np.linalg.norm(one_N) * np.linalg.norm(other_N)), -1, 1))
+
+
+def spearman(truth_N: Floats, said_N: Floats) -> Score:
+    """Pearson's correlation of the ranks (Spearman 1904), with a 95 % interval.
+
+    That one: percentiles over RESAMPLES bootstrap samples of the rows (Efron 1979), the same ones for every model.
+    """
+    random, n = np.random.default_rng(BOOTSTRAP_SEED), len(truth_N)
+    drawn = (random.integers(0, n, n) for _ in range(RESAMPLES))
+    found = [_rank_correlation(truth_N[rows_N], said_N[rows_N]) for rows_N in drawn]
+    low, high = np.percentile(found, (2.5, 97.5)).tolist()
+    return Score("Spearman", _rank_correlation(truth_N, said_N), low, high, n)
+
+
+def _rank_correlation(first_N: Floats, second_N: Floats) -> float:
+    return correlation(ranks(first_N), ranks(second_N))
+
+
+def ranks(numbers_N: Floats) -> Floats:
+    """From 1 on, ascending; equal numbers share the mean of theirs."""
+    _, places_N, counts = np.unique(numbers_N, return_inverse=True, return_counts=True)
+    means: Floats = np.cumsum(counts) - (counts - 1) / 2
+    return means[places_N]
 
 
 def latencies_ms(spec: EvaluateSpec, candidates: list[Candidate]) -> list[float]:

@@ -13,7 +13,8 @@ from raydistil.storage import whole_directory
 from raydistil.types import Task
 
 PIPELINE_TAGS: dict[Task, str] = {
-    "classification": "text-classification", "mlm": "fill-mask", "clm": "text-generation",
+    "classification": "text-classification", "regression": "text-classification", "mlm": "fill-mask",
+    "clm": "text-generation",
 }  # fmt: skip
 NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
 
@@ -65,9 +66,15 @@ def _card_table(report: dict[str, Any]) -> str:
             f"{score['low']:.4f} to {score['high']:.4f} | {latency} |"
         )
     metric, rows = report["models"][0]["score"]["metric"], report["models"][0]["score"]["rows"]
-    known = [f"{model['name']} {model['perplexity']:.2f}" for model in report["models"] if model["perplexity"]]
-    perplexity = f" Perplexity of the same: {', '.join(known)}." if known else ""
+    beside = _beside(report, "perplexity", "Perplexity", ".2f")
+    beside += _beside(report, "pearson", "Pearson", ".4f") + _beside(report, "rmse", "RMSE", ".4g")
     return "\n".join(lines) + (
-        f"\n\nScore: {metric} on {rows:,} test items.{perplexity} Retention {report['retention'] or 0:.3f}, speed-up "
+        f"\n\nScore: {metric} on {rows:,} test items.{beside} Retention {report['retention'] or 0:.3f}, speed-up "
         f"{report['speedup']:.2f}x (one row, one thread). Configuration {report['config_hash']}.\n"
     )
+
+
+def _beside(report: dict[str, Any], figure: str, name: str, form: str) -> str:
+    """A sentence of another figure of the same items, where it was measured."""
+    known = [f"{model['name']} {model[figure]:{form}}" for model in report["models"] if model[figure] is not None]
+    return f" {name} of the same: {', '.join(known)}." if known else ""

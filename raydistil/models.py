@@ -22,11 +22,13 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from raydistil.errors import ModelError
-from raydistil.types import Precision, Task, TokenBatch
+from raydistil.types import Precision, Task, TokenBatch, labels_texts
 
 LOADERS: dict[Task, Any] = {
-    "mlm": AutoModelForMaskedLM, "classification": AutoModelForSequenceClassification, "clm": AutoModelForCausalLM,
+    "mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM,
+    "classification": AutoModelForSequenceClassification, "regression": AutoModelForSequenceClassification,
 }  # fmt: skip
+NUMBER: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}  # of a configuration: one number a text
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -83,12 +85,19 @@ def load_model(model: str, task: Task, labels: tuple[str, ...] = (), key: str = 
     """
     quiet_transformers()
     try:
-        names = dict(enumerate(labels)) if task == "classification" else {}
-        extra = {"id2label": names, "label2id": {name: n for n, name in names.items()}} if names else {}
-        loaded: PreTrainedModel = LOADERS[task].from_pretrained(resolve(model, key), dtype=torch.float32, **extra)
+        head = _head(task, labels)
+        loaded: PreTrainedModel = LOADERS[task].from_pretrained(resolve(model, key), dtype=torch.float32, **head)
         return loaded
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise unloadable(model, f"{task} model", error, key) from error
+
+
+def _head(task: Task, labels: tuple[str, ...]) -> dict[str, Any]:
+    """What a configuration says of the head for these classes, or one number; nothing: it stays as it is."""
+    if task == "regression":
+        return NUMBER
+    names = dict(enumerate(labels)) if task == "classification" else {}
+    return {"id2label": names, "label2id": {name: n for n, name in names.items()}} if names else {}
 
 
 def outline(model: str, task: Task, num_labels: int | None = None, key: str = "teacher.model") -> PreTrainedModel:
@@ -99,6 +108,8 @@ def outline(model: str, task: Task, num_labels: int | None = None, key: str = "t
     config = shape_of(model, key)
     if num_labels is not None:
         config.num_labels = num_labels
+    if task == "regression":
+        config.update(NUMBER)
     try:
         with torch.device("meta"):
             made: PreTrainedModel = LOADERS[task].from_config(config, dtype=torch.float32)
@@ -184,7 +195,7 @@ def layer_list_name(model: PreTrainedModel) -> str:
 
 
 class HeadedEncoder(nn.Module):
-    """A Hugging Face model as (hidden states, class logits); language models' heads are applied where they are needed.
+    """A Hugging Face model as (hidden states, texts' logits); language models' heads are applied where they are needed.
 
     Rows come padded; what leaves is without padding: states hold the real tokens, row after row.
     """
@@ -203,7 +214,9 @@ class HeadedEncoder(nn.Module):
     def forward(
         self, input_ids_BL: Tensor, mask_BL: Tensor, states: tuple[int, ...] = (), positions_BL: Tensor | None = None
     ) -> tuple[dict[int, Tensor], Tensor | None]:
-        """({n: state n as [T, D]}, class logits [B, C] or None), float32 whatever the precision of the products.
+        """({n: state n as [T, D]}, logits [B, C] or None), float32 whatever the precision of the products.
+
+        C classes, or 1 for a number.
 
         State n is what layer n made of the tokens, 0 the embeddings. `positions_BL`: those of the documents in causal
         language models' blocks, each of which then comes out as if it were alone.
@@ -214,18 +227,18 @@ class HeadedEncoder(nn.Module):
     def _forward(
         self, input_ids_BL: Tensor, mask_BL: Tensor, states: tuple[int, ...], positions_BL: Tensor | None
     ) -> tuple[dict[int, Tensor], Tensor | None]:
-        classes = self.task == "classification"
-        run: Any = self.model if classes else self.model.base_model
-        inner = any(state < self.num_layers for state in states) or (classes and bool(states))
+        whole = labels_texts(self.task)
+        run: Any = self.model if whole else self.model.base_model
+        inner = any(state < self.num_layers for state in states) or (whole and bool(states))
         attended: dict[str, Any] = {"attention_mask": mask_BL}
         if positions_BL is not None:
             attended = {"attention_mask": document_mask(positions_BL), "position_ids": positions_BL, "use_cache": False}
         out = run(input_ids=input_ids_BL, output_hidden_states=inner, **attended)
         found = {state: out.hidden_states[state] for state in states if state < self.num_layers}
         if self.num_layers in states:  # the head's input, which some families norm once more
-            found[self.num_layers] = out.hidden_states[-1] if classes else out.last_hidden_state
+            found[self.num_layers] = out.hidden_states[-1] if whole else out.last_hidden_state
         unpadded = {state: states_BLD[mask_BL].float() for state, states_BLD in found.items()}
-        return unpadded, out.logits.float() if classes else None
+        return unpadded, out.logits.float() if whole else None
 
     def vocabulary_logits(self, states_ND: Tensor) -> Tensor:
         """[N, V] float32 of the last states of some tokens."""

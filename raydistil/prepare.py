@@ -21,7 +21,7 @@ from raydistil.plan import Need, need_of
 from raydistil.prune import pruned_teacher
 from raydistil.student import check_student, check_vocabularies, student_outline
 from raydistil.tokens import TokenStore, build_store
-from raydistil.types import Task
+from raydistil.types import Task, labels_texts
 
 Say = Callable[[str], None]
 
@@ -113,8 +113,8 @@ def outlines(config: Config, num_labels: int | None = None) -> list[PreTrainedMo
 
 
 HEADS: dict[Task, tuple[str, ...]] = {
-    "mlm": ("ForMaskedLM", "ForPreTraining"), "classification": ("ForSequenceClassification",),
-    "clm": ("ForCausalLM", "LMHeadModel"),
+    "mlm": ("ForMaskedLM", "ForPreTraining"), "clm": ("ForCausalLM", "LMHeadModel"),
+    "classification": ("ForSequenceClassification",), "regression": ("ForSequenceClassification",),
 }  # fmt: skip
 DECODERS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")  # they take positions and masks of documents as they come
 
@@ -132,6 +132,11 @@ def _check_head(config: Config, whose: str, shape: Any) -> None:
         raise ModelError(
             f"{whose}.model: expected a teacher with a head for task {config.task}, got {', '.join(kinds) or 'none'}: "
             f"add [finetune] to give it one"
+        )
+    if config.task == "regression" and not config.finetune and shape.num_labels != 1:
+        raise ModelError(
+            f"{whose}.model: expected a teacher that gives one number for task regression, got one of "
+            f"{shape.num_labels} classes: add [finetune] to an encoder without a head"
         )
 
 
@@ -238,8 +243,8 @@ def _attention_widths(shape: Any) -> tuple[int, int]:
 
 
 def make_store(config: Config) -> Path:
-    labelled = config.task == "classification"
-    corpus = open_corpus(config.corpus, labelled)
+    labelled, numbers = labels_texts(config.task), config.task == "regression"
+    corpus = open_corpus(config.corpus, labelled, numbers)
     tokenizer = load_tokenizer(config.teacher.model)
     return build_store(corpus, tokenizer, config.tokens, labelled, documents=config.task == "clm")
 
@@ -252,6 +257,9 @@ def describe_store(store: TokenStore) -> list[str]:
         lines.append(f"classes: {', '.join(meta.labels)}")
         unseen = [label for label in meta.labels if label not in meta.splits["train"].classes]
         lines += [f"classes without a labelled training row: {', '.join(unseen)}"] if unseen else []
+    train = meta.splits["train"].numbers
+    if train is not None:
+        lines.append(f"numbers: {train[0]:g} to {train[1]:g} in the training split")
     for split, counts in meta.splits.items():
         left_out = [
             f"{number:,} {what}"
@@ -260,7 +268,7 @@ def describe_store(store: TokenStore) -> list[str]:
             ) if number
         ]  # fmt: skip
         waste = counts.padding / max(1, counts.padding + counts.tokens)
-        if meta.labels and counts.labelled_rows < counts.rows:
+        if (meta.labels or meta.numbers) and counts.labelled_rows < counts.rows:
             left_out.insert(0, f"{counts.rows - counts.labelled_rows:,} of them without a label")
         notes = "".join(f", {note}" for note in left_out)
         lines.append(f"{split}: {counts.rows:,} rows, {counts.tokens:,} tokens, {waste:.1%} padding{notes}")
@@ -269,13 +277,16 @@ def describe_store(store: TokenStore) -> list[str]:
 
 def check_store(config: Config, store: TokenStore) -> None:
     """Raise where the data cannot be scored, or speaks of other classes than a teacher that is used as it came."""
-    labelled = config.task == "classification"
+    labelled = labels_texts(config.task)
     if config.evaluate and not sum(store.bucket_rows("test", labelled)):
         raise DataError(
             f"expected {'labelled ' * labelled}rows in the test split to evaluate on, found "
             f"{store.meta.splits['test'].rows:,} rows{' and no label' * labelled}: raise corpus.test_share, or name "
             f"files with corpus.test_source"
         )
+    if config.task == "regression":
+        _check_numbers(config, store)
+        return
     classes = store.meta.splits["train"].classes
     if labelled and _trains_on_labels(config) and len(classes) < 2:
         raise DataError(
@@ -285,6 +296,21 @@ def check_store(config: Config, store: TokenStore) -> None:
     if config.task == "classification" and not config.finetune:
         for whose, model in _named(config):
             _check_classes(whose, shape_of(model, f"{whose}.model"), store.meta.labels)
+
+
+def _check_numbers(config: Config, store: TokenStore) -> None:
+    """Numbers that are all the same rank nothing, and none teach nothing."""
+    test, train = (store.meta.splits[split].numbers for split in ("test", "train"))
+    if config.evaluate and test is not None and test[0] == test[1]:
+        raise DataError(
+            f"expected different labels in the test split to rank predictions by, all are {test[0]:g}: raise "
+            f"corpus.test_share, or name files with corpus.test_source"
+        )
+    if _trains_on_labels(config) and train is None:
+        raise DataError(
+            "expected labelled training rows, found none: raise corpus.labelled_share, or leave [finetune] and "
+            "evaluate.no_teacher_baseline out"
+        )
 
 
 def _trains_on_labels(config: Config) -> bool:

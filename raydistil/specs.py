@@ -118,6 +118,8 @@ class ModelReport:
     latency_p50_ms: float | None
     clm_loss: float | None = None  # nats per token that follows another one
     perplexity: float | None = None  # exp of that
+    pearson: float | None = None  # of a regression
+    rmse: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,12 @@ from raydistil.plan import threads
 from raydistil.prepare import Prepared
 from raydistil.specs import CacheSpec, SourceSpec, TeacherSpec, TrainRun, WorkerSpec
 from raydistil.targets import makes_logits, targets_spec
+from raydistil.types import labels_texts
 
 
 def manifest_of(run: Prepared, config: TrainConfig, with_teacher: bool, seed: int) -> Manifest:
     """All rows where there is a teacher; without one, what has no label cannot be learned from."""
-    labelled = run.config.task == "classification" and not with_teacher
+    labelled = labels_texts(run.config.task) and not with_teacher
     rows = run.store.bucket_rows("train", labelled)
     return Manifest(rows, config.epochs, config.micro_batch_size, seed)
 
@@ -85,7 +86,7 @@ def _kept(
     from raydistil.fill import fill_cache
 
     shape = shape_of(teacher.model, "teacher.model")
-    classes = len(run.labels) or shape.vocab_size
+    classes = 1 if run.store.meta.numbers else len(run.labels) or shape.vocab_size
     sizes = sizes_of(teacher.task, teacher.targets, run.config.masking.share, shape.hidden_size, classes)
     inputs = inputs_of(teacher, source)
     cache = cache_spec(root, inputs, teacher.targets, source, sizes)

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from raydistil.places import compared_places
 from raydistil.specs import TeacherSpec
-from raydistil.types import TeacherTiming, TokenBatch
+from raydistil.types import TeacherTiming, TokenBatch, labels_texts
 from raydistil.wire import batch_of, with_targets
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Teacher:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = HeadedEncoder(load_model(spec.model, spec.task), spec.task, spec.precision)
         self._model = model.eval().to(self._device)
-        head = spec.targets.soft_labels and spec.task != "classification"
+        head = spec.targets.soft_labels and not labels_texts(spec.task)
         self._states = tuple({*spec.targets.states, *((self._model.num_layers,) if head else ())})
         self._spec = spec
         self.name = uuid4().hex

@@ -6,6 +6,7 @@ labelled rows can be had alone. Nothing is left out silently: the counts are in 
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -23,7 +24,7 @@ from raydistil.errors import DataError
 from raydistil.manifest import Ints
 from raydistil.packing import DocumentPacker, Packer, edges
 from raydistil.storage import cache_dir, whole_directory
-from raydistil.types import IGNORE, SPLITS, Split, TextRow
+from raydistil.types import IGNORE, SPLITS, Labels, Split, TextRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +48,7 @@ class SplitCounts:
     buckets: dict[int, int] = field(default_factory=dict)  # padded length -> rows
     labelled: dict[int, int] = field(default_factory=dict)  # padded length -> rows that have a label; they come first
     classes: dict[str, int] = field(default_factory=dict)  # class -> rows
+    numbers: tuple[float, float] | None = None  # the least and the greatest label, where those are numbers
 
     @property
     def labelled_rows(self) -> int:
@@ -61,10 +63,11 @@ class StoreMeta:
     pad_id: int
     mask_id: int
     special_ids: tuple[int, ...]
-    labels: tuple[str, ...]  # class names in the order of their ids; empty for packed blocks
+    labels: tuple[str, ...]  # class names in the order of their ids; empty for numbers and for packed blocks
     splits: dict[Split, SplitCounts]
     notes: tuple[str, ...]
     documents: bool = False  # whether blocks keep where each document begins
+    numbers: bool = False  # whether labels are numbers
 
 
 def build_store(
@@ -77,7 +80,7 @@ def build_store(
     Raises DataError when the training split comes out empty or a labelled one has fewer than two classes.
     """
     inputs = [FORMAT, corpus.fingerprint, tokenizer_hash(tokenizer), config.model_dump(mode="json"), labelled]
-    inputs += ["documents"] * documents
+    inputs += ["documents"] * documents + ["numbers"] * corpus.numbers
     path = cache_dir() / "tokens" / digest(inputs)
     if path.exists():
         return path
@@ -121,7 +124,8 @@ class _Writer:
         self._config = config
         self._corpus = corpus
         self._documents = documents
-        self._labels = class_names(corpus.rows()) if labelled else ()
+        self._labelled, self._numbers = labelled, labelled and corpus.numbers
+        self._labels = class_names(corpus.rows()) if labelled and not corpus.numbers else ()
         self._ids = {label: number for number, label in enumerate(self._labels)}
         self._buckets = (*sorted(config.buckets), config.length) if labelled else (config.length,)
         self._counts: dict[Split, SplitCounts] = {split: SplitCounts() for split in SPLITS}
@@ -132,13 +136,13 @@ class _Writer:
         packer = DocumentPacker if self._documents else Packer
         pack = packer(self._tokenizer, self._config.length)
         for row, ids in self._tokenized():
-            if self._labels:
+            if self._labelled:
                 self._add_example(row, ids)
             else:
                 for block, starts in pack.add(row.split, ids):
-                    self._add(row.split, block, self._config.length, IGNORE, starts)
+                    self._add(row.split, block, self._config.length, None, starts)
         for split, block, starts in pack.rest():
-            self._add(split, block, self._config.length, IGNORE, starts)
+            self._add(split, block, self._config.length, None, starts)
         for file in self._files.values():
             file.close()
         if not self._counts["train"].rows:
@@ -148,7 +152,7 @@ class _Writer:
 
     def _rows(self) -> Iterator[TextRow]:
         """All rows; of labelled examples those that have no label come last."""
-        if not self._labels:
+        if not self._labelled:
             return self._corpus.rows()
         have = (row for row in self._corpus.rows() if row.label is not None)
         lack = (row for row in self._corpus.rows() if row.label is None)
@@ -180,24 +184,30 @@ class _Writer:
         self._counts[row.split].truncated += len(ids) > room
         block = [*edges(self._tokenizer)[0], *ids[:room], *edges(self._tokenizer)[1]]
         bucket = next(length for length in self._buckets if length >= len(block))
-        self._add(row.split, block, bucket, IGNORE if row.label is None else self._ids[row.label])
+        self._add(row.split, block, bucket, row.label)
 
-    def _add(self, split: Split, block: list[int], bucket: int, label: int, starts: list[int] | None = None) -> None:
+    def _add(
+        self, split: Split, block: list[int], bucket: int, label: str | None, starts: list[int] | None = None
+    ) -> None:  # fmt: skip
         counts = self._counts[split]
         counts.rows += 1
         counts.tokens += len(block)
         counts.padding += bucket - len(block)
         counts.buckets[bucket] = counts.buckets.get(bucket, 0) + 1
-        if label != IGNORE:
-            counts.labelled[bucket] = counts.labelled.get(bucket, 0) + 1
-            counts.classes[self._labels[label]] = counts.classes.get(self._labels[label], 0) + 1
+        if label is not None:
+            _count_label(counts, bucket, label, self._numbers)
         if split == "train":
             np.add.at(self._token_counts, block, 1)
         if (split, bucket) not in self._files:
             pad = _pad_id(self._tokenizer)
             path = self._path / _file_name(split, bucket)
-            self._files[split, bucket] = _BucketFile(path, bucket, pad, self._documents)
-        self._files[split, bucket].add(block, label, starts)
+            self._files[split, bucket] = _BucketFile(path, bucket, pad, self._documents, self._numbers)
+        self._files[split, bucket].add(block, self._stored(label), starts)
+
+    def _stored(self, label: str | None) -> float:
+        if self._numbers:
+            return math.nan if label is None else float(label)
+        return IGNORE if label is None else self._ids[label]
 
     def _losses(self) -> str:
         counts = self._counts["train"]
@@ -209,8 +219,17 @@ class _Writer:
         return StoreMeta(
             vocab_size=len(tokenizer), pad_id=_pad_id(tokenizer), mask_id=-1 if mask is None else mask,
             special_ids=tuple(sorted(tokenizer.all_special_ids)), labels=self._labels, splits=self._counts,
-            notes=self._corpus.notes, documents=self._documents,
+            notes=self._corpus.notes, documents=self._documents, numbers=self._numbers,
         )  # fmt: skip
+
+
+def _count_label(counts: SplitCounts, bucket: int, label: str, numbers: bool) -> None:
+    counts.labelled[bucket] = counts.labelled.get(bucket, 0) + 1
+    if numbers:
+        found = [float(label), *(counts.numbers or ())]
+        counts.numbers = min(found), max(found)
+    else:
+        counts.classes[label] = counts.classes.get(label, 0) + 1
 
 
 def _pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -220,18 +239,20 @@ def _pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
 class _BucketFile:
     """Rows of one padded length, appended to one Arrow file."""
 
-    def __init__(self, path: Path, length: int, pad_id: int, documents: bool) -> None:
+    def __init__(self, path: Path, length: int, pad_id: int, documents: bool, numbers: bool) -> None:
         self._length = length
         self._pad_id = pad_id
-        self._schema = pa.schema([("ids", pa.list_(pa.int32(), length)), ("length", pa.int32()), ("label", pa.int32())])
+        self._label_type = np.dtype(np.float32 if numbers else np.int32)
+        label = pa.from_numpy_dtype(self._label_type)
+        self._schema = pa.schema([("ids", pa.list_(pa.int32(), length)), ("length", pa.int32()), ("label", label)])
         if documents:
             self._schema = self._schema.append(pa.field("starts", pa.list_(pa.uint8(), length)))
         self._writer = pa.ipc.new_file(path, self._schema)
         self._rows: list[list[int]] = []
-        self._labels: list[int] = []
+        self._labels: list[float] = []
         self._starts: list[list[int]] = []
 
-    def add(self, block: list[int], label: int, starts: list[int] | None) -> None:
+    def add(self, block: list[int], label: float, starts: list[int] | None) -> None:
         self._rows.append(block)
         self._labels.append(label)
         self._starts += [] if starts is None else [starts]
@@ -247,7 +268,7 @@ class _BucketFile:
             return
         lengths = np.array([len(block) for block in self._rows], np.int32)
         columns = [self._padded(self._rows, self._pad_id, np.int32)]
-        columns += [pa.array(lengths), pa.array(np.array(self._labels, np.int32))]
+        columns += [pa.array(lengths), pa.array(np.array(self._labels, self._label_type))]
         if self._starts:
             columns.append(self._padded(self._starts, 1, np.uint8))
         self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
@@ -282,13 +303,18 @@ class TokenStore:
         rows = counts.labelled if labelled else counts.buckets
         return tuple(rows.get(length, 0) for length in self.lengths(split))
 
-    def read(self, split: Split, bucket: int, rows: Ints) -> tuple[NDArray[np.int32], NDArray[np.int32], Any]:
-        """(ids [B, L], lengths [B], labels [B]), int32, of `rows` of a bucket; IGNORE where there is no label."""
+    def read(self, split: Split, bucket: int, rows: Ints) -> tuple[NDArray[np.int32], NDArray[np.int32], Labels]:
+        """(ids [B, L], lengths [B], labels [B]) of `rows` of a bucket, int32; IGNORE where there is no label.
+
+        Labels that are numbers: float32, and nan where there is none.
+        """
         length = self.lengths(split)[bucket]
         batches = self._mapped(split, length)
         ids = np.empty((len(rows), length), np.int32)
         lengths = np.empty(len(rows), np.int32)
-        labels = np.empty(len(rows), np.int32)
+        labels: Labels = np.empty(len(rows), np.int32)
+        if self.meta.numbers:
+            labels = labels.astype(np.float32)
         for place, row in enumerate(rows.tolist()):
             batch, inside = batches[row // ROWS_PER_BATCH], row % ROWS_PER_BATCH
             values = batch.column(0).values.to_numpy()
@@ -325,6 +351,7 @@ def _read_meta(path: Path) -> StoreMeta:
     for split in SPLITS:
         counts = raw["splits"][split]
         counts |= {key: {int(length): n for length, n in counts[key].items()} for key in ("buckets", "labelled")}
+        counts["numbers"] = tuple(counts["numbers"]) if counts.get("numbers") else None
         splits[split] = SplitCounts(**counts)
     raw |= {"splits": splits} | {key: tuple(raw[key]) for key in ("special_ids", "labels", "notes")}
     return StoreMeta(**raw)

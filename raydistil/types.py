@@ -19,9 +19,15 @@ if TYPE_CHECKING:
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
-Task = Literal["classification", "mlm", "clm"]  # labelled texts, masked-LM, causal LM
+Task = Literal["classification", "regression", "mlm", "clm"]  # texts with a class or a number, masked-LM, causal LM
+Labels = NDArray[np.int32] | NDArray[np.float32]
 Precision = Literal["float32", "bfloat16"]  # of the matrix products; weights are float32
-IGNORE = -100  # a label no loss looks at, the convention of torch.nn.functional.cross_entropy
+IGNORE = -100  # a label no loss looks at, the convention of torch.nn.functional.cross_entropy; of numbers it is nan
+
+
+def labels_texts(task: Task) -> bool:
+    """Whether the task gives every text one label, a class or a number; the others predict tokens."""
+    return task in ("classification", "regression")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +35,7 @@ class TextRow:
     """One example as the corpus gives it."""
 
     text: str
-    label: str | None
+    label: str | None  # a class, or a finite number as it is written
     source: str  # where it came from: "module:qualname" or "file:row"
     split: Split
 
@@ -38,14 +44,14 @@ class TextRow:
 class TokenBatch:
     """One micro-batch: the unit that is loaded, masked, labelled by the teacher, shipped and trained on.
 
-    `labels_BL` holds the masked or the next tokens (IGNORE elsewhere); `labels_B` holds class ids (IGNORE: no label).
-    One of the two is None.
+    `labels_BL` holds the masked or the next tokens (IGNORE elsewhere); `labels_B` holds class ids (IGNORE: no label) or
+    numbers (nan: no label). One of the two is None.
     """
 
     index: int  # place in the manifest, 0 .. num_micro_batches - 1
     input_ids_BL: NDArray[np.int32]
     lengths_B: NDArray[np.int32]  # real tokens of each row; the rest is padding
-    labels_B: NDArray[np.int32] | None
+    labels_B: Labels | None
     labels_BL: NDArray[np.int32] | None
     num_rows: int  # rows that count; rows beyond are padding with no weight
     visits_B: NDArray[np.int64]  # what each row's random draws hang on
@@ -87,7 +93,7 @@ class TeacherTargets:
     """What the student learns from, on its device, as the wire rounded it. T: real tokens, row after row."""
 
     states: Mapping[int, Tensor]  # [T, D] float32, by state: 0 the embeddings, n what layer n made of them
-    soft_labels: Tensor | Sparse | None  # float16 logits [N, C] or a few probabilities; None: made of the last state
+    soft_labels: Tensor | Sparse | None  # logits [N, C] as sent, or a few probabilities; None: made of the last state
 
 
 @dataclass(frozen=True, slots=True)

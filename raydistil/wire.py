@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from raydistil.types import TeacherTiming, TokenBatch
+from raydistil.types import Labels, TeacherTiming, TokenBatch
 
 BATCH = pa.schema([
     ("index", pa.int64()),
@@ -19,6 +19,7 @@ BATCH = pa.schema([
     ("ids", pa.binary()),  # int32 [B, L]
     ("lengths", pa.binary()),  # int32 [B]
     ("labels", pa.binary()),  # int32 [B], classification
+    ("numbers", pa.binary()),  # float32 [B], regression
     ("token_labels", pa.binary()),  # int32 [B, L], masked-LM and causal LM
     ("visits", pa.binary()),  # int64 [B]
     ("positions", pa.binary()),  # int32 [B, L], causal LM
@@ -53,17 +54,24 @@ def _row(batch: TokenBatch) -> dict[str, Any]:
         "width": batch.input_ids_BL.shape[1],
         "ids": batch.input_ids_BL.tobytes(),
         "lengths": batch.lengths_B.tobytes(),
-        "labels": b"" if batch.labels_B is None else batch.labels_B.tobytes(),
+        "labels": _kind(batch.labels_B, np.int32),
+        "numbers": _kind(batch.labels_B, np.float32),
         "token_labels": b"" if batch.labels_BL is None else batch.labels_BL.tobytes(),
         "visits": batch.visits_B.tobytes(),
         "positions": b"" if batch.positions_BL is None else batch.positions_BL.tobytes(),
     }
 
 
+def _kind(labels_B: Labels | None, dtype: type[np.generic]) -> bytes:
+    """The labels if they are of that kind."""
+    return labels_B.tobytes() if labels_B is not None and labels_B.dtype == dtype else b""
+
+
 def batch_of(row: pa.Table) -> TokenBatch:
     """The micro-batch of a one-row table with at least the columns of BATCH."""
     width = row["width"][0].as_py()
-    labels, token_labels, positions = (_ints(row, name) for name in ("labels", "token_labels", "positions"))
+    classes, token_labels, positions = (_ints(row, name) for name in ("labels", "token_labels", "positions"))
+    labels: Labels = classes if classes.size else np.frombuffer(_bytes(row, "numbers"), np.float32)
     return TokenBatch(
         index=row["index"][0].as_py(),
         input_ids_BL=_ints(row, "ids").reshape(-1, width),

@@ -19,7 +19,9 @@ from raydistil.types import Sparse
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
-LOGITS = arrays.arrays(np.float32, st.tuples(st.integers(0, 5), st.integers(1, 9)), elements=st.floats(-8, 8, width=32))
+NUMBERS = st.floats(-8, 8, width=32)
+LOGITS = arrays.arrays(np.float32, st.tuples(st.integers(0, 5), st.integers(1, 9)), elements=NUMBERS)
+SEVERAL = arrays.arrays(np.float32, st.tuples(st.integers(0, 5), st.integers(2, 9)), elements=NUMBERS)
 BATCHES = st.integers(0, 2**64 - 1)
 CODECS: tuple[SoftLabelCodec, ...] = (Logits(), TopK(3), Sampled(20))
 
@@ -40,13 +42,28 @@ def same(left: Tensor | Sparse, right: Tensor | Sparse) -> bool:
     return all(torch.equal(one, other) for one, other in pairs)
 
 
-@given(LOGITS)
+@given(SEVERAL)
 def test_logits_come_back_rounded_to_fp16(logits: NDArray[np.float32]) -> None:
     encoded = Logits().encode(torch.from_numpy(logits), 2.0, 0)
     decoded = Logits().decode(encoded, CPU)
     assert decoded.dtype == torch.float16
     assert np.array_equal(decoded.numpy(), logits.astype(np.float16))
     assert len(encoded) == HEADER_BYTES + len(logits) * Logits().bytes_per_place(logits.shape[1])
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=5))
+def test_a_number_comes_back_as_it_was(numbers: list[float]) -> None:
+    """Whatever its size: fp16 would make 1000.5 of 1000.3 and inf of 70,000."""
+    made_N1 = torch.tensor(numbers, dtype=torch.float32)[:, None]
+    encoded = Logits().encode(made_N1, 2.0, 0)
+    assert torch.equal(Logits().decode(encoded, CPU), made_N1)
+    assert len(encoded) == HEADER_BYTES + len(numbers) * Logits().bytes_per_place(1)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_number_that_is_none_is_refused(bad: float) -> None:
+    with pytest.raises(ModelError, match=f"expected a finite number from the teacher, got {bad}"):
+        Logits().encode(torch.tensor([[1.0], [bad]]), 1.0, 0)
 
 
 @given(LOGITS, st.integers(1, 10), st.sampled_from([0.5, 1.0, 2.0]))

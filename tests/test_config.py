@@ -101,7 +101,7 @@ def test_a_typo_of_a_required_key_is_named_before_the_missing_key(tmp_path: Path
         ("cluster.teachers", [2, 1], "cluster.teachers: expected the fewest, then the most, got [2, 1]"),
         ("cluster.teachers", [1, 2, 3], "cluster.teachers: "),
         ("distill.betas", [0.9, 1.0], "distill.betas.1: input should be less than 1, got 1.0"),
-        ("task", "qa", "task: input should be 'classification', 'mlm' or 'clm', got 'qa'"),
+        ("task", "qa", "task: input should be 'classification', 'regression', 'mlm' or 'clm', got 'qa'"),
         ("tokens.buckets", [128], "tokens.buckets must lie below tokens.length = 128"),
         ("student.model", "small", "student: expected either layers, num_layers or a width (of the teacher) or model"),
         ("student.num_layers", 2, "student: expected either layers (a list) or num_layers (how many, chosen by rule)"),

@@ -13,16 +13,17 @@ TIMING = TeacherTiming("actor-1", 10.5, 11.25, 0)
 
 @st.composite
 def batches(draw: st.DrawFn) -> TokenBatch:
-    """Micro-batches of any width, classified, masked or of documents, with padding rows or not."""
+    """Micro-batches of any width, with classes or numbers, masked or of documents, with padding rows or not."""
     rows, width = draw(st.integers(1, 5)), draw(st.integers(1, 9))
     rng = np.random.default_rng(draw(st.integers(0, 1000)))
     masked = draw(st.booleans())
     labels_BL = np.where(rng.random((rows, width)) < 0.2, rng.integers(0, 99, (rows, width)), IGNORE).astype(np.int32)
+    labels_B = rng.integers(0, 99, rows).astype(draw(st.sampled_from([np.int32, np.float32])))
     return TokenBatch(
         index=draw(st.integers(0, 2**62)),
         input_ids_BL=rng.integers(0, 2**31 - 1, (rows, width)).astype(np.int32),
         lengths_B=rng.integers(1, width + 1, rows).astype(np.int32),
-        labels_B=None if masked else rng.integers(0, 99, rows).astype(np.int32),
+        labels_B=None if masked else labels_B,
         labels_BL=labels_BL if masked else None,
         num_rows=draw(st.integers(0, rows)),
         visits_B=rng.integers(0, 2**62, rows),
@@ -47,6 +48,7 @@ def test_batches_come_back_as_they_were(made: list[TokenBatch]) -> None:
         back = wire.batch_of(table.slice(number, 1))
         assert same(back, batch)
         assert back.input_ids_BL.dtype == back.lengths_B.dtype == np.int32
+        assert (back.labels_B is None) or (batch.labels_B is not None and back.labels_B.dtype == batch.labels_B.dtype)
         assert back.num_tokens == int(batch.lengths_B.sum())
 
 

@@ -11,8 +11,9 @@ its places with soft labels, D hidden size, C classes or vocabulary, K entries k
 |                 | list<fixed_size_list<float>> [T, D]     | the same with `"bf16"`: exact, its zeros cost little  |
 |                 | list<fixed_size_list<uint8>> [T, D]     | the same with `"int8"`: less 128, times its scale     |
 | `state_n_scale` | list<float> [T]                         | with `"int8"`                                         |
-| `places`        | list<int32> [N]                         | which tokens the soft labels are of; not for classes  |
+| `places`        | list<int32> [N]                         | which tokens the soft labels are of; not of texts     |
 | `logits`        | list<fixed_size_list<float16>> [N, C]   | codec `logits`, and classes with `hidden` (N = 1)     |
+|                 | list<fixed_size_list<float>> [N, 1]     | a number with `logits` or `hidden` (N = 1)            |
 | `top_ids`       | list<fixed_size_list<ids>> [N, K]       | codec `topk`: the most probable                       |
 | `top_log_probs` | list<fixed_size_list<float16>> [N, K+1] | their log-probabilities and, last, that of all others |
 | `drawn_ids`     | list<list<ids>> [N, distinct ones]      | codec `sampled`                                       |
@@ -114,7 +115,7 @@ def _of_places(labels: Bytes) -> dict[str, pa.Array]:
     kind, places, classes, number = _header(labels)
     body = labels[HEADER_BYTES:]
     if kind == LOGITS:
-        return {"logits": _wide(body.view(np.float16), classes)}
+        return {"logits": _wide(body.view(np.float32 if classes == 1 else np.float16), classes)}
     ids = _id_type(classes)
     if kind == TOPK:
         end = places * number * ids.itemsize

@@ -15,7 +15,7 @@ from raydistil.config.targets import TargetsConfig
 from raydistil.errors import ModelError
 from raydistil.models import unloadable
 from raydistil.specs import SourceSpec, TargetsSpec, TeacherSpec
-from raydistil.types import Task
+from raydistil.types import Task, labels_texts
 
 FORMAT = 1  # raise when the files or the way targets are made change
 WEIGHTS = ("*.safetensors", "*.bin", "config.json")
@@ -80,7 +80,7 @@ def _soft_labels(wanted: TargetsSpec) -> list[Any] | None:
 
 def _places(wanted: TargetsSpec, task: Task) -> list[Any] | None:
     """What decides which tokens have soft labels."""
-    if task == "classification" or not wanted.soft_labels:
+    if labels_texts(task) or not wanted.soft_labels:
         return None
     loss = wanted.loss
     share = loss.kd_sample if loss.kd_positions == "sample" else None

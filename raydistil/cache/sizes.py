@@ -13,7 +13,7 @@ from raydistil.config.loss import LossConfig
 from raydistil.specs import CacheSpec, SourceSpec, TargetsSpec
 from raydistil.targets import soft_label_codec
 from raydistil.tokens import TokenStore
-from raydistil.types import Task
+from raydistil.types import Task, labels_texts
 
 GROUP_BYTES = 256 << 10  # the least that is read for a row
 SHARD_BYTES = 32 << 20
@@ -34,12 +34,15 @@ class Sizes:
 
 
 def sizes_of(task: Task, wanted: TargetsSpec, masked: float, width: int, classes: int) -> Sizes:
-    """`masked`: share of masked tokens; `width` of the hidden states; `classes`: of the task, or the vocabulary."""
+    """`masked`: share of masked tokens; `width` of the hidden states; `classes`: of the task, or the vocabulary.
+
+    Of a regression `classes` is 1.
+    """
     states = len(wanted.states) * bytes_per_token(width, wanted.config.states)
     if not wanted.soft_labels:
         return Sizes(ID_BYTES + states, ROW_BYTES)
     place = soft_label_codec(wanted.config).bytes_per_place(classes)
-    if task == "classification":
+    if labels_texts(task):
         return Sizes(ID_BYTES + states, ROW_BYTES + place)
     share = compared_share(wanted.loss, masked if task == "mlm" else 1.0)
     return Sizes(ID_BYTES + states + share * (place + ID_BYTES), ROW_BYTES)

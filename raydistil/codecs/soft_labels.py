@@ -2,12 +2,14 @@
 
 | codec     | ships, after a header of 16 bytes                      | bytes a place, C <= 65,536 | against exact KD  |
 |-----------|--------------------------------------------------------|----------------------------|-------------------|
-| `Logits`  | fp16 logits                                            | 2 C                        | fp16 rounding     |
+| `Logits`  | fp16 logits, or fp32 where there is one                | 2 C, or 4                  | fp16 rounding     |
 | `TopK`    | ids, fp16 log-probabilities and log of the tail's mass | 4 K + 2                    | biased unless K=C |
 | `Sampled` | distinct draws and their counts; how many are distinct | 3 a distinct draw + 1      | unbiased          |
 
 Ids take 2 bytes more where C > 65,536, counts 1 more beyond 255 draws. Probabilities are those of
-softmax(t / temperature). A buffer holds nothing but numbers and says itself how many places and classes it is about.
+softmax(t / temperature). One logit is no class's but a number of any size (a regression): fp16 would round it by up to
+2^-11 of itself, half of one at 1000, and end at 65,504. A buffer holds nothing but numbers and says itself how many
+places and classes it is about.
 Letters: N places, C classes, K kept, R draws, M entries of all places together.
 """
 
@@ -33,27 +35,24 @@ _PLACES_AT_ONCE = 16  # their probabilities fit a cache: five times faster on a 
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """Every logit in fp16 (Hinton et al. 2015, arXiv:1503.02531)."""
+    """Every logit in fp16 (Hinton et al. 2015, arXiv:1503.02531); the one number of a regression in fp32."""
 
     def bytes_per_place(self, num_classes: int) -> int:
         """Without the header."""
-        return 2 * num_classes
+        return num_classes * logit_dtype(num_classes).itemsize
 
     def encode(self, logits_NC: Tensor, temperature: float, key: Key) -> bytes:
-        """The logits as they are, whatever the temperature and the key. Raises ModelError where fp16 is too small."""
-        half_NC = logits_NC.to(torch.float16)
-        if not torch.isfinite(half_NC).all():
-            largest = logits_NC.abs().max().item()
-            raise ModelError(
-                f"expected teacher logits that fit fp16 (65,504), got {largest:.4g}: ship topk or sampled, or check "
-                f"the teacher's weights where it is not finite"
-            )
-        return to_bytes(_header(LOGITS, half_NC, 0), half_NC)
+        """The logits as they are, whatever the temperature and the key. Raises ModelError where they do not fit."""
+        kept_NC = logits_NC.to(logit_dtype(logits_NC.shape[1]))
+        if not torch.isfinite(kept_NC).all():
+            raise _unfit(logits_NC)
+        return to_bytes(_header(LOGITS, kept_NC, 0), kept_NC)
 
     def decode(self, buffer: Readable, device: torch.device) -> Tensor:
-        """The logits, float16: whoever compares them widens a few places at a time."""
+        """The logits, of `logit_dtype`: whoever compares them widens a few places at a time."""
         array, places, classes, _ = _opened(buffer, LOGITS)
-        return to_device(array, device).view(torch.float16).view(places, classes).clone()  # the memory is not ours
+        logits_NC = to_device(array, device).view(logit_dtype(classes)).view(places, classes)
+        return logits_NC.clone()  # the memory is not ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +138,21 @@ class Sampled:
 
 
 SoftLabelCodec = Logits | TopK | Sampled
+
+
+def logit_dtype(num_classes: int) -> torch.dtype:
+    """In which whole logits are kept."""
+    return torch.float32 if num_classes == 1 else torch.float16
+
+
+def _unfit(logits_NC: Tensor) -> ModelError:
+    largest = logits_NC.abs().max().item()
+    if logits_NC.shape[1] == 1:
+        return ModelError(f"expected a finite number from the teacher, got {largest:.4g}: check the teacher's weights")
+    return ModelError(
+        f"expected teacher logits that fit fp16 (65,504), got {largest:.4g}: ship topk or sampled, or check "
+        f"the teacher's weights where it is not finite"
+    )
 
 
 def _checked(logits_NC: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from raydistil.config.targets import check_drawn, variants_of, what_is_drawn
 from raydistil.config.teacher import EnsembleConfig, TeacherConfig, check_ensemble
 from raydistil.config.train import DistillConfig, TrainConfig
 from raydistil.errors import ConfigError
-from raydistil.types import Task
+from raydistil.types import Task, labels_texts
 
 
 def _ascending(ends: tuple[int, int]) -> tuple[int, int]:
@@ -47,7 +47,7 @@ class CorpusConfig(Section):
     text_column: str | None = None
     """Column that holds the text; None: guessed, and the guess is printed."""
     label_column: str | None = None
-    """Column that holds the class; None: guessed, and the guess is printed."""
+    """Column that holds the class or the number; None: guessed, and the guess is printed."""
     hub_config: str | None = None
     """Configuration of a hub data set, such as `20231101.en` of `wikimedia/wikipedia`."""
     labelled_share: Share = 1.0
@@ -153,15 +153,27 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _augmented_texts_are_of_classes(self) -> "Config":
-        if self.task != "classification" and self.distill is not None and self.distill.augment is not None:
-            raise ValueError(f"distill.augment is of task classification: leave it out for task {self.task}")
+    def _augmented_texts_are_labelled(self) -> "Config":
+        if not labels_texts(self.task) and self.distill is not None and self.distill.augment is not None:
+            raise ValueError(
+                f"distill.augment is of task classification or regression: leave it out for task {self.task}"
+            )
         return self
 
     @model_validator(mode="after")
-    def _labels_are_of_classes(self) -> "Config":
-        if self.task != "classification" and self.corpus.labelled_share < 1:
-            raise ValueError(f"corpus.labelled_share is of task classification: leave it out for task {self.task}")
+    def _labels_are_of_texts(self) -> "Config":
+        if not labels_texts(self.task) and self.corpus.labelled_share < 1:
+            raise ValueError(
+                f"corpus.labelled_share is of task classification or regression: leave it out for task {self.task}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _numbers_are_no_classes(self) -> "Config":
+        if self.task == "regression" and self.corpus.max_rows_per_label is not None:
+            raise ValueError("corpus.max_rows_per_label is of classes: use corpus.max_rows for task regression")
+        if self.task == "regression" and self.distill is not None:
+            self.distill.check_numbers()
         return self
 
     @model_validator(mode="after")
@@ -171,8 +183,8 @@ class Config(Section):
         loss = self.distill and self.distill.loss
         if loss and self.task == "clm":
             loss.check_causal()
-        if loss and self.task == "classification":
-            loss.check_classes()
+        if loss and labels_texts(self.task):
+            loss.check_texts(self.task)
         return self
 
     @model_validator(mode="after")

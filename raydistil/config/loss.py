@@ -5,6 +5,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, model_validator
 
 from raydistil.config.section import Beta, Positive, Section, Share
+from raydistil.types import Task
 
 Weight = Annotated[float, Field(ge=0)]
 Layer = Annotated[int, Field(ge=0)]
@@ -105,7 +106,7 @@ class LossConfig(Section):
     kd: Weight = 5.0
     """Soft labels: the divergence below (Hinton et al. 2015)."""
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "mse"] = "forward_kl"
-    """`forward_kl`: T^2 KL(teacher || student). `mse`: of the logits."""
+    """`forward_kl`: T^2 KL(teacher || student). `mse`: of the logits, at no temperature; the one of task regression."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Of `jensen_shannon`: the teacher's share of the mixture."""
@@ -117,7 +118,7 @@ class LossConfig(Section):
     kd_sample: Annotated[float, Field(gt=0, le=1)] = 0.3
     """Share of the tokens in such a sample, drawn anew in every micro-batch from the seed."""
     task: Weight = 2.0
-    """Cross-entropy with the data's own labels: classes, the masked tokens, or the next ones."""
+    """With the data's own labels: cross-entropy of classes, masked or next tokens; squared error of numbers."""
     label_smoothing: Beta = 0.0
     cosine: Weight = 1.0
     """1 - cos of the last hidden states (Sanh et al. 2019)."""
@@ -153,15 +154,15 @@ class LossConfig(Section):
         scalars: dict[TermName, float] = {"kd": self.kd, "task": self.task, "cosine": self.cosine}
         return scalars | {name: part.weight if part else 0.0 for name, part in parts.items()}
 
-    def check_classes(self) -> None:
+    def check_texts(self, task: Task) -> None:
         """Raise ValueError for what only language models have."""
         if self.triple:
             raise ValueError(
-                "distill.loss.triple is DistilBERT's loss of language models, expected task mlm or clm, got "
-                "classification: leave it out (or did you mean distill.loss.triplet?)"
+                f"distill.loss.triple is DistilBERT's loss of language models, expected task mlm or clm, got {task}: "
+                f"leave it out (or did you mean distill.loss.triplet?)"
             )
         if self.kd_positions != "masked":
-            raise ValueError("distill.loss.kd_positions is of language models' tokens: leave it out for classification")
+            raise ValueError(f"distill.loss.kd_positions is of language models' tokens: leave it out for task {task}")
 
     def check_causal(self) -> None:
         """Raise ValueError for a term that a causal language model has no use for.
@@ -176,6 +177,20 @@ class LossConfig(Section):
                 f"distill.loss: expected kd, task, cosine, hidden or minilm version 2 for task clm, got {found[0]}: "
                 f"leave it out"
             )
+
+    def check_numbers(self) -> None:
+        """Raise ValueError for what compares distributions over classes, which a regression does not have."""
+        weights = self.weights()
+        if weights["kd"] and self.divergence != "mse":
+            raise ValueError(
+                f"distill.loss.divergence: expected mse for task regression, got {self.divergence}: a teacher's number "
+                f"is no distribution, leave it out"
+            )
+        if self.label_smoothing:
+            raise ValueError("distill.loss.label_smoothing is of classes: leave it out for task regression")
+        for name in ("triplet", "contrastive"):
+            if weights[name]:
+                raise ValueError(f"distill.loss.{name} is of classes: leave it out for task regression")
 
 
 TERMS: tuple[TermName, ...] = get_args(TermName)

@@ -20,9 +20,12 @@ CLASSIFICATION: Tree = {
         "general": {"epochs": 6},
     },
 }
+# The same of numbers, whose soft labels are compared as they are.
+_NUMBERS: Tree = {"kd": 5.0, "divergence": "mse", "task": 0.5, "cosine": 0.0, "hidden": {"weight": 1.0}}
+REGRESSION: Tree = {**CLASSIFICATION, "distill": {**CLASSIFICATION["distill"], "loss": _NUMBERS}}
 # DistilBERT's sum (Sanh et al. 2019, arXiv:1910.01108, and the weights of the published training): loss.triple.
 TRIPLE: Tree = {"kd": 5.0, "temperature": 2.0, "kd_positions": "all", "task": 2.0, "cosine": 1.0}
-RECIPES: dict[Task, Tree] = {"classification": CLASSIFICATION, "mlm": {}}
+RECIPES: dict[Task, Tree] = {"classification": CLASSIFICATION, "regression": REGRESSION, "mlm": {}}
 
 
 def over_recipe(tree: Tree) -> Tree:

@@ -48,15 +48,26 @@ class GeneralConfig(Section):
 class DistillConfig(TrainConfig):
     loss: LossConfig = LossConfig()
     augment: AugmentConfig | None = None
-    """Task classification: distil on variants of the training texts, made anew in every epoch."""
+    """Tasks classification and regression: distil on variants of the training texts, made anew in every epoch."""
     targets: TargetsConfig = TargetsConfig()
     general: GeneralConfig = GeneralConfig()
 
     @model_validator(mode="after")
     def _sparse_labels_have_one_divergence(self) -> "DistillConfig":
         if self.targets.codec in ("topk", "sampled") and self.loss.divergence != "forward_kl":
-            raise ValueError(f"targets.codec {self.targets.codec} goes with loss.divergence forward_kl only")
+            raise ValueError(
+                f"targets.codec {self.targets.codec} goes with loss.divergence forward_kl only, so with no regression"
+            )
         return self
+
+    def check_numbers(self) -> None:
+        """Raise ValueError for what compares classes: a regression's soft label is the teacher's one number."""
+        if self.targets.codec in ("topk", "sampled"):
+            raise ValueError(
+                f"distill.targets.codec: expected hidden or logits for task regression, got {self.targets.codec}, "
+                f"which is of many classes: leave it out"
+            )
+        self.loss.check_numbers()
 
     def general_training(self) -> "DistillConfig":
         """How the general distillation is trained: as this one, but for its own keys and its loss."""

@@ -5,8 +5,9 @@ so that what is made from it can be reused. Its rows can then be read any number
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import chain, combinations
 from pathlib import Path
@@ -26,6 +27,8 @@ from raydistil.types import SPLITS, Split, TextRow
 
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "review", "question")
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
+NUMBER_COLUMNS = ("label", "labels", "score", "target")
+LARGEST = 3.4028234663852886e38  # of float32, in which numbers are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,23 +38,25 @@ class Corpus:
     rows: Callable[[], Iterator[TextRow]]
     fingerprint: str
     notes: tuple[str, ...]
+    numbers: bool = False  # whether labels are numbers, not classes
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Which columns hold the text and, for labelled data, the class."""
+    """Which columns hold the text and, for labelled data, the class or the number."""
 
     text: str
     label: str | None
     no_label: int | None = None  # a class number that stands for none, beside null and an empty cell
+    numbers: bool = field(default=False, repr=False)  # not in the fingerprint: token stores tell them apart
 
 
-def open_corpus(config: CorpusConfig, labelled: bool) -> Corpus:
-    """The corpus `config` names.
+def open_corpus(config: CorpusConfig, labelled: bool, numbers: bool = False) -> Corpus:
+    """The corpus `config` names; `numbers`: its labels are finite numbers instead of classes.
 
     Raises DataError, naming file and row, for what cannot be used, ConfigError for keys that do not go together.
     """
-    corpus = _open(config, labelled)
+    corpus = replace(_open(config, labelled, numbers), numbers=numbers)
     if config.labelled_share == 1:
         return corpus
     share = config.labelled_share
@@ -62,15 +67,19 @@ def open_corpus(config: CorpusConfig, labelled: bool) -> Corpus:
     )
 
 
-def _open(config: CorpusConfig, labelled: bool) -> Corpus:
+def _open(config: CorpusConfig, labelled: bool, numbers: bool) -> Corpus:
     if config.source != "python-docs" and is_file_pattern(config.source):
-        return _open_files(config, labelled)
+        return _open_files(config, labelled, numbers)
     if config.validation_source or config.test_source:
         raise ConfigError(
             f"corpus.validation_source and corpus.test_source go with files as corpus.source, got {config.source!r}: "
             f"leave them out"
         )
-    return _open_python_docs(config) if config.source == "python-docs" else _open_hub(config, labelled)
+    if config.source != "python-docs":
+        return _open_hub(config, labelled, numbers)
+    if numbers:
+        raise ConfigError("corpus.source: python-docs has classes and no numbers: use task classification")
+    return _open_python_docs(config)
 
 
 # ---- python-docs
@@ -111,7 +120,7 @@ def _cached(path: Path, files: list[python_docs.SourceFile]) -> list[TextRow] | 
 # ---- files
 
 
-def _open_files(config: CorpusConfig, labelled: bool) -> Corpus:
+def _open_files(config: CorpusConfig, labelled: bool, numbers: bool) -> Corpus:
     sources: dict[Split, tuple[str | None, str]] = {
         "train": (config.source, "corpus.source"),
         "validation": (config.validation_source, "corpus.validation_source"),
@@ -120,7 +129,7 @@ def _open_files(config: CorpusConfig, labelled: bool) -> Corpus:
     paths = {split: expand(pattern, key) for split, (pattern, key) in sources.items() if pattern}
     _check_disjoint(paths)
     first_number, first = _first_record(paths["train"])
-    columns, notes = _choose_columns(config, first, f"{paths['train'][0]}:{first_number}", labelled)
+    columns, notes = _choose_columns(config, first, f"{paths['train'][0]}:{first_number}", labelled, numbers)
 
     def rows() -> Iterator[TextRow]:
         for split, group in paths.items():
@@ -162,10 +171,11 @@ def _hash_files(paths: dict[Split, list[Path]], settings: Any) -> str:
 # ---- hub
 
 
-def _open_hub(config: CorpusConfig, labelled: bool) -> Corpus:
+def _open_hub(config: CorpusConfig, labelled: bool, numbers: bool) -> Corpus:
     loaded = _load_hub(config)
-    columns, notes = _choose_columns(config, loaded["train"][0], f"{config.source}[train]", labelled)
-    if columns.label and hasattr(loaded["train"].features.get(columns.label), "int2str"):  # a ClassLabel
+    columns, notes = _choose_columns(config, loaded["train"][0], f"{config.source}[train]", labelled, numbers)
+    kind = loaded["train"].features.get(columns.label) if columns.label else None
+    if not numbers and hasattr(kind, "int2str"):  # a ClassLabel
         columns = replace(columns, no_label=-1)
     parts, split_notes = _hub_splits(loaded, columns)
     shares = {f"{split}_share": 0.0 for split in ("validation", "test") if split in loaded}
@@ -202,7 +212,8 @@ def _hub_splits(loaded: Any, columns: Columns) -> tuple[dict[Split, Any], tuple[
     parts: dict[Split, Any] = {split: loaded[split] for split in SPLITS if split in loaded}
     others = sorted(set(loaded) - set(parts))
     notes: tuple[str, ...] = (f"splits left out: {', '.join(others)}",) if others else ()
-    withheld = columns.no_label is not None and "test" in parts and set(parts["test"].unique(columns.label)) == {-1}
+    hidden = (columns.numbers or columns.no_label is not None) and "test" in parts
+    withheld = hidden and set(parts["test"].unique(columns.label)) == {-1}
     if withheld and "validation" in parts:
         parts["test"] = parts.pop("validation")
         notes += ("the test split has no labels: the validation split is scored in its place",)
@@ -213,12 +224,13 @@ def _hub_splits(loaded: Any, columns: Columns) -> tuple[dict[Split, Any], tuple[
 
 
 def _choose_columns(
-    config: CorpusConfig, first: dict[str, Any], where: str, labelled: bool
+    config: CorpusConfig, first: dict[str, Any], where: str, labelled: bool, numbers: bool
 ) -> tuple[Columns, tuple[str, ...]]:
     """The configured columns, else guessed ones with a note for each guess."""
     text, text_note = _choose(config.text_column, TEXT_COLUMNS, first, where, "text")
-    label, label_note = _choose(config.label_column, LABEL_COLUMNS, first, where, "label") if labelled else (None, None)
-    return Columns(text, label), tuple(note for note in (text_note, label_note) if note)
+    known = NUMBER_COLUMNS if numbers else LABEL_COLUMNS
+    label, label_note = _choose(config.label_column, known, first, where, "label") if labelled else (None, None)
+    return Columns(text, label, numbers=numbers), tuple(note for note in (text_note, label_note) if note)
 
 
 def _choose(
@@ -270,9 +282,11 @@ def _text(value: Any, column: str, where: str) -> str:
 
 
 def _label(record: dict[str, Any], columns: Columns, where: str) -> str | None:
-    """The class, or None for a row that has none: only a teacher can say what it is."""
+    """The class or the number, or None for a row that has none: only a teacher can say what it is."""
     assert columns.label is not None
     value = _cell(record, columns.label, where, "label")
+    if columns.numbers:
+        return None if value is None or value == "" else _number(value, columns.label, where)
     if value is None or value == "" or value != value or (columns.no_label is not None and value == columns.no_label):
         return None
     if isinstance(value, float) and value.is_integer():  # whole numbers in a column that lacks some
@@ -280,3 +294,14 @@ def _label(record: dict[str, Any], columns: Columns, where: str) -> str | None:
     if isinstance(value, bool | int | str):
         return _text(str(value), columns.label, where)
     raise DataError(f"{where}: expected a class as text or whole number, or null, got {value!r}: mend the row")
+
+
+def _number(value: Any, column: str, where: str) -> str:
+    """A finite float32, as it is written."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not abs(number) <= LARGEST:
+        raise DataError(f"{where}: expected a finite number in column {column!r}, or null, got {value!r}: mend the row")
+    return repr(number)

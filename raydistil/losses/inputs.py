@@ -44,7 +44,7 @@ class LossInputs:
     """
 
     student_logits: Tensor | Projection
-    labels_N: Tensor  # int64 classes, IGNORE where there is none; float32 numbers where the task is a regression
+    labels_N: Tensor  # int64 classes, IGNORE where there is none; of a regression float32 numbers, nan where none is
     teacher_logits: Tensor | Projection | Sparse | None = None
     kd_N: Tensor | None = None  # bool: where soft labels are compared; None: everywhere
     student_states: Mapping[int, Tensor] = field(default_factory=dict)  # [T, D] each

@@ -1,4 +1,5 @@
-"""Soft and hard labels together: KD from the teacher's distribution, cross-entropy with the data's.
+"""Soft and hard labels together: KD from the teacher's distribution, cross-entropy with the data's. Of a regression,
+whose one logit is a number, the squared distances to both.
 
 One pass makes both losses and their gradient. Where the logits would be [tokens, vocabulary] they are never made as a
 whole: blocks of places go through the head, the loss and the head's backward one after the other, so that what exists
@@ -26,7 +27,7 @@ ROWS_PER_LAUNCH = 256  # and another device: enough to keep it at work, few enou
 
 
 def kd_and_task(inputs: LossInputs, config: LossConfig, kd: float, task: float) -> LossOutputs:
-    """kd * KD + task * CE: means over the places that are compared and over those that have a label.
+    """kd * KD + task * CE: means over the places that are compared and over those that have a label (of numbers: MSE).
 
     KD: `config.divergence` at `config.temperature` (see `divergences`). The metrics hold both unweighted, of those
     that have a weight.
@@ -61,7 +62,8 @@ class _Compared:
         self._labels_N = inputs.labels_N
         self._weights = (kd, task)
         self._kd_N = torch.ones_like(inputs.labels_N, dtype=torch.bool) if inputs.kd_N is None else inputs.kd_N
-        self._has_label_N = inputs.labels_N != IGNORE
+        numbers = inputs.labels_N.is_floating_point()
+        self._has_label_N = inputs.labels_N.isfinite() if numbers else inputs.labels_N != IGNORE
         if not task:
             self._has_label_N = torch.zeros_like(self._has_label_N)
         self._counts = (self._kd_N.sum().clamp(min=1), self._has_label_N.sum().clamp(min=1))

@@ -128,6 +128,11 @@ def _task(directory: Path, config: dict[str, Any]) -> Task:
             f"expected a model {' or '.join(HEADS)} in {directory}, its architecture is "
             f"{', '.join(names) or 'not given'}: serve the exported student of a run"
         )
+    if config.get("problem_type") == "regression" or len(config.get("id2label") or "??") == 1:
+        raise StorageError(
+            f"expected a model that chooses one label in {directory}, got one that gives a number: there is no route "
+            f"for those, load it with transformers' AutoModelForSequenceClassification"
+        )
     if config.get("problem_type") not in (None, "single_label_classification"):
         raise StorageError(
             f"expected a model that chooses one label in {directory}, its problem_type is {config['problem_type']}: "

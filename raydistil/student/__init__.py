@@ -20,7 +20,7 @@ from raydistil.student.distilbert import distilbert
 from raydistil.student.layers import check_layered, chosen_layers, shallower
 from raydistil.student.narrow import narrowed, widths
 from raydistil.tokens import tokenizer_hash
-from raydistil.types import Task
+from raydistil.types import Task, labels_texts
 
 
 def check_student(config: StudentConfig, teacher: Any) -> None:
@@ -59,7 +59,7 @@ def build_student(teacher: PreTrainedModel, config: StudentConfig, task: Task) -
         student = _of_teacher(teacher, config)
         if teacher.can_generate():
             student.generation_config = copy.deepcopy(teacher.generation_config)
-    if task != "classification":
+    if not labels_texts(task):
         vocabulary_head(student)
     return student
 
@@ -92,7 +92,7 @@ def student_outline(
     else:
         with torch.device("meta"):
             student = _of_teacher(teacher, config.model_copy(update={"narrow": "random"}))
-    if task != "classification":
+    if not labels_texts(task):
         vocabulary_head(student)
     return student
 
