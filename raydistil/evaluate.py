@@ -25,6 +25,7 @@ from sklearn.metrics import f1_score
 from raydistil.ensemble import mean_logits, mixed_logits
 from raydistil.manifest import Manifest
 from raydistil.models import HeadedEncoder, load_model, num_parameters, on_device, positions_on
+from raydistil.size import describe_model
 from raydistil.source import MicroBatches
 from raydistil.specs import Candidate, EvaluateSpec, ModelReport, SourceSpec
 from raydistil.targets import PLACES_AT_ONCE
@@ -51,22 +52,28 @@ def evaluate(spec: EvaluateSpec, candidates: list[Candidate]) -> list[ModelRepor
 def _scored(spec: EvaluateSpec, candidate: Candidate, device: torch.device) -> ModelReport:
     loaded = [load_model(model, spec.task, spec.labels) for model in candidate.models]
     models = [HeadedEncoder(model, spec.task, spec.precision).eval().to(device) for model in loaded]
-    voices = list(zip(models, candidate.weights, strict=True))
     parameters = sum(map(num_parameters, models))
     size = sum(map(_size_on_disk, candidate.models)) or 4 * parameters
+    flops = sum(describe_model(model, spec.config.latency_length).flops_per_token for model in loaded)
+    score, figures = _judged(list(zip(models, candidate.weights, strict=True)), spec, device)
+    return ModelReport(candidate.name, parameters, size, flops, score, **figures)
+
+
+def _judged(voices: Voices, spec: EvaluateSpec, device: torch.device) -> tuple[Score, dict[str, float]]:
+    """(the task's score, its other figures by their names in ModelReport)."""
     if spec.task == "mlm":
         loss, score = _token_scores(voices, spec, device, "masked accuracy")
-        return ModelReport(candidate.name, parameters, size, score, None, loss, None)
+        return score, {"mlm_loss": loss}
     if spec.task == "clm":
         loss, score = _token_scores(voices, spec, device, "next-token accuracy")
-        return ModelReport(candidate.name, parameters, size, score, None, None, None, loss, math.exp(loss))
+        return score, {"clm_loss": loss, "perplexity": math.exp(loss)}
     if spec.task == "regression":
         truth_N, said_N = _number_outcomes(voices, spec, device)
-        figures = {"pearson": correlation(truth_N, said_N), "rmse": float(np.sqrt(np.square(truth_N - said_N).mean()))}
-        return ModelReport(candidate.name, parameters, size, spearman(truth_N, said_N), None, None, None, **figures)
+        rmse = float(np.sqrt(np.square(truth_N - said_N).mean()))
+        return spearman(truth_N, said_N), {"pearson": correlation(truth_N, said_N), "rmse": rmse}
     truth, guesses = _class_outcomes(voices, spec, device)
     f1 = float(f1_score(truth, guesses, average="macro"))
-    return ModelReport(candidate.name, parameters, size, wilson("accuracy", truth == guesses), f1, None, None)
+    return wilson("accuracy", truth == guesses), {"macro_f1": f1}
 
 
 def _size_on_disk(model: str) -> int:

@@ -180,6 +180,8 @@ def build_report(run: Prepared, rows: dict[str, Any]) -> dict[str, Any]:
         "retention": student.score.value / teacher.score.value if teacher.score.value else None,
         "teacher_params": teacher.parameters,
         "student_params": student.parameters,
+        "teacher_flops_per_token": teacher.flops_per_token,
+        "student_flops_per_token": student.flops_per_token,
         "speedup": teacher.latency_p50_ms / student.latency_p50_ms,
         "student_dir": str(run.run_dir / rundir.STUDENT),
         "seed": run.config.seed,

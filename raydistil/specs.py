@@ -107,15 +107,16 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class ModelReport:
-    """One row of the table."""
+    """One row of the table; of several teachers as one, the sums of what they take."""
 
     name: str
     parameters: int
     size_bytes: int  # of the weights on disk; of float32 ones where the files are not at hand
+    flops_per_token: float  # of the forward pass of rows of `latency_length` tokens, see `size`
     score: Score
-    macro_f1: float | None
-    mlm_loss: float | None  # nats per masked token
-    latency_p50_ms: float | None
+    latency_p50_ms: float | None = None
+    macro_f1: float | None = None
+    mlm_loss: float | None = None  # nats per masked token
     clm_loss: float | None = None  # nats per token that follows another one
     perplexity: float | None = None  # exp of that
     pearson: float | None = None  # of a regression

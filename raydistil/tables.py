@@ -43,6 +43,7 @@ def _rows(models: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     first = scores[0]["value"]
     return [
         ("parameters", [f"{model['parameters'] / 1e6:.1f} M" for model in models]),
+        ("MFLOPs/token", [f"{model['flops_per_token'] / 1e6:.1f}" for model in models]),
         ("size on disk", [f"{model['size_bytes'] / 2**20:.0f} MiB" for model in models]),
         ("MLM loss (nats)", [_number(model["mlm_loss"], ".4f") for model in models]),
         ("CLM loss (nats)", [_number(model["clm_loss"], ".4f") for model in models]),

@@ -62,6 +62,7 @@ def test_the_report_holds_what_was_promised(finished: tuple[Config, dict[str, An
     assert report["teacher_score"] > 0.9
     assert report["retention"] == report["student_score"] / report["teacher_score"]
     assert report["student_params"] < report["teacher_params"]
+    assert 0 < report["student_flops_per_token"] < report["teacher_flops_per_token"]
     assert {"speedup", "wall_s", "student_dir"} <= report.keys()
     written = json.loads((config.run_dir / rundir.REPORT).read_text())
     assert written == json.loads(json.dumps(report, default=str))
