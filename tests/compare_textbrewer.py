@@ -78,7 +78,7 @@ def train(run: Prepared, teacher_dir: str, init: str, row: Row, lr: float, targe
         model.config.output_hidden_states = True
     batches = Batches(run)
     steps = batches.manifest.num_micro_batches
-    optimizer = torch.optim.AdamW(parameter_groups(student, 0.01), lr=lr)
+    optimizer = torch.optim.AdamW(parameter_groups(student, 0.01), lr=lr, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, round(0.1 * steps), steps)
     per_layer = teacher.config.num_hidden_layers // row.num_layers
     matches = [
