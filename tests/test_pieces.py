@@ -7,15 +7,17 @@ import json
 from collections.abc import Callable
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from conftest import sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
+from test_vocabulary import config_of, counts
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
@@ -39,7 +41,8 @@ from transformers import (
 )
 
 from raydistil.errors import ModelError
-from raydistil.models import vocabulary_head
+from raydistil.models import load_tokenizer, vocabulary_head
+from raydistil.prepare import prepare
 from raydistil.student.pieces import content_of, ids_of, kept_ids, renumbered
 from raydistil.student.vocabulary import Pruned, prune_vocabulary
 
@@ -178,11 +181,6 @@ LOSSLESS = ("roberta", "gpt2", "modernbert", "whole_words", "llama", "unigram_by
 make = cache(lambda family: MADE[family]())
 
 
-def counts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> NDArray[np.int64]:
-    ids = [number for text in texts for number in tokenizer(text)["input_ids"]]
-    return np.bincount(ids, minlength=len(tokenizer))
-
-
 def pruned(tokenizer: PreTrainedTokenizerBase, texts: list[str], min_count: int = 1) -> Pruned:
     shape = BertConfig(**{**tiny.SHAPE, "vocab_size": len(tokenizer), "num_hidden_layers": 1})
     return prune_vocabulary(tiny.model(shape, "mlm"), tokenizer, counts(tokenizer, texts), min_count)
@@ -219,7 +217,7 @@ def test_any_other_text_is_cut_too(family: str, texts: list[str], other: str, mi
 
 
 @pytest.mark.parametrize("family", MADE)
-def test_it_is_smaller_and_its_files_are_whole(family: str, tmp_path: Any) -> None:
+def test_it_is_smaller_and_its_files_are_whole(family: str, tmp_path: Path) -> None:
     tokenizer, texts = make(family), ["abc cab", "bca"]
     small = pruned(tokenizer, texts)
     assert len(small.tokenizer) == len(small.kept_ids_W) < len(tokenizer) - 40
@@ -321,11 +319,13 @@ LANGUAGE_MODELS: dict[str, tuple[str, Any]] = {
 CAUSAL = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM}
 
 
-def language_model(family: str, tokenizer: PreTrainedTokenizerBase, tied: bool = True, **ids: Any) -> PreTrainedModel:
+def language_model(
+    family: str, tokenizer: PreTrainedTokenizerBase, tied: bool = True, **options: Any
+) -> PreTrainedModel:
     """With three rows that no piece has, and random biases."""
     shape = {**tiny.SHAPE, "num_hidden_layers": 2, "vocab_size": len(tokenizer) + 3, "tie_word_embeddings": tied}
     named = {f"{use}_token_id": getattr(tokenizer, f"{use}_token_id", None) for use in ("pad", "bos", "eos", "cls")}
-    config = LANGUAGE_MODELS[family][1](**shape, **{**named, **ids})
+    config = LANGUAGE_MODELS[family][1](**{**shape, **named, **options})
     if family not in CAUSAL:
         return tiny.model(config, "mlm")
     torch.manual_seed(0)
@@ -370,7 +370,7 @@ def test_ids_of_generation_move_with_their_tokens() -> None:
     tokenizer = make("gpt2")
     end, bc = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("bc")
     gone = tokenizer.convert_tokens_to_ids("Ġccc")
-    model = language_model("gpt2", tokenizer, pad=end, decoder_start_token_id=end)
+    model = language_model("gpt2", tokenizer, pad_token_id=end, decoder_start_token_id=end)
     model.generation_config.eos_token_id = [end, bc, gone]
     model.generation_config.max_new_tokens = 7
     small = prune_vocabulary(model, tokenizer, counts(tokenizer, ["abc bcbc"]))
@@ -382,6 +382,19 @@ def test_ids_of_generation_move_with_their_tokens() -> None:
     assert model.generation_config.eos_token_id == [end, bc, gone]
     ids = small.tokenizer("abc", return_tensors="pt")["input_ids"]
     assert small.model.generate(ids, do_sample=False).shape[1] <= ids.shape[1] + 7
+
+
+def test_a_run_of_a_roberta_in_the_words_of_its_corpus(corpus_file: Path, tmp_path: Path) -> None:
+    tokenizer = make("roberta")
+    language_model("roberta", tokenizer, max_position_embeddings=40).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    run = prepare(config_of(tmp_path, str(tmp_path / "teacher"), corpus_file, layers=[0]), lambda line: None)
+    small = load_tokenizer(run.config.teacher.model)
+    assert run.store.meta.vocab_size == len(small) < len(tokenizer)
+    texts = [row["text"] for row in sentences(20)]
+    assert small(texts)["input_ids"] != tokenizer(texts)["input_ids"]
+    assert [small.tokenize(text) for text in texts] == [tokenizer.tokenize(text) for text in texts]
+    assert not run.store.token_counts()[small.unk_token_id]
 
 
 # ---- what cannot be
