@@ -274,6 +274,15 @@ def test_a_word_that_is_taken_whole_needs_nothing_it_could_be_joined_from() -> N
     assert model["merges"] == [["山", "岳"]] and model["ignore_merges"]
 
 
+def test_a_piece_that_goes_on_a_word_is_joined_from_such() -> None:
+    content = bpe_content(
+        "河 川 ##河 ##川 ##山 河川 ##河川 ##河川山", "河+##川 ##河+##川 ##河川+##山", continuing_subword_prefix="##"
+    )
+    model = small_content(content, "##河川山")
+    assert list(model["vocab"]) == ["河", "川", "##河", "##川", "##山", "##河川", "##河川山"]
+    assert model["merges"] == [["##河", "##川"], ["##河川", "##山"]]
+
+
 def unigram_model(scores: dict[str, float]) -> dict[str, Any]:
     return dict(json.loads(Tokenizer(models.Unigram(list(scores.items()), unk_id=1)).to_str()))
 
