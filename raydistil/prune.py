@@ -19,7 +19,7 @@ from raydistil.tokens import TokenStore
 def pruned_teacher(config: Config, store: TokenStore) -> Path:
     """The directory of the teacher with the vocabulary of the training split of `store`; made unless it is there.
 
-    Raises ModelError for tokenizers that are not WordPiece.
+    Raises ModelError as `prune_vocabulary` does, for example for tokenizers that are Python only.
     """
     model = resolve(config.teacher.model)
     path = cache_dir() / "pruned" / digest([model_hash(model), store.path.name, config.task, config.seed])

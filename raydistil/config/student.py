@@ -44,7 +44,7 @@ class StudentConfig(Section):
     family: Literal["same", "distilbert"] = "same"
     """`same`: the teacher's architecture, shallower or narrower. `distilbert`: no token types, no pooler."""
     vocabulary: Literal["whole", "corpus"] = "whole"
-    """`corpus`: only the WordPiece tokens that the training texts use, in the teacher and in the student."""
+    """`corpus`: only the tokens that the training texts use (and those these are made from), in teacher and student."""
     hidden_size: Positive | None = None
     """Width of the student; None: the teacher's. Without `layers` and `num_layers` all layers are kept."""
     num_heads: Positive | None = None

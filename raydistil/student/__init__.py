@@ -3,6 +3,7 @@
 layers.py      which layers, and the same architecture with those alone
 distilbert.py  a BERT's weights in a DistilBERT
 narrow.py      smaller hidden size, fewer heads, smaller feed-forward parts
+pieces.py      the pieces of a tokenizer that a corpus needs, and its file with those alone
 vocabulary.py  a model and its tokenizer with the pieces a corpus uses
 """
 
