@@ -15,8 +15,9 @@ from raydistil.config import ClusterConfig
 from raydistil.errors import PlanError
 from raydistil.plan import Need, check_fits, local_cpus
 
-# For every Ray process this run starts. Ray Data sizes its thread pools for large machines unless told; and Ray runs
-# its workers at niceness 15, where anything else on the machine starves a training that waits for its own threads.
+# For every Ray process this run starts. Ray Data sizes its thread pools for large machines unless told; Ray runs its
+# workers at niceness 15, where anything else on the machine starves a training that waits for its own threads; and Ray
+# Train looks every two seconds whether a training is over.
 # glibc gives large blocks back to the system and faults in fresh pages for the next step's: kept, in one arena, a step
 # of a small student takes half the time.
 ENVIRONMENT = {
@@ -24,6 +25,7 @@ ENVIRONMENT = {
     "RAY_DATA_MAX_FORMAT_THREADPOOL_NUM_WORKERS": "1",
     "RAY_DATA_DEFAULT_COLLATE_FN_THREADPOOL_MAX_WORKERS": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),

@@ -124,6 +124,28 @@ def tiny_classifier(tiny_teacher: str, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def able_classifier(tiny_classifier: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny classifier after it has met `sentences`."""
+    import torch
+
+    from raydistil.models import load_model, load_tokenizer
+
+    rows, labels = sentences(240), sorted(WORDS)
+    tokenizer, model = load_tokenizer(tiny_classifier), load_model(tiny_classifier, "classification")
+    batch = tokenizer([row["text"] for row in rows], return_tensors="pt", padding=True)
+    truth = torch.tensor([labels.index(row["label"]) for row in rows])
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(**batch, labels=truth).loss.backward()
+        optimizer.step()
+    path = tmp_path_factory.mktemp("tiny") / "able"
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("corpus") / "items.jsonl", sentences(240))
 

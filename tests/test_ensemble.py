@@ -100,6 +100,7 @@ def classifiers(tiny_teacher: str, tmp_path_factory: pytest.TempPathFactory) -> 
     return folders
 
 
+@pytest.mark.slow
 def test_each_teacher_speaks_once_of_every_micro_batch(
     ray_cluster: None, tiny_teacher: str, classifiers: list[str], tmp_path: Path
 ) -> None:

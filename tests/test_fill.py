@@ -36,6 +36,7 @@ def contents(source: SourceSpec) -> list[bytes]:
     return [path_of(source.caches[0], shard).read_bytes() for shard in shards(source.caches[0])]
 
 
+@pytest.mark.slow
 def test_actors_write_what_one_process_would_and_only_once(
     ray_cluster: None, tiny_teacher: str, tmp_path: Path
 ) -> None:

@@ -60,7 +60,7 @@ def configured(**changes: Any) -> Callable[[Path], None]:
         (lambda path: (path / "config.json").write_text("[]"), "config.json is not a JSON object"),
         (configured(architectures=["BertModel"]), "its architecture is BertModel"),
         (configured(architectures=None), "its architecture is not given"),
-        (configured(problem_type="regression"), "its problem_type is regression"),
+        (configured(problem_type="multi_label_classification"), "its problem_type is multi_label_classification"),
         (configured(hash="00", architectures=None), "run raydistil export first"),
     ],
 )

@@ -57,6 +57,7 @@ def test_class_targets_are_the_teachers_own(ray_cluster: None, tiny_classifier: 
         assert given.states == {}
 
 
+@pytest.mark.slow
 def test_a_slow_student_bounds_what_the_teacher_makes(ray_cluster: None, tiny_teacher: str, tmp_path: Path) -> None:
     source = mlm_source(tmp_path, tiny_teacher, rows=600, epochs=4)
     bound = 1 << 20
@@ -67,7 +68,7 @@ def test_a_slow_student_bounds_what_the_teacher_makes(ray_cluster: None, tiny_te
     dataset.context.execution_options = execution_options(cluster)
     rows = iter(dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=1))
     first = next(rows)
-    time.sleep(6)  # the student works on its first micro-batch
+    time.sleep(4)  # the student works on its first micro-batch
     resumed = time.time()
     ahead = [row for row in (next(rows) for _ in range(total - 1)) if row["ended_s_0"][0].as_py() < resumed]
     assert 0 < sum(row.nbytes for row in ahead) < 8 * bound < total * first.nbytes
