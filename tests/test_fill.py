@@ -78,6 +78,7 @@ def test_without_room_nothing_is_written(tiny_teacher: str, tmp_path: Path) -> N
     assert not list(tmp_path.rglob("*.parquet"))
 
 
+@pytest.mark.slow
 def test_a_teacher_beyond_the_format_is_named(ray_cluster: None, tiny_teacher: str, tmp_path: Path) -> None:
     model = load_model(tiny_teacher, "mlm")
     with torch.no_grad():
