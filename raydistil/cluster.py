@@ -18,8 +18,7 @@ from raydistil.plan import Need, check_fits, local_cpus
 # For every Ray process this run starts. Ray Data sizes its thread pools for large machines unless told; Ray runs its
 # workers at niceness 15, where anything else on the machine starves a training that waits for its own threads; and Ray
 # Train looks every two seconds whether a training is over.
-# glibc gives large blocks back to the system and faults in fresh pages for the next step's: kept, in one arena, a step
-# of a small student takes half the time.
+# glibc gives large blocks back to the system and faults in fresh pages for the next step's: kept, in one arena.
 ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     "RAY_DATA_MAX_FORMAT_THREADPOOL_NUM_WORKERS": "1",
