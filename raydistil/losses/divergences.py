@@ -36,7 +36,7 @@ def forward_kl(student_NC: Tensor, teacher_NC: Tensor, temperature: float) -> Gr
     """T^2 sum p log(p / q) (Hinton et al. 2015). Gradient: T (q - p)."""
     log_q_NC, log_p_NC = _log_softmax(student_NC, temperature), _log_softmax(teacher_NC, temperature)
     p_NC = log_p_NC.exp()
-    loss_N = temperature**2 * _dot(p_NC, log_p_NC.sub_(log_q_NC))
+    loss_N = temperature**2 * log_p_NC.sub_(log_q_NC).mul_(p_NC).sum(-1)
     return loss_N, log_q_NC.exp_().sub_(p_NC).mul_(temperature)
 
 

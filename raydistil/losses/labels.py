@@ -33,14 +33,17 @@ def kd_and_task(inputs: LossInputs, config: LossConfig, kd: float, task: float) 
     that have a weight.
     """
     compared = _Compared(inputs, config, kd, task)
-    logits = inputs.student_logits
-    if isinstance(logits, Projection):
-        parts = (logits.features_ND, logits.weight_CD, logits.bias_C, logits.dtype)
-        loss, sums = _FromFeatures.apply(*parts, compared)  # type: ignore[no-untyped-call]
-    else:
-        loss, sums = _FromLogits.apply(logits, compared)  # type: ignore[no-untyped-call]
+    with torch.autocast(inputs.labels_N.device.type, enabled=False):
+        loss, sums = _apply(inputs.student_logits, compared)
     names = [name for name, weight in (("kd", kd), ("task", task)) if weight]
     return LossOutputs(loss, {name: sums[("kd", "task").index(name)] for name in names})
+
+
+def _apply(logits: Tensor | Projection, compared: "_Compared") -> tuple[Tensor, Tensor]:
+    if isinstance(logits, Projection):
+        parts = (logits.features_ND, logits.weight_CD, logits.bias_C, logits.dtype)
+        return _FromFeatures.apply(*parts, compared)  # type: ignore[no-untyped-call, no-any-return]
+    return _FromLogits.apply(logits, compared)  # type: ignore[no-untyped-call, no-any-return]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +152,22 @@ class _FromFeatures(torch.autograd.Function):
         return *(None if grad is None else grad * grad_loss for grad in ctx.saved_tensors), None, None
 
 
+class _Logits:
+    """A projection's logits, some places at a time, written to the same memory over and over; without the bias.
+
+    Fresh memory of that size would come from the system every time, page by page, as slowly as the matrix product.
+    """
+
+    def __init__(self, head: Projection, dtype: torch.dtype) -> None:
+        self._head = head
+        self.weight_CD = head.weight_CD.to(dtype)
+        self._room_nC = self.weight_CD.new_empty(min(len(head), ROWS_PER_PRODUCT), len(self.weight_CD))
+
+    def of(self, rows: slice) -> Tensor:
+        features_nD = self._head.features_ND[rows].to(self.weight_CD.dtype)
+        return torch.mm(features_nD, self.weight_CD.T, out=self._room_nC[: len(features_nD)])
+
+
 class _ChunkedHead:
     """A student's head, run forward and backward on ROWS_PER_PRODUCT places at a time.
 
@@ -160,40 +179,30 @@ class _ChunkedHead:
         self._device = student.features_ND.device.type
         self._exact = torch.float64 if student.weight_CD.dtype == torch.float64 else torch.float32
         self._dtype = student.dtype or student.weight_CD.dtype
-        self._weight_CD = student.weight_CD.to(self._dtype)
+        self._logits = _Logits(student, self._dtype)
         self.grad_features_ND = torch.empty_like(student.features_ND)
         self.grad_weight_CD = torch.zeros_like(student.weight_CD)
         self.grad_bias_C = None if student.bias_C is None else torch.zeros_like(student.bias_C)
 
     def run(self, compared: _Compared) -> Tensor:
         """Sums of KD and CE over all places; the gradients are added up on the way."""
-        teacher = compared.teacher
-        teacher_weight = teacher.weight_CD.to(self._dtype) if isinstance(teacher, Projection) else None
+        teacher = _Logits(compared.teacher, self._dtype) if isinstance(compared.teacher, Projection) else None
         sums = self._student.weight_CD.new_zeros(2, dtype=self._exact)
-        with torch.autocast(self._device, enabled=False):
-            for start in range(0, len(self._student), ROWS_PER_PRODUCT):
-                rows = slice(start, min(start + ROWS_PER_PRODUCT, len(self._student)))
-                logits_nC = self._logits(self._student, self._weight_CD, rows)
-                sums += self._losses(compared, rows, logits_nC, teacher_weight)
-                self._add_gradients(rows, logits_nC)
+        for start in range(0, len(self._student), ROWS_PER_PRODUCT):
+            rows = slice(start, min(start + ROWS_PER_PRODUCT, len(self._student)))
+            logits_nC = self._logits.of(rows)
+            sums += self._losses(compared, rows, logits_nC, None if teacher is None else teacher.of(rows))
+            self._add_gradients(rows, logits_nC)
         return sums
 
-    def _logits(self, head: Projection, weight_CD: Tensor, rows: slice) -> Tensor:
-        """Without the bias, which is added where the elementwise passes are."""
-        return head.features_ND[rows].to(self._dtype) @ weight_CD.T
-
-    def _losses(self, compared: _Compared, rows: slice, logits_nC: Tensor, teacher_weight: Tensor | None) -> Tensor:
+    def _losses(self, compared: _Compared, rows: slice, logits_nC: Tensor, taught_nC: Tensor | None) -> Tensor:
         """Sums of KD and CE over `rows`; their gradient then stands in `logits_nC`."""
         sums = logits_nC.new_zeros(2, dtype=self._exact)
-        teacher = compared.teacher
-        made_nC = None
-        if isinstance(teacher, Projection):
-            assert teacher_weight is not None
-            made_nC = self._logits(teacher, teacher_weight, rows)
         for part in _passes(len(logits_nC), self._device):
             student_rC = _biased(logits_nC[part], self._student.bias_C, self._exact)
             where = slice(rows.start + part.start, rows.start + part.stop)
-            taught = _taught(teacher, made_nC, part, where, self._exact)
+            made_rC = None if taught_nC is None else taught_nC[part]
+            taught = _taught(compared.teacher, made_rC, where, self._exact)
             part_sums, grad_rC = compared.graded(_Block(where, student_rC, taught))
             sums += part_sums
             if self.grad_bias_C is not None:
@@ -202,7 +211,7 @@ class _ChunkedHead:
         return sums
 
     def _add_gradients(self, rows: slice, grad_nC: Tensor) -> None:
-        self.grad_features_ND[rows] = grad_nC @ self._weight_CD
+        self.grad_features_ND[rows] = grad_nC @ self._logits.weight_CD
         features_nD = self._student.features_ND[rows].to(self._dtype)
         if self._dtype == self.grad_weight_CD.dtype:
             self.grad_weight_CD.addmm_(grad_nC.T, features_nD)
@@ -219,12 +228,12 @@ def _add_rows(total_nC: Tensor, rows_m: Tensor, part_mC: Tensor) -> None:
 
 
 def _taught(
-    teacher: Tensor | Projection | Sparse | None, made_nC: Tensor | None, part: slice, where: slice, dtype: torch.dtype
+    teacher: Tensor | Projection | Sparse | None, made_rC: Tensor | None, where: slice, dtype: torch.dtype
 ) -> Tensor | Sparse | None:
     """The teacher's side of some places: logits made of its projection, or what came as it is."""
     if isinstance(teacher, Projection):
-        assert made_nC is not None
-        return _biased(made_nC[part], teacher.bias_C, dtype)
+        assert made_rC is not None
+        return _biased(made_rC, teacher.bias_C, dtype)
     if isinstance(teacher, Tensor):
         return teacher[where].to(dtype)
     return None if teacher is None else teacher.rows(where)
