@@ -146,5 +146,5 @@ def _check(needs: list[Need]) -> None:
 
 def _quiet() -> None:
     """Ray's own progress and chatter off; errors stay."""
-    for name in ("ray", "ray.data", "ray.train", "ray.tune", "ray.serve"):
+    for name in ("ray", "ray.train", "ray.tune", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -5,6 +5,7 @@ but (seed, index); the teacher adds its targets; Ray Train splits the rows over 
 and counters pass through the driver. How much may wait in the object store is bounded here and nowhere else.
 """
 
+import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -64,6 +65,7 @@ def on_teachers(source: Dataset, actor: type, spec: Any, cluster: ClusterConfig)
 
 def configure_data() -> None:
     """Ray Data's settings, for every execution of a run."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # here, since its import sets a level of its own
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -1,5 +1,6 @@
 """The stream's invariants: parity with one process, order, one teacher, overlap bookkeeping, bounded memory."""
 
+import logging
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,6 +91,13 @@ def test_the_scheduler_takes_one_step_at_a_time(monkeypatch: pytest.MonkeyPatch)
     now += 2 * pace.STEP_S
     paced.on_execution_step(None)
     assert slept == pytest.approx([0, pace.STEP_S, pace.STEP_S, 0])
+
+
+def test_ray_data_is_quiet_whenever_it_was_imported() -> None:
+    log = logging.getLogger("ray.data")
+    log.setLevel(logging.INFO)  # as its import does
+    configure_data()
+    assert not log.isEnabledFor(logging.WARNING) and log.isEnabledFor(logging.ERROR)
 
 
 def test_every_execution_is_paced(ray_cluster: None) -> None:
