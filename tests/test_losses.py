@@ -66,6 +66,16 @@ def test_a_projection_gives_what_its_logits_give(kd_everywhere: bool) -> None:
     torch.testing.assert_close(got, wanted)
 
 
+def test_autocast_around_the_losses_changes_nothing() -> None:
+    student, teacher = torch.randn(2, 8, V)
+    inputs = LossInputs(student, torch.arange(8) % V, teacher)
+    config = LossConfig(divergence="reverse_kl")
+    expected = kd_and_task(inputs, config, 1.5, 0.7)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = kd_and_task(inputs, config, 1.5, 0.7)
+    assert torch.equal(found.loss, expected.loss)
+
+
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "mse"])
 def test_gradcheck_of_the_chunked_function(kind: str) -> None:
     student, teacher, labels_N = projections()
