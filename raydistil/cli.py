@@ -22,6 +22,7 @@ Command = Callable[..., None]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="raydistil", message="%(prog)s %(version)s")
 def app() -> None:
     """Distil a transformer: teacher on Ray Data, student on Ray Train with DeepSpeed, endpoint on Ray Serve."""
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,11 @@ def test_check_says_how_large_the_models_are(capfd: pytest.CaptureFixture[str], 
 def test_unknown_commands_and_missing_files(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "No such command" in complaint(capfd, "distil")
     assert "expected a TOML file, found none" in complaint(capfd, "run", str(tmp_path / "none.toml"))
+
+
+def test_the_version_is_the_package_s(capfd: pytest.CaptureFixture[str]) -> None:
+    assert _guarded(["--version"]) == 0
+    assert capfd.readouterr().out == f"raydistil {version('raydistil')}\n"
 
 
 def test_a_teacher_without_the_head_is_refused_unless_it_is_taught(
