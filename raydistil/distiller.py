@@ -16,7 +16,7 @@ from raydistil.layers import LayerPlan
 from raydistil.losses import Attention, LossInputs, LossOutputs, Projection, Weights, combined
 from raydistil.models import HeadedEncoder, document_pairs, on_device, positions_on, vocabulary_head
 from raydistil.places import compared_places
-from raydistil.types import Sparse, TeacherTargets, TokenBatch
+from raydistil.types import Mixture, Sparse, TeacherTargets, TokenBatch
 
 NO_TARGETS = TeacherTargets({}, None)
 
@@ -70,7 +70,7 @@ class Distiller(nn.Module):
 
     def _labels(
         self, batch: TokenBatch, states: Mapping[int, Tensor], logits_BC: Tensor | None, targets: TeacherTargets
-    ) -> tuple[Tensor | Projection, Tensor, Tensor | Projection | Sparse | None, Tensor | None]:
+    ) -> tuple[Tensor | Projection, Tensor, Tensor | Projection | Sparse | Mixture | None, Tensor | None]:
         """(student's logits, data's labels, teacher's logits, where those are compared), at the compared places."""
         if logits_BC is not None:
             assert batch.labels_B is not None
@@ -82,7 +82,7 @@ class Distiller(nn.Module):
         at_T, kd_N, labels_N = (
             torch.from_numpy(part).to(device) for part in (places.at_T, places.kd_N, places.labels_N)
         )
-        taught: Tensor | Projection | Sparse | None = targets.soft_labels
+        taught: Tensor | Projection | Sparse | Mixture | None = targets.soft_labels
         if taught is None and self._teacher and teacher in targets.states:
             taught = _projection(self._teacher[0], targets.states[teacher][at_T], self.encoder.dtype)
         return _projection(self.model, states[student][at_T], self.encoder.dtype), labels_N, taught, kd_N

@@ -6,11 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from raydistil.codecs.soft_labels import logit_dtype
 from raydistil.config.loss import LossConfig
-from raydistil.types import Sparse, TeacherTargets
-
-PLACES_AT_ONCE = 512  # whose distributions stand side by side in float32
+from raydistil.types import Mixture, Sparse, TeacherTargets
 
 
 def mixed_targets(said: Sequence[TeacherTargets], weights: Sequence[float], loss: LossConfig) -> TeacherTargets:
@@ -21,11 +18,16 @@ def mixed_targets(said: Sequence[TeacherTargets], weights: Sequence[float], loss
     sparse = [part for part in labels if isinstance(part, Sparse)]
     if sparse:
         return TeacherTargets(said[0].states, mixed_draws(sparse, weights))
-    logits = [part for part in labels if isinstance(part, Tensor)]
-    parts = zip(*(torch.split(part, PLACES_AT_ONCE) for part in logits), strict=True)
-    mix = mean_logits if loss.divergence == "mse" else mixed_logits
-    dtype = logit_dtype(logits[0].shape[-1])
-    return TeacherTargets(said[0].states, torch.cat([mix(part, weights, loss.temperature).to(dtype) for part in parts]))
+    logits = tuple(part for part in labels if isinstance(part, Tensor))
+    temperature = None if loss.divergence == "mse" else loss.temperature
+    return TeacherTargets(said[0].states, Mixture(logits, tuple(weights), temperature))
+
+
+def mixed(mixture: Mixture) -> Tensor:
+    """float32 [N, C]: the logits of what they say together."""
+    if mixture.temperature is None:
+        return mean_logits(mixture.logits, mixture.weights)
+    return mixed_logits(mixture.logits, mixture.weights, mixture.temperature)
 
 
 def mixed_logits(logits: Sequence[Tensor], weights: Sequence[float], temperature: float) -> Tensor:
@@ -37,8 +39,8 @@ def mixed_logits(logits: Sequence[Tensor], weights: Sequence[float], temperature
     return temperature * torch.stack(logs).logsumexp(0)
 
 
-def mean_logits(logits: Sequence[Tensor], weights: Sequence[float], temperature: float) -> Tensor:
-    """float32 [N, C]: what the squared distance to all of them is least at; the temperature has no say."""
+def mean_logits(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """float32 [N, C]: what the squared distance to all of them is least at."""
     return torch.stack([weight * part.float() for part, weight in zip(logits, weights, strict=True)]).sum(0)
 
 

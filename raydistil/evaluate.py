@@ -117,7 +117,7 @@ def _number_outcomes(voices: Voices, spec: EvaluateSpec, device: torch.device) -
         spoken = [model(*on_device(batch, device))[1] for model, _ in voices]
         assert batch.labels_B is not None
         truth.append(batch.labels_B.astype(np.float64))
-        said.append(mean_logits(spoken, [weight for _, weight in voices], 1.0)[:, 0].cpu().numpy().astype(np.float64))
+        said.append(mean_logits(spoken, [weight for _, weight in voices])[:, 0].cpu().numpy().astype(np.float64))
     return np.concatenate(truth), np.concatenate(said)
 
 

@@ -89,11 +89,23 @@ class Sparse:
 
 
 @dataclass(frozen=True, slots=True)
+class Mixture:
+    """Soft labels of several teachers at N places: what they say together is made of a few places at a time."""
+
+    logits: tuple[Tensor, ...]  # [N, C] of each, as sent
+    weights: tuple[float, ...]  # of each; their sum is 1
+    temperature: float | None  # at which the weighted mean of their distributions is taken; None: that of their logits
+
+    def rows(self, rows: slice) -> Mixture:
+        return Mixture(tuple(part[rows] for part in self.logits), self.weights, self.temperature)
+
+
+@dataclass(frozen=True, slots=True)
 class TeacherTargets:
     """What the student learns from, on its device, as the wire rounded it. T: real tokens, row after row."""
 
     states: Mapping[int, Tensor]  # [T, D] float32, by state: 0 the embeddings, n what layer n made of them
-    soft_labels: Tensor | Sparse | None  # logits [N, C] as sent, or a few probabilities; None: made of the last state
+    soft_labels: Tensor | Sparse | Mixture | None  # logits [N, C] as sent, or a few probabilities; None: see `states`
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,13 +20,13 @@ from raydistil import pipeline, wire
 from raydistil.chain import weights_of
 from raydistil.config import Config, config_of
 from raydistil.config.loss import LossConfig
-from raydistil.ensemble import mean_logits, mixed_draws, mixed_logits, mixed_targets
+from raydistil.ensemble import mean_logits, mixed, mixed_draws, mixed_logits, mixed_targets
 from raydistil.errors import ConfigError, ModelError
 from raydistil.models import load_model, num_parameters
 from raydistil.prepare import check_models
 from raydistil.source import MicroBatches
 from raydistil.targets import decode_targets
-from raydistil.types import Sparse, TeacherTargets
+from raydistil.types import Mixture, Sparse, TeacherTargets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,20 +40,21 @@ NONE = torch.zeros(2)
 @given(st.floats(0.05, 0.95), st.floats(0.5, 8), st.integers(0, 99))
 def test_the_softmax_of_the_mixture_is_the_mean_of_the_softmaxes(weight: float, temperature: float, seed: int) -> None:
     first, second = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 4
-    mixed = mixed_logits([first, second], [weight, 1 - weight], temperature)
+    both = mixed_logits([first, second], [weight, 1 - weight], temperature)
     expected = weight * (first / temperature).softmax(-1) + (1 - weight) * (second / temperature).softmax(-1)
-    torch.testing.assert_close((mixed.double() / temperature).softmax(-1), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close((both.double() / temperature).softmax(-1), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_logits_themselves_have_a_mean() -> None:
     first, second = torch.tensor([[1.0, 5.0]]), torch.tensor([[3.0, -3.0]])
-    assert mean_logits([first, second], [0.75, 0.25], 2.0).tolist() == [[1.5, 3.0]]
+    assert mean_logits([first, second], [0.75, 0.25]).tolist() == [[1.5, 3.0]]
 
 
 def test_squared_distances_take_the_mean_of_the_logits() -> None:
     said = [TeacherTargets({}, torch.tensor([[1.0, 5.0]])), TeacherTargets({}, torch.tensor([[3.0, -3.0]]))]
-    mixed = mixed_targets(said, [0.5, 0.5], LossConfig(divergence="mse"))
-    assert torch.equal(mixed.soft_labels, torch.tensor([[2.0, 1.0]], dtype=torch.float16))
+    mixture = mixed_targets(said, [0.5, 0.5], LossConfig(divergence="mse")).soft_labels
+    assert isinstance(mixture, Mixture)
+    assert mixed(mixture).tolist() == [[2.0, 1.0]]
 
 
 def dense(sparse: Sparse, classes: int) -> Tensor:
@@ -72,9 +73,9 @@ def test_draws_of_several_are_one_distribution_with_distinct_ids(seed: int, widt
         return Sparse(ids, probs, NONE)
 
     first, second = drawn(width), drawn(other)
-    mixed = mixed_draws([first, second], [0.25, 0.75])
-    torch.testing.assert_close(dense(mixed, 9), 0.25 * dense(first, 9) + 0.75 * dense(second, 9))
-    for ids, probs in zip(mixed.ids_NK, mixed.probs_NK, strict=True):
+    both = mixed_draws([first, second], [0.25, 0.75])
+    torch.testing.assert_close(dense(both, 9), 0.25 * dense(first, 9) + 0.75 * dense(second, 9))
+    for ids, probs in zip(both.ids_NK, both.probs_NK, strict=True):
         held = ids[probs > 0].tolist()
         assert len(held) == len(set(held))
 
@@ -121,10 +122,11 @@ def test_each_teacher_speaks_once_of_every_micro_batch(
             for spec, part in zip((first, second), columns, strict=True)
         ]
         assert said[1].states == {}
-        mixed = mixed_targets(said, [0.25, 0.75], loss)
-        assert torch.equal(mixed.states[4], said[0].states[4])
+        taught = mixed_targets(said, [0.25, 0.75], loss)
+        assert torch.equal(taught.states[4], said[0].states[4])
         probs = [F.softmax(exact(folder, batch) / 3, -1) for folder in classifiers]
-        got = F.softmax(mixed.soft_labels.float() / 3, -1)
+        assert isinstance(taught.soft_labels, Mixture)
+        got = F.softmax(mixed(taught.soft_labels) / 3, -1)
         torch.testing.assert_close(got, 0.25 * probs[0] + 0.75 * probs[1], rtol=2e-3, atol=2e-3)
 
 

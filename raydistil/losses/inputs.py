@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from raydistil.types import Sparse
+from raydistil.types import Mixture, Sparse
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class LossInputs:
 
     student_logits: Tensor | Projection
     labels_N: Tensor  # int64 classes, IGNORE where there is none; of a regression float32 numbers, nan where none is
-    teacher_logits: Tensor | Projection | Sparse | None = None
+    teacher_logits: Tensor | Projection | Sparse | Mixture | None = None
     kd_N: Tensor | None = None  # bool: where soft labels are compared; None: everywhere
     student_states: Mapping[int, Tensor] = field(default_factory=dict)  # [T, D] each
     teacher_states: Mapping[int, Tensor] = field(default_factory=dict)

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from raydistil.config.loss import LossConfig
+from raydistil.ensemble import mixed
 from raydistil.losses.divergences import cross_entropy, divergence, squared_error
 from raydistil.losses.inputs import LossInputs, LossOutputs, Projection
 from raydistil.losses.sparse import sparse_kl
-from raydistil.types import IGNORE, Sparse
+from raydistil.types import IGNORE, Mixture, Sparse
 
 ROWS_PER_PRODUCT = 1024  # places that go through the head at once: enough for the matrix products to run at full speed
 ROWS_PER_PASS = 16  # places a CPU takes the elementwise passes over at once, so that they stay in its cache
@@ -117,8 +118,8 @@ class _FromLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_NC: Tensor, compared: _Compared) -> tuple[Tensor, Tensor]:
         assert not isinstance(compared.teacher, Projection)
-        taught = compared.teacher
-        block = _Block(slice(None), logits_NC, taught.to(logits_NC.dtype) if isinstance(taught, Tensor) else taught)
+        whole = slice(None)
+        block = _Block(whole, logits_NC, _taught(compared.teacher, None, whole, logits_NC.dtype))
         sums, grad_NC = compared.graded(block)
         means = compared.mean(sums)
         ctx.save_for_backward(grad_NC)
@@ -228,14 +229,16 @@ def _add_rows(total_nC: Tensor, rows_m: Tensor, part_mC: Tensor) -> None:
 
 
 def _taught(
-    teacher: Tensor | Projection | Sparse | None, made_rC: Tensor | None, where: slice, dtype: torch.dtype
+    teacher: Tensor | Projection | Sparse | Mixture | None, made_rC: Tensor | None, where: slice, dtype: torch.dtype
 ) -> Tensor | Sparse | None:
-    """The teacher's side of some places: logits made of its projection, or what came as it is."""
+    """The teacher's side of some places: as it came, or logits made of its projection, or of what several say."""
     if isinstance(teacher, Projection):
         assert made_rC is not None
         return _biased(made_rC, teacher.bias_C, dtype)
     if isinstance(teacher, Tensor):
         return teacher[where].to(dtype)
+    if isinstance(teacher, Mixture):
+        return mixed(teacher.rows(where)).to(dtype)
     return None if teacher is None else teacher.rows(where)
 
 
