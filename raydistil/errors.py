@@ -5,7 +5,8 @@
     ├── DataError             a file, a row, a label, an encoding
     ├── ModelError            a checkpoint, a vocabulary, a layer choice
     ├── PlanError             the run asks for more than the cluster has
-    └── StorageError          a directory of another run, no space left
+    ├── StorageError          a directory of another run, no space left
+    └── DivergedError         a loss that is no number any more
 
     Interrupted               exit code 130: stopped by the user, after a checkpoint
 
@@ -38,6 +39,10 @@ class PlanError(RaydistilError):
 
 class StorageError(RaydistilError):
     """A directory cannot be read or written as the run needs it."""
+
+
+class DivergedError(RaydistilError):
+    """A training has lost its way; the text names the step."""
 
 
 class Interrupted(Exception):

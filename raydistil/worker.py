@@ -19,6 +19,7 @@ from raydistil import wire
 from raydistil.checkpoint import load_state, save_state
 from raydistil.distiller import Distiller
 from raydistil.ensemble import mixed_targets
+from raydistil.errors import DivergedError
 from raydistil.losses import LossOutputs, weights_at
 from raydistil.manifest import Ledger, keyed
 from raydistil.models import HeadedEncoder, load_model, made_for_training
@@ -26,6 +27,8 @@ from raydistil.optim import deepspeed_config, linear_schedule, parameter_groups
 from raydistil.report import Meter
 from raydistil.specs import WorkerSpec
 from raydistil.targets import decode_targets
+
+LOOK_EVERY = 50  # steps after which a GPU is asked whether the loss is still a number
 
 
 class StudentWorker:
@@ -45,6 +48,7 @@ class StudentWorker:
         self._ledger = Ledger() if checkpoint is None else load_state(checkpoint, self._engine)
         self._consumed: list[int] = []
         self._meter = Meter(self._rank, progress, self._num_steps, self._engine.global_steps)
+        self._finite = torch.ones((), dtype=torch.bool, device=self._device)
 
     def _make_engine(self) -> Any:
         spec, model = self._spec, self._make_distiller()
@@ -78,7 +82,10 @@ class StudentWorker:
             self._meter.step(step, epoch, _mean_metrics(outs), self._engine.get_lr()[0])
             stop = self._agreed(self._meter.stop_requested())
             due = self._agreed(time.monotonic() - saved > 60 * self._spec.train.checkpoint_every_min)
-            if stop or due or step == self._num_steps:
+            saves = stop or due or step == self._num_steps
+            if saves or self._device.type == "cpu" or step % LOOK_EVERY == 0:
+                self._check_finite(step)
+            if saves:
                 self._save(interrupted=stop and step < self._num_steps)
                 saved = time.monotonic()
             if stop:
@@ -101,6 +108,7 @@ class StudentWorker:
         targets = mixed_targets(said, self._spec.weights, self._spec.loss) if said else None
         torch.manual_seed(int(keyed(self._spec.seed, batch.index) >> np.uint64(1)))
         out: LossOutputs = self._engine(batch, targets, weights_at(self._spec.loss, self._progress()))
+        self._finite &= out.loss.detach().isfinite()
         self._engine.backward(out.loss * (batch.num_rows / self._spec.train.micro_batch_size))
         self._engine.step()
         self._consumed.append(batch.index)
@@ -112,6 +120,14 @@ class StudentWorker:
         """Share of the optimizer steps that are done; 1 in the last one."""
         done: int = self._engine.global_steps
         return float(min(1.0, done / max(1, self._num_steps - 1)))
+
+    def _check_finite(self, step: int) -> None:
+        """Raise DivergedError before a checkpoint is overwritten by weights that are no numbers."""
+        if not self._finite:
+            raise DivergedError(
+                f"expected a finite loss, got nan or inf by step {step} of {self._num_steps}: lower lr (it was "
+                f"{self._spec.train.lr:g}), or use precision float32; the last checkpoint is as it was"
+            )
 
     def _agreed(self, flag: bool) -> bool:
         """Rank 0's opinion, on every worker."""
