@@ -71,6 +71,17 @@ def _gpt2(layer: Any, state_TD: Tensor) -> Three:
     return queries, keys, values
 
 
+def _qwen3(layer: Any, state_TD: Tensor) -> Three:
+    """Queries and keys are normed head by head."""
+    own, (queries_TD, keys_TD, values_TD) = layer.self_attn, _llama(layer, state_TD)
+
+    def normed(norm: Any, vectors_TD: Tensor) -> Tensor:
+        by_head: Tensor = norm(vectors_TD.view(len(vectors_TD), -1, own.head_dim))
+        return by_head.flatten(1)
+
+    return normed(own.q_norm, queries_TD), normed(own.k_norm, keys_TD), values_TD
+
+
 def _llama(layer: Any, state_TD: Tensor) -> Three:
     own, normed_TD = layer.self_attn, layer.input_layernorm(state_TD)
     return own.q_proj(normed_TD), own.k_proj(normed_TD), own.v_proj(normed_TD)
@@ -79,5 +90,5 @@ def _llama(layer: Any, state_TD: Tensor) -> Three:
 MAKERS: dict[str, Callable[[Any, Tensor], Three]] = {
     "bert": _bert, "roberta": _bert, "xlm-roberta": _bert, "camembert": _bert, "electra": _bert,
     "distilbert": _distilbert, "mpnet": _mpnet, "deberta-v2": _deberta, "modernbert": _modernbert, "gpt2": _gpt2,
-    "llama": _llama, "mistral": _llama, "qwen2": _llama,
+    "llama": _llama, "mistral": _llama, "qwen2": _llama, "qwen3": _qwen3,
 }  # fmt: skip

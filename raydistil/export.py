@@ -42,7 +42,7 @@ def model_card(config: Config, report: dict[str, Any]) -> str:
         f"A student of {teachers}, started from {_start(config.student)} and distilled on "
         f"`{config.corpus.source}` with raydistil (seed {config.seed}).\n"
     )
-    return head + body + (_card_table(report) if report else "\nNot evaluated.\n")
+    return head + body + (_card_table(report) if "models" in report else "\nNot evaluated.\n")
 
 
 def _start(config: StudentConfig) -> str:

@@ -79,15 +79,21 @@ def load_tokenizer(model: str, key: str = "teacher.model") -> PreTrainedTokenize
 
 
 def load_model(model: str, task: Task, labels: tuple[str, ...] = (), key: str = "teacher.model") -> PreTrainedModel:
-    """The checkpoint with a head for `task`, float32. A head the checkpoint lacks is made at random.
+    """The checkpoint with a head for `task`, float32. A head the checkpoint lacks, or has for another number of
+    classes, is made at random.
 
     Raises ModelError, about `key` of the configuration, where the checkpoint cannot be loaded.
     """
     quiet_transformers()
+    head = _head(task, labels)
+    asked: dict[str, Any] = {"ignore_mismatched_sizes": bool(head), "output_loading_info": True, **head}
     try:
-        head = _head(task, labels)
-        loaded: PreTrainedModel = LOADERS[task].from_pretrained(resolve(model, key), dtype=torch.float32, **head)
-        return loaded
+        loaded, found = LOADERS[task].from_pretrained(resolve(model, key), dtype=torch.float32, **asked)
+        inner = [name for name, *_ in found["mismatched_keys"] if name.startswith(f"{loaded.base_model_prefix}.")]
+        if inner:
+            raise ValueError(f"the size of {inner[0]} is another than its configuration says")
+        made: PreTrainedModel = loaded
+        return made
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise unloadable(model, f"{task} model", error, key) from error
 
@@ -97,7 +103,10 @@ def _head(task: Task, labels: tuple[str, ...]) -> dict[str, Any]:
     if task == "regression":
         return NUMBER
     names = dict(enumerate(labels)) if task == "classification" else {}
-    return {"id2label": names, "label2id": {name: n for n, name in names.items()}} if names else {}
+    if not names:
+        return {}
+    inverse = {name: n for n, name in names.items()}
+    return {"id2label": names, "label2id": inverse, "problem_type": "single_label_classification"}
 
 
 def outline(model: str, task: Task, num_labels: int | None = None, key: str = "teacher.model") -> PreTrainedModel:

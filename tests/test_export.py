@@ -10,6 +10,12 @@ from raydistil.export import model_card
 BASE: dict[str, Any] = {"task": "mlm", "corpus": {"source": "rows.txt"}, "teacher": {"model": "big"}}
 
 
+def test_a_student_that_was_not_scored_says_so() -> None:
+    config = Config.model_validate(BASE | {"student": {"num_layers": 2}})
+    for report in ({}, {"wall_s": 12.0}):
+        assert model_card(config, report).endswith("Not evaluated.\n")
+
+
 @pytest.mark.parametrize(
     ("student", "start"),
     [

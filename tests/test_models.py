@@ -1,6 +1,7 @@
 """Loading models, and the one view of an encoder and its head that every stage shares."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3Config,
 )
-from transformers.pytorch_utils import Conv1D
 
 from raydistil.attention import attention_of
 from raydistil.errors import ModelError
@@ -46,12 +47,37 @@ CAUSAL = {
     "gpt2": GPT2Config(vocab_size=45, n_embd=16, n_layer=6, n_head=2, n_positions=32, bos_token_id=2, eos_token_id=3),
     "llama": LlamaConfig(**SMALL, num_key_value_heads=1),
     "qwen2": Qwen2Config(**SMALL, num_key_value_heads=1),
+    "qwen3": Qwen3Config(**SMALL, num_key_value_heads=1, head_dim=8),
 }
 LANGUAGE: dict[str, PreTrainedConfig] = {
     **tiny.FAMILIES, "distilbert": DEEPER, "deberta": DebertaV2Config(**tiny.SHAPE, relative_attention=True),
     "deberta as written": DebertaV2Config(**tiny.SHAPE, legacy=False),
     "modernbert": ModernBertConfig(**SMALL, cls_token_id=2, sep_token_id=3), **CAUSAL,
 }  # fmt: skip
+
+
+def test_a_head_of_other_classes_is_made_anew(tmp_path: Path) -> None:
+    """And the encoder below it is the checkpoint's; what is no head must have the size its configuration says."""
+    model = tiny.model(tiny.FAMILIES["bert"], "classification")
+    model.save_pretrained(tmp_path)
+    again = load_model(str(tmp_path), "classification", ("a", "b", "c"))
+    assert again.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert again.classifier.weight.shape[0] == 3 != model.classifier.weight.shape[0]
+    kept = {name: part for name, part in model.state_dict().items() if not name.startswith("classifier")}
+    assert kept and all(torch.equal(part, again.state_dict()[name]) for name, part in kept.items())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 25}))
+    with pytest.raises(ModelError, match=r"expected a classification model .* is another than its configuration says"):
+        load_model(str(tmp_path), "classification", ("a", "b"))
+
+
+def test_a_number_is_learned_by_what_told_classes_apart(tmp_path: Path) -> None:
+    tiny.model(tiny.FAMILIES["bert"], "classification").save_pretrained(tmp_path)
+    again = load_model(str(tmp_path), "regression")
+    assert (again.config.num_labels, again.config.problem_type, len(again.classifier.weight)) == (1, "regression", 1)
+    again.save_pretrained(tmp_path)
+    classes = load_model(str(tmp_path), "classification", ("a", "b"))
+    assert (classes.config.problem_type, len(classes.classifier.weight)) == ("single_label_classification", 2)
 
 
 def causal(family: str) -> PreTrainedModel:
@@ -175,23 +201,39 @@ def test_the_head_at_some_tokens_is_the_model_at_those_tokens(family: str) -> No
 
 @pytest.mark.parametrize("family", LANGUAGE)
 def test_queries_keys_and_values_are_those_of_the_layer(family: str) -> None:
-    """Without position terms and with one head's values in a row: what the layer's own matrices are called with."""
+    """Each of them, not one in another's place: what the layer's own matrices (or norms of them) give."""
     model = tiny.model(LANGUAGE[family], "mlm") if family not in CAUSAL else causal(family)
     ids_BL, mask_BL = tiny.ids(rows=1)
-    made: list[torch.Tensor] = []
+    made: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, out: torch.Tensor) -> None:
+        made.setdefault(name, out)
+
     layer = transformer_layers(model)[3]
-    linears = [part for part in layer.modules() if isinstance(part, (torch.nn.Linear, Conv1D))]
-    hooks = [part.register_forward_hook(lambda *given: made.append(given[2])) for part in linears]
+    for name, part in layer.named_modules():
+        part.register_forward_hook(lambda _, given, out, name=name: keep(name, out))
     with torch.no_grad():
         states, _ = HeadedEncoder(model, "mlm", "float32")(ids_BL, mask_BL, (3,))
-        during = torch.cat([out[0] for out in made if out.shape[1] == 9], -1)
-        for hook in hooks:
-            hook.remove()
+        during = dict(made)
         attention = attention_of(model, 4, states[3])
-    wanted = torch.cat([attention.queries_TD, attention.keys_TD, attention.values_TD], -1)
-    columns = {tuple(column.tolist()) for column in during.T.round(decimals=4)}
-    found = [tuple(column.tolist()) in columns for column in wanted.T.round(decimals=4)]
-    assert sum(found) >= 0.95 * len(found)  # a rounding may fall on either side
+    three = (attention.queries_TD, attention.keys_TD, attention.values_TD)
+    for got_TD, wanted in zip(three, _qkv_of(during), strict=True):
+        torch.testing.assert_close(got_TD, wanted[0].flatten(1), rtol=1e-4, atol=1e-5)
+
+
+QKV = (
+    r"(query|query_proj|q|q_lin|q_proj|q_norm)$",
+    r"(key|key_proj|k|k_lin|k_proj|k_norm)$",
+    r"(value|value_proj|v|v_lin|v_proj)$",
+)
+
+
+def _qkv_of(outputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """What the modules of these names gave, the last one of each; or the thirds of one that makes all three."""
+    fused = [out for name, out in outputs.items() if name.endswith(("Wqkv", "c_attn"))]
+    if fused:
+        return list(fused[0].chunk(3, -1))
+    return [[out for name, out in outputs.items() if re.search(rf"(^|\.){pattern}", name)][-1] for pattern in QKV]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -68,6 +68,21 @@ def test_a_narrower_model_is_saved_loaded_and_run(tmp_path: Path, family: str, t
     assert teacher.config.hidden_size == 16
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_students_of_one_encoder_keep_the_same_units_whatever_the_head(family: str) -> None:
+    """A general student, of a checkpoint without the task's head, hands its layers to one that has it."""
+    teacher = tiny.model(FAMILIES[family], "classification")
+    other = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for name, weight in other.named_parameters():
+            if "pooler" in name or "classifier" in name:
+                weight.copy_(torch.randn_like(weight) * torch.logspace(0, 3, weight.shape[-1]))
+    one, two = (most_important(model, Widths(8, 2, 12)) for model in (teacher, other))
+    assert torch.equal(one.hidden, two.hidden)
+    for part in ("heads", "query", "value", "ffn"):
+        assert all(map(torch.equal, getattr(one, part), getattr(two, part)))
+
+
 # ---- exact
 
 

@@ -4,9 +4,10 @@ For encoders built like BERT, where the heads together are as wide as the hidden
 
 importance  keeps the units that weigh most. A neuron or head counts |what it reads| * |what is made of it|. A hidden
             unit counts the mean square it has after a LayerNorm of weight w and bias b, w^2 + b^2 as a share of all
-            units', summed over the LayerNorms, times the root of its shares of the squares of every matrix that reads
-            or writes it. McCarley et al. 2019 prune the same kinds of units. Magnitudes stand in for the gradients of
-            Michel et al. 2019 and the activations of Minitron (Muralidharan et al. 2024), so no text is needed.
+            units', summed over the LayerNorms, times the root of its shares of the squares of every matrix of the
+            encoder that reads or writes it; a head has no say, so that students of one encoder below two heads keep
+            the same units. McCarley et al. 2019 prune the same kinds of units. Magnitudes stand in for the gradients
+            of Michel et al. 2019 and the activations of Minitron (Muralidharan et al. 2024), so no text is needed.
 svd         keeps directions of the hidden space, P [D, D'] with P^T P = 1: what reads hidden states becomes W P, what
             writes them P^T W. A LayerNorm does not commute with a rotation, so this is approximate: its bias becomes
             P^T b, its weight the diagonal of P^T diag(w) P, scaled so that the states keep the length they have along
@@ -194,6 +195,11 @@ def _layer(name: str) -> int:
     return int(match[1]) if match else -1
 
 
+def _is_encoder_s(name: str) -> bool:
+    """Whether a weight is of the embeddings or a layer, not of a head."""
+    return _layer(name) >= 0 or "embeddings." in name
+
+
 # ---- importance
 
 
@@ -258,9 +264,9 @@ class _Units:
         squares_ND = torch.stack([w.square() + b.square() for w, b in layer_norms(self._model)])
         held_D = (squares_ND / squares_ND.sum(1, keepdim=True)).sum(0)
         shares_D = torch.zeros(self._model.config.hidden_size)
-        for _, axes, tensor in self._parameters:
+        for name, axes, tensor in self._parameters:
             for dim, axis in enumerate(axes):
-                if axis == "hidden" and tensor.dim() == 2:
+                if axis == "hidden" and tensor.dim() == 2 and _is_encoder_s(name):
                     squares_D = tensor.square().sum(1 - dim)
                     shares_D += squares_D / squares_D.sum().clamp_min(torch.finfo(tensor.dtype).tiny)
         return held_D * shares_D.sqrt()
@@ -305,7 +311,7 @@ def layer_norms(model: PreTrainedModel) -> Iterator[tuple[Tensor, Tensor]]:
     """(weight [D], bias [D]) of those between the layers, that is of the hidden states; none of a head's."""
     weights = dict(model.named_parameters())
     for name, weight in weights.items():
-        if _axes(name) == ("hidden",) and name.endswith(".weight") and (_layer(name) >= 0 or "embeddings." in name):
+        if _axes(name) == ("hidden",) and name.endswith(".weight") and _is_encoder_s(name):
             yield weight.detach(), weights[name.removesuffix("weight") + "bias"].detach()
 
 
