@@ -71,13 +71,10 @@ def weights_of(config: Config) -> tuple[float, ...]:
 
 def assistants(config: Config) -> Iterator[tuple[StudentConfig, DistillConfig, str]]:
     """(what it is made of, how it is trained, its name) of every assistant."""
-    assert config.distill is not None
-    for number, assistant in enumerate(config.assistants, start=1):
+    for number, (assistant, train) in enumerate(zip(config.assistants, config.trainings(), strict=False), start=1):
         student = StudentConfig(
             layers=assistant.layers, num_layers=assistant.num_layers, rule=assistant.rule, start=config.student.start
         )
-        given = {"epochs": assistant.epochs, "lr": assistant.lr}
-        train = config.distill.model_copy(update={name: value for name, value in given.items() if value is not None})
         yield student, train, f"assistant-{number}"
 
 

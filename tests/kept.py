@@ -18,6 +18,12 @@ from raydistil.specs import SourceSpec, TargetsSpec, TeacherSpec
 SEED = 3  # of the sources in `sources`
 
 
+def sized(codec: str, top_k: int, num_draws: int) -> dict[str, Any]:
+    """The keys of a codec: of the two sizes its own, if it has one."""
+    sizes = {"topk": {"top_k": top_k}, "sampled": {"num_draws": num_draws}}
+    return {"codec": codec, **sizes.get(codec, {})}
+
+
 def teacher_of(
     folder: str, task: str, numbers: tuple[int, ...], soft_labels: bool, loss: LossConfig | None = None, **config: Any
 ) -> TeacherSpec:

@@ -74,7 +74,13 @@ NEEDED: dict[str, dict[str, Any]] = {  # keys that make no sense alone
     "student.rule": {"student.num_layers": 2}, "student.narrow": {"student.ffn_size": 8},
     "distill.targets.cache": {"distill.augment.keep": 1.0},
     **{key: {"task": "mlm"} for key in DEFINING if key.startswith("masking.")},
+    "masking.smoothing": {"task": "mlm", "masking.kind": "frequency"},
     "distill.loss.triple": {"task": "mlm"}, "distill.loss.kd_positions": {"task": "mlm"},
+    "distill.loss.kd_sample": {"task": "mlm", "distill.loss.kd_positions": "sample"},
+    "distill.loss.beta": {"distill.loss.divergence": "jensen_shannon"},
+    "distill.loss.triplet.largest_margin": {"distill.loss.triplet.guided": True},
+    "distill.targets.top_k": {"distill.targets.codec": "topk"},
+    "distill.targets.num_draws": {"distill.targets.codec": "sampled"},
     "teacher.weight": {"ensemble": [{"model": "third"}]},
 }  # fmt: skip
 

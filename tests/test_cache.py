@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from kept import SEED, filled, teacher_of, with_cache, write_missing
+from kept import SEED, filled, sized, teacher_of, with_cache, write_missing
 from sources import class_source, mlm_source
 
 from raydistil import wire
@@ -78,7 +78,7 @@ def test_states_come_back_bit_for_bit(
 def test_soft_labels_come_back_bit_for_bit(
     texts: SourceSpec, tiny_teacher: str, tmp_path: Path, codec: str, loss: LossConfig
 ) -> None:
-    teacher = teacher_of(tiny_teacher, "mlm", (4,), True, loss, codec=codec, top_k=5, num_draws=20)
+    teacher = teacher_of(tiny_teacher, "mlm", (4,), True, loss, **sized(codec, 5, 20))
     source = filled(texts, teacher, tmp_path, shard_rows=10)
     batch = MicroBatches(texts).visit(0, ROWS, 1)
     assert read(source, batch, 0, 1) == Teacher(teacher).targets(batch)
@@ -96,7 +96,7 @@ def test_classes_come_back_as_they_were_written(
     classes: SourceSpec, tiny_classifier: str, tmp_path: Path, codec: str
 ) -> None:
     """A fill and a live teacher may go by other groups of rows, whose logits differ in the last bits."""
-    teacher = teacher_of(tiny_classifier, "classification", (4,), True, codec=codec, top_k=2)
+    teacher = teacher_of(tiny_classifier, "classification", (4,), True, **sized(codec, 2, 50))
     source = filled(classes, teacher, tmp_path)
     for bucket in range(len(classes.manifest.bucket_rows)):
         batch = MicroBatches(classes).visit(bucket, ROWS, 0)
@@ -135,7 +135,7 @@ def test_documents_come_back_with_their_soft_labels(tmp_path: Path, codec: str) 
     """More places than the teacher says at once: kept in one part, sent in several."""
     folder = decoders.write_model(tmp_path / "model", "gpt2")
     texts = replace(decoders.source(tmp_path, folder, size=24, length=64), variants=1)
-    teacher = teacher_of(folder, "clm", (4,), True, LossConfig(cosine=0), codec=codec, top_k=5, num_draws=20)
+    teacher = teacher_of(folder, "clm", (4,), True, LossConfig(cosine=0), **sized(codec, 5, 20))
     row, batch = MicroBatches(filled(texts, teacher, tmp_path)).taught(0), MicroBatches(texts).make(0)
     kept = decode_targets(teacher.targets, wire.targets_of(row)[0], batch.num_tokens, CPU)
     live = decode_targets(teacher.targets, Teacher(teacher).targets(batch), batch.num_tokens, CPU)
@@ -201,7 +201,7 @@ def test_soft_labels_are_numbers_to_plain_parquet(texts: SourceSpec, tiny_teache
     places = np.flatnonzero(batch.labels_BL[0] != -100).tolist()
     assert places
     for codec in ("topk", "sampled"):
-        teacher = teacher_of(tiny_teacher, "mlm", (), True, codec=codec, top_k=4, num_draws=9)
+        teacher = teacher_of(tiny_teacher, "mlm", (), True, **sized(codec, 4, 9))
         row = pq.read_table(paths(filled(texts, teacher, tmp_path))[0]).slice(0, 1).to_pylist()[0]
         sent = decode_targets(teacher.targets, Teacher(teacher).targets(batch), 1, CPU).soft_labels
         assert row["places"] == places

@@ -14,6 +14,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from kept import sized
 from parity import ALL_STATES, CPU, Streamed, check, one_micro_batch
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
@@ -152,7 +153,7 @@ def test_codecs(tmp_path: Path, codec: str, positions: str) -> None:
     """Fed what the codec left of them, soft labels train as the formula says."""
     teacher = decoders.write_model(tmp_path / "model", "gpt2")
     loss = LossConfig(kd=3, task=1, cosine=0, kd_positions=positions)
-    targets = TargetsConfig(codec=codec, top_k=5, num_draws=20)
+    targets = TargetsConfig(**sized(codec, 5, 20))
     case = one_micro_batch("clm", teacher, decoders.source(tmp_path, teacher), targets, True, loss, ray=False)
     places = compared_places(case.made, loss, 3)
     at_T, kd_N = torch.from_numpy(places.at_T), torch.from_numpy(places.kd_N)
@@ -179,7 +180,7 @@ def test_a_teachers_logits_never_exist_as_a_whole(tmp_path: Path, codec: str) ->
     """What arrives is what encoding all of them at once would give; draws are made part by part."""
     folder = decoders.write_model(tmp_path / "model", "gpt2")
     batch = MicroBatches(decoders.source(tmp_path, folder, size=24, length=64)).make(0)
-    wanted = TargetsSpec(TargetsConfig(codec=codec, top_k=5, num_draws=300), LossConfig(), (), True, 3)
+    wanted = TargetsSpec(TargetsConfig(**sized(codec, 5, 300)), LossConfig(), (), True, 3)
     teacher = Teacher(TeacherSpec(folder, "clm", "float32", torch.get_num_threads(), wanted))
     with Widest(VOCABULARY) as watched:
         columns = teacher.targets(batch)

@@ -143,7 +143,7 @@ def test_a_typo_of_a_required_key_is_named_before_the_missing_key(tmp_path: Path
         (
             "distill",
             {"loss": {"divergence": "mse"}, "targets": {"codec": "topk"}},
-            "distill: targets.codec topk goes with loss.divergence forward_kl only",
+            "distill.targets.codec topk goes with distill.loss.divergence forward_kl only, got mse: use codec hidden",
         ),
     ],
 )
@@ -269,15 +269,24 @@ def test_masks_of_a_row_change_the_hash_and_where_its_targets_are_kept_does_not(
         (
             "classification",
             {"cache": "kept", "codec": "sampled"},
-            "distill.targets.cache keeps the targets of each text, and every one of the 3 epochs has augmented "
-            "texts of its own (distill.augment.keep = 1 turns them off): set distill.targets.mask_variants (such as ",
+            "distill.targets.cache keeps the targets of each text, and every one of the 6 epochs has augmented "
+            "texts of its own (distill.augment.keep = 1 turns them off): set distill.targets.mask_variants (such as 4),"
+            " or distill.epochs=1 and distill.general.epochs=1",
+        ),
+        (
+            "classification",
+            {"cache": "kept", "epochs": 1},
+            "distill.targets.cache keeps the targets of each text, and every one of the 6 epochs has augmented "
+            "texts of its own (distill.augment.keep = 1 turns them off): set distill.targets.mask_variants (such as 4),"
+            " or distill.general.epochs=1",
         ),
     ],
 )
 def test_targets_that_cannot_be_kept_are_refused(
     tmp_path: Path, task: str, targets: dict[str, Any], expected: str
 ) -> None:
-    flat = {f"distill.{'' if 'augment' in key else 'targets.'}{key}": value for key, value in targets.items()}
+    apart = ("augment.keep", "epochs")
+    flat = {f"distill.{'' if key in apart else 'targets.'}{key}": value for key, value in targets.items()}
     assert complaint(tmp_path, BASE | {"task": task} | flat).startswith(expected)
 
 
@@ -299,6 +308,31 @@ def test_triple_is_distilberts_sum_but_for_what_is_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("key", "value"), [("masking.share", 0.3), ("distill.loss.kd_positions", "all")])
 def test_what_is_of_language_models_is_refused_for_classes(tmp_path: Path, key: str, value: Any) -> None:
     assert "leave" in (said := complaint(tmp_path, BASE | {key: value})) and "classification" in said
+
+
+@pytest.mark.parametrize(
+    ("flat", "owner"),
+    [
+        ({"distill.loss.kd_sample": 0.1}, "distill.loss: kd_sample is of kd_positions = sample"),
+        ({"distill.loss.beta": 0.1}, "distill.loss: beta is of divergence = jensen_shannon"),
+        ({"distill.loss.triplet.largest_margin": 0.9}, "distill.loss.triplet: largest_margin is of guided = true"),
+        (
+            {"distill.loss.minilm.version": 1, "distill.loss.minilm.relation_heads": 2},
+            "distill.loss.minilm: relation_heads is of version = 2",
+        ),
+        ({"distill.targets.top_k": 8}, "distill.targets: top_k is of codec = topk"),
+        ({"distill.targets.codec": "topk", "distill.targets.num_draws": 8}, "distill.targets: num_draws is of codec ="),
+        ({"task": "mlm", "masking.smoothing": 0.5}, "masking: smoothing is of kind = frequency"),
+    ],
+)
+def test_a_setting_that_nothing_would_look_at_is_refused(tmp_path: Path, flat: dict[str, Any], owner: str) -> None:
+    assert complaint(tmp_path, BASE | flat).startswith(owner)
+
+
+def test_assistants_need_a_distillation(tmp_path: Path) -> None:
+    flat = {key: value for key, value in BASE.items() if not key.startswith("distill")}
+    said = complaint(tmp_path, flat | {"assistants": [{"num_layers": 3}]})
+    assert said == "assistants are distilled: add a section [distill], or leave [[assistants]] out"
 
 
 def test_explain_tells_every_origin(tmp_path: Path) -> None:

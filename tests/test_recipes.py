@@ -34,6 +34,17 @@ def test_the_file_wins_key_by_key() -> None:
     assert config.distill.loss.weights()["hidden"] == 0
 
 
+def test_an_assistant_says_of_its_loss_what_differs() -> None:
+    own = {"num_layers": 4, "loss": {"kd": 1, "hidden": {"layers": [[6, 4]]}}}
+    distill = {"loss": {"task": 0.25, "hidden": {"weight": 3}}}
+    config = config_of({**BASE, "task": "classification", "distill": distill, "assistants": [own, {"num_layers": 3}]})
+    first, second, last = (train.loss for train in config.trainings())
+    assert first.hidden is not None and last.hidden is not None
+    assert (first.kd, first.task, first.cosine, first.temperature) == (1, 0.25, 0, 1)
+    assert (first.hidden.layers, first.hidden.weight) == (((6, 4),), 3)
+    assert last.hidden.layers == () and last.kd == 5 and second == last
+
+
 def test_a_section_that_is_not_there_stays_away() -> None:
     assert config_of({**BASE, "task": "classification", "distill": {}}).finetune is None
     without = {name: part for name, part in BASE.items() if name != "distill"}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kept import sized
 
 from raydistil.config.loss import LossConfig
 from raydistil.config.targets import TargetsConfig
@@ -57,7 +58,7 @@ def test_draws_depend_on_seed_and_visit_alone() -> None:
 @pytest.mark.parametrize("codec", ["logits", "topk", "sampled"])
 def test_parts_of_the_places_come_back_as_one(codec: str) -> None:
     """An odd number of places a part, so that no part ends where the next may begin."""
-    wanted = spec((), soft=True, codec=codec, top_k=3, num_draws=300)
+    wanted = spec((), soft=True, **sized(codec, 3, 300))
     logits_NC = 3 * torch.randn(7, 40, generator=torch.Generator().manual_seed(0))
     columns = encode_targets(wanted, np.arange(7), {}, (part for part in logits_NC.split(3)))
     got = decode_targets(wanted, columns, 7, CPU).soft_labels

@@ -80,6 +80,12 @@ class MaskingConfig(Section):
     share: Annotated[float, Field(gt=0, lt=1)] = 0.15
     smoothing: Annotated[float, Field(ge=0)] = 0.7
 
+    @model_validator(mode="after")
+    def _smoothing_is_used(self) -> "MaskingConfig":
+        if self.kind == "uniform":
+            self.refuse_idle({"smoothing": "kind = frequency"})
+        return self
+
 
 class EvaluateConfig(Section):
     batch_size: Positive = 32
@@ -172,19 +178,20 @@ class Config(Section):
     def _numbers_are_no_classes(self) -> "Config":
         if self.task == "regression" and self.corpus.max_rows_per_label is not None:
             raise ValueError("corpus.max_rows_per_label is of classes: use corpus.max_rows for task regression")
-        if self.task == "regression" and self.distill is not None:
-            self.distill.check_numbers()
+        for train in self.trainings() if self.task == "regression" else ():
+            train.check_numbers()
         return self
 
     @model_validator(mode="after")
     def _settings_of_another_task(self) -> "Config":
         if self.task != "mlm" and self.masking != MaskingConfig():
             raise ValueError(f"masking is of task mlm: leave [masking] out for task {self.task}")
-        loss = self.distill and self.distill.loss
-        if loss and self.task == "clm":
-            loss.check_causal()
-        if loss and labels_texts(self.task):
-            loss.check_texts(self.task)
+        for train in self.trainings():
+            train.check_sparse()
+            if self.task == "clm":
+                train.loss.check_causal()
+            if labels_texts(self.task):
+                train.loss.check_texts(self.task)
         return self
 
     @model_validator(mode="after")
@@ -194,15 +201,32 @@ class Config(Section):
         if self.ensemble and self.student.vocabulary == "corpus":
             raise ValueError("student.vocabulary = corpus cuts down one teacher's: leave it or [[ensemble]] out")
         if self.ensemble and self.distill:
-            check_ensemble(self.task, self.distill.loss, self.distill.targets)
+            check_ensemble(self.task, self.trainings()[0].loss, self.distill.targets)
         return self
 
     @model_validator(mode="after")
     def _cached_targets_are_those_of_every_epoch(self) -> "Config":
-        if self.distill:
-            epochs = max(self.distill.epochs, *(assistant.epochs or 1 for assistant in self.assistants), 1)
-            check_drawn(self.task, epochs, self.distill.targets, self.distill.loss, self.distill.augment)
+        for train in self.trainings():
+            check_drawn(self.task, self._epochs(), train.targets, train.loss, train.augment)
         return self
+
+    @model_validator(mode="after")
+    def _assistants_are_distilled(self) -> "Config":
+        if self.assistants and self.distill is None:
+            raise ValueError("assistants are distilled: add a section [distill], or leave [[assistants]] out")
+        return self
+
+    def _epochs(self) -> dict[str, int]:
+        """Of every training with a teacher, by their keys."""
+        assert self.distill is not None
+        own = {"distill.epochs": self.distill.epochs, "distill.general.epochs": self.distill.general.epochs}
+        return own | {f"assistants.{n}.epochs": one.epochs for n, one in enumerate(self.assistants) if one.epochs}
+
+    def trainings(self) -> list[DistillConfig]:
+        """Of every student of the chain, that of the last one last; none without [distill]."""
+        if self.distill is None:
+            return []
+        return [*(self.distill.changed(one.epochs, one.lr, one.loss) for one in self.assistants), self.distill]
 
 
 # What does not define the result, and so may differ between a run and its continuation.

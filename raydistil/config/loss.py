@@ -33,6 +33,12 @@ class MiniLMConfig(Section):
     relation_heads: Positive = 48
     """Of version 2: into how many parts the vectors are cut; must divide both hidden sizes."""
 
+    @model_validator(mode="after")
+    def _heads_are_used(self) -> "MiniLMConfig":
+        if self.version == 1:
+            self.refuse_idle({"relation_heads": "version = 2"})
+        return self
+
 
 class TripletConfig(Section):
     weight: Weight = 1.0
@@ -49,6 +55,8 @@ class TripletConfig(Section):
     def _margins_ascend(self) -> "TripletConfig":
         if self.guided and self.largest_margin < self.margin:
             raise ValueError("expected largest_margin to be at least margin")
+        if not self.guided:
+            self.refuse_idle({"largest_margin": "guided = true"})
         return self
 
 
@@ -139,6 +147,10 @@ class LossConfig(Section):
     def _something_to_learn(self) -> "LossConfig":
         if not any(self.weights().values()):
             raise ValueError(f"expected at least one of {', '.join(TERMS)} with a weight above 0")
+        self.refuse_idle({
+            **({} if self.kd_positions == "sample" else {"kd_sample": "kd_positions = sample"}),
+            **({} if self.divergence == "jensen_shannon" else {"beta": "divergence = jensen_shannon"}),
+        })  # fmt: skip
         idle = [name for name, weight in self.weights().items() if self.schedule.of(name) and not weight]
         if idle:
             raise ValueError(f"schedule.{idle[0]}: expected a schedule of a term that has a weight")

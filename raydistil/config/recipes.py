@@ -33,7 +33,18 @@ def over_recipe(tree: Tree) -> Tree:
     recipe = next((recipe for task, recipe in RECIPES.items() if task == tree.get("task")), {})
     if _named_triple(tree):
         recipe = {**recipe, "distill": _over(recipe.get("distill", {}), {"loss": TRIPLE})}
-    return {**tree, **{name: _over(part, tree[name]) for name, part in recipe.items() if _is_section(tree, name)}}
+    over = {**tree, **{name: _over(part, tree[name]) for name, part in recipe.items() if _is_section(tree, name)}}
+    loss, chain = over["distill"].get("loss") if _is_section(over, "distill") else None, over.get("assistants")
+    if isinstance(loss, dict) and isinstance(chain, list):
+        over["assistants"] = [_with_loss(assistant, loss) for assistant in chain]
+    return over
+
+
+def _with_loss(assistant: Any, loss: Tree) -> Any:
+    """An assistant that says something of its loss has the rest of it as the student does."""
+    if not isinstance(assistant, dict) or not _is_section(assistant, "loss"):
+        return assistant
+    return assistant | {"loss": _over(loss, assistant["loss"])}
 
 
 def _named_triple(tree: Tree) -> bool:

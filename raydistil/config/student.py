@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from raydistil.config.loss import LossConfig
 from raydistil.config.section import Positive, Section
 
 LayerRule = Literal["uniform", "first", "last", "every_other"]
@@ -22,6 +23,8 @@ class AssistantConfig(Section):
     """Of its own distillation; None: `distill.epochs`."""
     lr: Annotated[float, Field(gt=0)] | None = None
     """Of its own distillation; None: `distill.lr`."""
+    loss: LossConfig | None = None
+    """Of its own distillation: what it does not say is as in `distill.loss`."""
 
     @model_validator(mode="after")
     def _one_choice(self) -> "AssistantConfig":

@@ -25,6 +25,12 @@ class TargetsConfig(Section):
     """Sets of masks, sampled places and augmented texts a row has: in epoch e it gets number e mod k, and the cache
     holds k targets; None: new ones at every visit."""
 
+    @model_validator(mode="after")
+    def _sizes_are_used(self) -> "TargetsConfig":
+        sizes = {"topk": "top_k", "sampled": "num_draws"}
+        self.refuse_idle({key: f"codec = {codec}" for codec, key in sizes.items() if codec != self.codec})
+        return self
+
 
 class AugmentConfig(Section):
     """Variants of labelled texts that only the teacher labels; a text that stays as it was keeps its label."""
@@ -56,19 +62,24 @@ def variants_of(targets: TargetsConfig) -> int | None:
 
 
 def check_drawn(
-    task: Task, epochs: int, targets: TargetsConfig, loss: LossConfig, augment: AugmentConfig | None
+    task: Task, epochs: dict[str, int], targets: TargetsConfig, loss: LossConfig, augment: AugmentConfig | None
 ) -> None:
-    """Raise ValueError where a cache could not hold what the epochs need, or nothing is drawn that could vary."""
+    """Raise ValueError where a cache could not hold what the epochs need, or nothing is drawn that could vary.
+
+    `epochs`: of every training with a teacher, by their keys.
+    """
     drawn = what_is_drawn(task, targets, loss, augment)
     if drawn is None and targets.mask_variants:
         raise ValueError(
             f"distill.targets.mask_variants is of what is random in a text, which is nothing for task {task} as it is "
             f"configured: leave it out"
         )
-    if drawn and targets.cache and targets.mask_variants is None and epochs > 1:
+    several = {key: number for key, number in epochs.items() if number > 1}
+    if drawn and targets.cache and targets.mask_variants is None and several:
+        most, once = max(several.values()), " and ".join(f"{key}=1" for key in several)
         raise ValueError(
-            f"distill.targets.cache keeps the targets of each text, and every one of the {epochs} epochs has {drawn}: "
-            f"set distill.targets.mask_variants (such as {min(epochs, 4)}), or distill.epochs=1"
+            f"distill.targets.cache keeps the targets of each text, and every one of the {most} epochs has {drawn}: "
+            f"set distill.targets.mask_variants (such as {min(most, 4)}), or {once}"
         )
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from raydistil.config.loss import HiddenConfig, LossConfig
 from raydistil.config.section import Beta, Positive, Section, Share
@@ -52,13 +52,18 @@ class DistillConfig(TrainConfig):
     targets: TargetsConfig = TargetsConfig()
     general: GeneralConfig = GeneralConfig()
 
-    @model_validator(mode="after")
-    def _sparse_labels_have_one_divergence(self) -> "DistillConfig":
+    def changed(self, epochs: int | None, lr: float | None, loss: LossConfig | None) -> "DistillConfig":
+        """This one but for what is given: how an assistant is trained."""
+        given = {"epochs": epochs, "lr": lr, "loss": loss}
+        return self.model_copy(update={name: value for name, value in given.items() if value is not None})
+
+    def check_sparse(self) -> None:
+        """Raise ValueError for a divergence that a few probabilities are not enough for."""
         if self.targets.codec in ("topk", "sampled") and self.loss.divergence != "forward_kl":
             raise ValueError(
-                f"targets.codec {self.targets.codec} goes with loss.divergence forward_kl only, so with no regression"
+                f"distill.targets.codec {self.targets.codec} goes with distill.loss.divergence forward_kl only, got "
+                f"{self.loss.divergence}: use codec hidden or logits"
             )
-        return self
 
     def check_numbers(self) -> None:
         """Raise ValueError for what compares classes: a regression's soft label is the teacher's one number."""
