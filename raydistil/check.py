@@ -9,25 +9,23 @@ from typing import Any
 import torch
 
 from raydistil.cache.sizes import sizes_of
-from raydistil.chain import assistants
 from raydistil.cluster import address_of, check_before_start
 from raydistil.config import Config, explain, load_config, read_toml
 from raydistil.config.targets import variants_of
 from raydistil.config.train import DistillConfig
-from raydistil.corpus import Corpus, open_corpus
 from raydistil.errors import DataError
 from raydistil.fill import mebibytes
 from raydistil.layers import plan_layers
 from raydistil.models import load_tokenizer, quiet_transformers
 from raydistil.optim import deepspeed_config
 from raydistil.plan import cores, local_cpus, threads
-from raydistil.prepare import check_models, needs, outlines
+from raydistil.prepare import check_models, classes_of_teacher, corpus_of, needs, outlines
 from raydistil.size import describe_model
 from raydistil.specs import TargetsSpec
 from raydistil.storage import free_bytes
 from raydistil.targets import makes_logits, targets_spec
 from raydistil.tokens import class_names
-from raydistil.types import Task, TextRow, labels_texts
+from raydistil.types import TextRow, labels_texts
 
 ROWS_READ = 1000  # enough to meet most defects; `run` reads all
 SHOWN_CHARACTERS = 200
@@ -53,17 +51,13 @@ def check(path: Path, overrides: list[str], show: int) -> dict[str, Any]:
 
 
 def _sample(config: Config) -> tuple[list[TextRow], tuple[str, ...]]:
-    corpus = _corpus(config)
+    corpus = corpus_of(config)
     rows = list(islice(corpus.rows(), ROWS_READ))
     if not any(row.text.strip() for row in rows):
         raise DataError(f"corpus.source: expected texts in {config.corpus.source}, found none: the corpus is empty")
     if config.task == "classification" and len(rows) < ROWS_READ:
-        class_names(rows)
+        class_names(rows, classes_of_teacher(config))
     return rows, corpus.notes
-
-
-def _corpus(config: Config) -> Corpus:
-    return open_corpus(config.corpus, labels_texts(config.task), config.task == "regression")
 
 
 def _models(config: Config, rows: list[TextRow]) -> dict[str, dict[str, Any]]:
@@ -118,8 +112,8 @@ def _kept(config: Config, rows: list[TextRow]) -> Iterator[str]:
         return
     root = config.distill.targets.cache
     tokens, num_rows = _amount(config, rows)
-    for variants, wanted, teacher in _asked(config, config.distill):
-        classes = _num_classes(config.task, rows, teacher)
+    for variants, wanted, teacher in _asked(config):
+        classes = _num_classes(config, rows, teacher)
         sizes = sizes_of(config.task, wanted, config.masking.share, teacher.hidden_size, classes)
         yield (
             f"targets: about {mebibytes(variants * sizes.of(tokens, num_rows))} in {root} before compression "
@@ -128,18 +122,18 @@ def _kept(config: Config, rows: list[TextRow]) -> Iterator[str]:
         )
 
 
-def _num_classes(task: Task, rows: list[TextRow], teacher: Any) -> int:
+def _num_classes(config: Config, rows: list[TextRow], teacher: Any) -> int:
     """How many logits a soft label has."""
-    if task == "regression":
+    if config.task == "regression":
         return 1
-    return len({row.label for row in rows} - {None}) if task == "classification" else teacher.vocab_size
+    known = classes_of_teacher(config) or {row.label for row in rows} - {None}
+    return len(known) if config.task == "classification" else teacher.vocab_size
 
 
-def _asked(config: Config, distill: DistillConfig) -> Iterator[tuple[int, TargetsSpec, Any]]:
+def _asked(config: Config) -> Iterator[tuple[int, TargetsSpec, Any]]:
     """(variants of each row, what is kept of it, the teacher's shape) for every teacher in the order of the work."""
-    trained = [train for _, train, _ in assistants(config)] + [distill]
-    beside = len(config.ensemble)
-    for train, (teacher, student) in zip(trained, pairwise(made.config for made in outlines(config)), strict=True):
+    beside, pairs = len(config.ensemble), pairwise(made.config for made in outlines(config))
+    for train, (teacher, student) in zip(config.trainings(), pairs, strict=True):
         for part in (train.general_training(), train) if train.general.epochs else (train,):
             variants, wanted = min(variants_of(part.targets) or 1, part.epochs), _wanted(config, part, teacher, student)
             yield variants, wanted, teacher
@@ -160,7 +154,7 @@ def _amount(config: Config, rows: list[TextRow]) -> tuple[float, float]:
     sample = [row.text for row in rows if row.split == "train"]
     texts = len(sample)
     if len(rows) == ROWS_READ:
-        texts = sum(row.split == "train" for row in _corpus(config).rows())
+        texts = sum(row.split == "train" for row in corpus_of(config).rows())
     lengths = [len(ids) for ids in load_tokenizer(config.teacher.model)(sample, verbose=False)["input_ids"]]
     mean = sum(min(length, config.tokens.length) if labelled else length for length in lengths) / max(1, len(lengths))
     return texts * mean, texts if labelled else texts * mean / config.tokens.length

@@ -13,7 +13,8 @@ from raydistil.attention import check_attention
 from raydistil.chain import assistants, teacher_models
 from raydistil.cluster import check_before_start
 from raydistil.config import Config
-from raydistil.corpus import open_corpus
+from raydistil.config.loss import LossConfig, MiniLMConfig
+from raydistil.corpus import Corpus, open_corpus
 from raydistil.errors import ConfigError, DataError, ModelError
 from raydistil.layers import plan_layers
 from raydistil.models import load_tokenizer, outline, quiet_transformers, resolve, shape_of
@@ -57,7 +58,7 @@ def prepare(config: Config, say: Say) -> Prepared:
     if config.student.vocabulary == "corpus":
         used = _in_words_of(config, store, say)
         store = TokenStore(make_store(used))
-    for line in describe_store(store):
+    for line in (*describe_store(store), *describe_heads(used, store)):
         say(line)
     check_store(used, store)
     return Prepared(used, rundir.claim(config, store.path.name), store, say)
@@ -90,12 +91,13 @@ def check_models(config: Config) -> None:
         _check_head(config, whose, shape)
         _check_positions(config, whose, shape)
         check_vocabularies(config.teacher.model, model, whose)
+        _check_rows(config, whose, shape)
     shape = shape_of(config.teacher.model, "teacher.model")
     tokenizer = load_tokenizer(config.teacher.model)
     _check_tokenizer(config, shape, tokenizer)
     *chain, student = outlines(config)
-    for taught_by, taught in pairwise((*chain, student)):
-        check_losses(config, taught_by.config, taught.config)
+    for train, (taught_by, taught) in zip(config.trainings(), pairwise((*chain, student)), strict=False):
+        check_losses(config.task, train.loss, taught_by.config, taught.config)
     if config.student.model is not None:
         check_vocabularies(config.teacher.model, config.student.model, "student")
         _check_decoder(config, "student", student.config)
@@ -137,6 +139,16 @@ def _check_head(config: Config, whose: str, shape: Any) -> None:
         raise ModelError(
             f"{whose}.model: expected a teacher that gives one number for task regression, got one of "
             f"{shape.num_labels} classes: add [finetune] to an encoder without a head"
+        )
+
+
+def _check_rows(config: Config, whose: str, shape: Any) -> None:
+    """Teachers whose distributions are mixed must have them over the same entries."""
+    rows = shape_of(config.teacher.model, "teacher.model").vocab_size
+    if not labels_texts(config.task) and shape.vocab_size != rows:
+        raise ModelError(
+            f"{whose}.model: expected a vocabulary of {rows} entries, as teacher.model has, got {shape.vocab_size}: "
+            f"use teachers padded to one size"
         )
 
 
@@ -193,12 +205,9 @@ def num_positions(shape: Any) -> int | None:
     return int(most - reserved)
 
 
-def check_losses(config: Config, teacher: Any, student: Any) -> None:
+def check_losses(task: Task, loss: LossConfig, teacher: Any, student: Any) -> None:
     """Raise where a loss cannot be had of these two models, or of this task."""
-    if config.distill is None:
-        return
-    loss = config.distill.loss
-    layers = plan_layers(loss, config.task, False, teacher.num_hidden_layers, student.num_hidden_layers)
+    layers = plan_layers(loss, task, False, teacher.num_hidden_layers, student.num_hidden_layers)
     weights = loss.weights()
     if weights["cosine"] and teacher.hidden_size != student.hidden_size:
         raise ModelError(
@@ -206,15 +215,15 @@ def check_losses(config: Config, teacher: Any, student: Any) -> None:
             f"{student.hidden_size} in the student: set it to 0 and use distill.loss.hidden, which projects them"
         )
     for name in ("triplet", "contrastive"):
-        if weights[name] and config.task != "classification":
-            raise ConfigError(f"distill.loss.{name}: expected task classification, got {config.task}: leave it out")
+        if weights[name] and task != "classification":
+            raise ConfigError(f"distill.loss.{name}: expected task classification, got {task}: leave it out")
     for name, pairs in (("attention", layers.attention), ("minilm", layers.minilm)):
         if pairs:
-            _check_attention(config, f"distill.loss.{name}", teacher, student)
+            minilm = loss.minilm if name == "minilm" else None
+            _check_attention(minilm, f"distill.loss.{name}", teacher, student)
 
 
-def _check_attention(config: Config, key: str, teacher: Any, student: Any) -> None:
-    minilm = config.distill.loss.minilm if config.distill and key.endswith("minilm") else None
+def _check_attention(minilm: MiniLMConfig | None, key: str, teacher: Any, student: Any) -> None:
     plain = minilm is None or minilm.version == 1
     for shape in (teacher, student):
         check_attention(shape.model_type, plain, key)
@@ -243,10 +252,25 @@ def _attention_widths(shape: Any) -> tuple[int, int]:
 
 
 def make_store(config: Config) -> Path:
-    labelled, numbers = labels_texts(config.task), config.task == "regression"
-    corpus = open_corpus(config.corpus, labelled, numbers)
-    tokenizer = load_tokenizer(config.teacher.model)
-    return build_store(corpus, tokenizer, config.tokens, labelled, documents=config.task == "clm")
+    tokenizer, labelled = load_tokenizer(config.teacher.model), labels_texts(config.task)
+    return build_store(
+        corpus_of(config), tokenizer, config.tokens, labelled, config.task == "clm", classes_of_teacher(config)
+    )
+
+
+def corpus_of(config: Config) -> Corpus:
+    """A teacher that is used as it came can label texts that have no label at all."""
+    return open_corpus(
+        config.corpus, labels_texts(config.task), config.task == "regression", needed=config.finetune is not None
+    )
+
+
+def classes_of_teacher(config: Config) -> tuple[str, ...]:
+    """Of one that is used as it came, in the order of its ids; none where it is taught the data's."""
+    if config.task != "classification" or config.finetune:
+        return ()
+    names: dict[int, str] = shape_of(config.teacher.model, "teacher.model").id2label
+    return tuple(names[number] for number in sorted(names))
 
 
 def describe_store(store: TokenStore) -> list[str]:
@@ -273,6 +297,20 @@ def describe_store(store: TokenStore) -> list[str]:
         notes = "".join(f", {note}" for note in left_out)
         lines.append(f"{split}: {counts.rows:,} rows, {counts.tokens:,} tokens, {waste:.1%} padding{notes}")
     return lines
+
+
+def describe_heads(config: Config, store: TokenStore) -> Iterator[str]:
+    """Heads of other classes than the data's, which do not outlive the loading."""
+    if not labels_texts(config.task):
+        return
+    wanted = len(store.meta.labels) or 1
+    given = [(f"{whose}.model", model) for whose, model in _named(config) if config.finetune]
+    given += [("student.model", config.student.model)] if config.student.model else []
+    for key, model in given:
+        shape = shape_of(model, key)
+        headed = any(kind.endswith(HEADS[config.task]) for kind in shape.architectures or ())
+        if headed and shape.num_labels != wanted:
+            yield f"{key}: its head has {shape.num_labels} outputs, the data {wanted}: a new one is made"
 
 
 def check_store(config: Config, store: TokenStore) -> None:

@@ -52,8 +52,6 @@ def encode_targets(
 
     `visits_N`: of each place's row; what is drawn at a place hangs on that and on its number among its row's places.
 
-    `visits_N`: of each place's row, where what is drawn there is to hang on that and not on the micro-batch.
-
     Raises ModelError where a number does not fit the format.
     """
     columns = {

@@ -71,21 +71,23 @@ class StoreMeta:
 
 
 def build_store(
-    corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", config: TokensConfig, labelled: bool, documents: bool = False
-) -> Path:
+    corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", config: TokensConfig, labelled: bool, documents: bool = False,
+    classes: tuple[str, ...] = (),
+) -> Path:  # fmt: skip
     """The directory of the token store for these inputs; written if it is not in the cache yet.
 
     `labelled`: examples in buckets; `documents`: blocks that keep where each document begins; neither: plain blocks.
+    `classes`: what a teacher calls them, in the order of its ids.
 
     Raises DataError when the training split comes out empty or a labelled one has fewer than two classes.
     """
     inputs = [FORMAT, corpus.fingerprint, tokenizer_hash(tokenizer), config.model_dump(mode="json"), labelled]
-    inputs += ["documents"] * documents + ["numbers"] * corpus.numbers
+    inputs += ["documents"] * documents + ["numbers"] * corpus.numbers + [classes] * bool(classes)
     path = cache_dir() / "tokens" / digest(inputs)
     if path.exists():
         return path
     with whole_directory(path) as scratch:
-        writer = _Writer(scratch, tokenizer, config, corpus, labelled, documents)
+        writer = _Writer(scratch, tokenizer, config, corpus, labelled, documents, classes)
         writer.write()
     return path
 
@@ -100,12 +102,15 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
     return digest([content, sorted(tokenizer.all_special_ids)])
 
 
-def class_names(rows: Iterable[TextRow]) -> tuple[str, ...]:
-    """In the order of their ids: whole numbers by value, so that they are ids where they already were.
+def class_names(rows: Iterable[TextRow], known: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """In the order of their ids: `known` ones where no row has another, else whole numbers by value, so that they are
+    ids where they already were.
 
     Raises DataError for fewer than two.
     """
     names = {row.label for row in rows if row.label is not None}
+    if known and names <= set(known):
+        return known
     if len(names) < 2:
         raise DataError(f"expected at least two classes, found {', '.join(names) or 'no label'}: check the labels")
     numbers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names)
@@ -117,7 +122,7 @@ class _Writer:
 
     def __init__(
         self, path: Path, tokenizer: "PreTrainedTokenizerBase", config: TokensConfig, corpus: Corpus, labelled: bool,
-        documents: bool,
+        documents: bool, classes: tuple[str, ...],
     ) -> None:  # fmt: skip
         self._path = path
         self._tokenizer = tokenizer
@@ -125,7 +130,7 @@ class _Writer:
         self._corpus = corpus
         self._documents = documents
         self._labelled, self._numbers = labelled, labelled and corpus.numbers
-        self._labels = class_names(corpus.rows()) if labelled and not corpus.numbers else ()
+        self._labels = class_names(corpus.rows(), classes) if labelled and not corpus.numbers else ()
         self._ids = {label: number for number, label in enumerate(self._labels)}
         self._buckets = (*sorted(config.buckets), config.length) if labelled else (config.length,)
         self._counts: dict[Split, SplitCounts] = {split: SplitCounts() for split in SPLITS}

@@ -80,7 +80,7 @@ def check(
     rows_of: RowsOf = reference.student_rows,
 ) -> None:  # fmt: skip
     """Loss and gradients of the library on what was streamed, against `expected` on what was made here."""
-    distiller, loss = _trained(case, case.student(), config)
+    distiller, loss = trained(case, case.student(), config)
     rows = rows_of(distiller.model, case.made, dict(case.given.states))
     _same(distiller, loss, expected(distiller.model, rows))
 
@@ -92,7 +92,7 @@ def check_narrow(
     narrow = StudentConfig(layers=(0, 2), hidden_size=16, num_heads=2)
     torch.manual_seed(5)
     student = build_student(load_model(case.teacher_dir, case.task, case.labels), narrow, case.task)
-    distiller, loss = _trained(case, student, config)
+    distiller, loss = trained(case, student, config)
     rows = reference.student_rows(student, case.made, dict(case.given.states))
     projected = [([_projected(distiller, n, state) for n, state in enumerate(states)], *rest) for states, *rest in rows]
     _same(distiller, loss, expected(student, rows, projected))
@@ -102,7 +102,7 @@ def _projected(distiller: Distiller, n: int, state_TD: Tensor) -> Tensor:
     return distiller.projections[str(n)](state_TD) if str(n) in distiller.projections else state_TD
 
 
-def _trained(case: Streamed, student: PreTrainedModel, config: LossConfig) -> tuple[Distiller, Tensor]:
+def trained(case: Streamed, student: PreTrainedModel, config: LossConfig) -> tuple[Distiller, Tensor]:
     """The library's module around `student`, and its loss of the micro-batch."""
     layers = plan_layers(config, case.task, case.task != "classification" and not case.targets.soft_labels, 4, 2)
     teacher = case.teacher()

@@ -4,22 +4,25 @@ The reference (`reference.py`) is written from the papers' formulas, runs one ro
 the targets as the wire rounded them. Dropout 0, one thread, float32.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import reference
 import torch
-from parity import Streamed, check, check_narrow, one_micro_batch
+from kept import sized
+from parity import Streamed, check, check_narrow, gradients, one_micro_batch, trained
 from sources import class_source, mlm_source
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from raydistil.config.loss import LossConfig
 from raydistil.config.targets import TargetsConfig
+from raydistil.ensemble import mixed_targets
 from raydistil.models import load_model, load_tokenizer
 from raydistil.places import compared_places
-from raydistil.types import Sparse
+from raydistil.types import IGNORE, Sparse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -110,7 +113,7 @@ def test_minilm2(mlm: Streamed, layer: int, heads: int) -> None:
 def test_codecs(opinionated: str, tmp_path: Path, codec: str, positions: str) -> None:
     """Fed what the codec left of them, soft labels train as the formula says; how much it leaves is tested apart."""
     source = mlm_source(tmp_path, opinionated)
-    config = TargetsConfig(codec=codec, top_k=5, num_draws=20)
+    config = TargetsConfig(**sized(codec, 5, 20))
     loss = LossConfig(kd=3, task=1, cosine=0, kd_positions=positions)
     case = one_micro_batch("mlm", opinionated, source, config, True, loss, ray=False)
     places = compared_places(case.made, loss, 3)
@@ -145,7 +148,8 @@ KINDS = ["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "mse"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_divergences_of_classes(classes: Streamed, kind: str) -> None:
-    config = LossConfig(kd=5, task=0.5, cosine=0, divergence=kind, temperature=3, beta=0.3, label_smoothing=0.1)
+    beta = {"beta": 0.3} if kind == "jensen_shannon" else {}
+    config = LossConfig(kd=5, task=0.5, cosine=0, divergence=kind, temperature=3, label_smoothing=0.1, **beta)
 
     def expected(student: PreTrainedModel, rows: reference.Rows) -> Tensor:
         logits = class_logits(student, classes)
@@ -154,6 +158,42 @@ def test_divergences_of_classes(classes: Streamed, kind: str) -> None:
         return 5 * reference.divergence(kind, logits, classes.given.soft_labels.float(), 3, 0.3) + 0.5 * hard
 
     check(classes, config, expected)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "mse"])
+def test_several_teachers(classes: Streamed, kind: str) -> None:
+    """Of what each says as the wire rounded it, the weighted mean: of probabilities, or of logits."""
+    config = LossConfig(kd=5, task=0, cosine=0, divergence=kind, temperature=3)
+    first = classes.given.soft_labels
+    second = torch.randn(first.shape, generator=torch.Generator().manual_seed(3)).half()
+    said = [classes.given, replace(classes.given, soft_labels=second)]
+    both = replace(classes, given=mixed_targets(said, [0.3, 0.7], config))
+
+    def expected(student: PreTrainedModel, rows: reference.Rows) -> Tensor:
+        logits, parts = class_logits(student, classes), (first.float(), second.float())
+        if kind == "mse":
+            return 5 * (logits - (0.3 * parts[0] + 0.7 * parts[1])).square().mean()
+        p = 0.3 * (parts[0] / 3).softmax(-1) + 0.7 * (parts[1] / 3).softmax(-1)
+        q = (logits / 3).softmax(-1)
+        return 5 * 9 * (p * (p / q).log()).sum() / len(logits)
+
+    check(both, config, expected)
+
+
+def test_several_teachers_of_a_vocabulary(opinionated: str, tmp_path: Path) -> None:
+    source, loss = mlm_source(tmp_path, opinionated), LossConfig(kd=3, task=0, cosine=0, kd_positions="all")
+    case = one_micro_batch("mlm", opinionated, source, TargetsConfig(codec="logits"), True, loss, ray=False)
+    first = case.given.soft_labels
+    second = first.flip(-1)
+    said = [case.given, replace(case.given, soft_labels=second)]
+    both = replace(case, given=mixed_targets(said, [0.25, 0.75], loss))
+
+    def expected(student: PreTrainedModel, rows: reference.Rows) -> Tensor:
+        q = (student.cls(torch.cat([row[0][-1] for row in rows])) / 2).softmax(-1)
+        p = 0.25 * (first.float() / 2).softmax(-1) + 0.75 * (second.float() / 2).softmax(-1)
+        return 3 * 4 * (p * (p / q).log()).sum() / len(q)
+
+    check(both, loss, expected)
 
 
 def first_units(rows: reference.Rows, side: int, layer: int) -> list[Tensor]:
@@ -186,6 +226,55 @@ def test_triplet_guided(classes: Streamed) -> None:
             first_units(rows, 0, 2), first_units(rows, 1, 4), labels, 0.1, 0.9
         ),
     )  # fmt: skip
+
+
+def unlabelled(case: Streamed, *rows: int) -> tuple[Streamed, list[int]]:
+    """The case with `rows` without a label, as augmented texts are, and the rows that have one."""
+    labels_B = case.batch.labels_B.copy()
+    labels_B[list(rows)] = IGNORE
+    kept = [n for n in range(len(labels_B)) if n not in rows]
+    return replace(case, batch=replace(case.batch, labels_B=labels_B)), kept
+
+
+@pytest.mark.parametrize("term", ["hard", "semi_hard", "guided", "contrastive"])
+def test_texts_without_a_label_are_of_no_class(classes: Streamed, term: str) -> None:
+    """Not one more class of their own: the loss is that of the labelled ones alone."""
+    case, kept = unlabelled(classes, 0, 3)
+    labels = [int(classes.made.labels_B[n]) for n in kept]
+    config = LossConfig(**NOTHING, **METRIC[term])
+
+    def expected(_: PreTrainedModel, rows: reference.Rows) -> Tensor:
+        units = [first_units(rows, 0, 2)[n] for n in kept]
+        if term == "guided":
+            return reference.guided_triplets(units, [first_units(rows, 1, 4)[n] for n in kept], labels, 0.2, 0.5)
+        if term == "contrastive":
+            return reference.supervised_contrastive(units, labels, 0.1)
+        apart = reference.hard_triplets if term == "hard" else reference.semi_hard_triplets
+        return apart(units, labels, 0.2)
+
+    check(case, config, expected)
+
+
+METRIC: dict[str, dict[str, Any]] = {
+    "hard": {"triplet": {}}, "semi_hard": {"triplet": {"mining": "semi_hard"}},
+    "guided": {"triplet": {"guided": True}}, "contrastive": {"contrastive": {}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("term", METRIC)
+@pytest.mark.parametrize("left", [(), (1,), (1, 2)])
+def test_where_nothing_can_be_told_apart_nothing_is_learned(
+    classes: Streamed, term: str, left: tuple[int, ...]
+) -> None:
+    """No label, one, or two of which none is of the other's class (contrastive: of the same)."""
+    labels = classes.made.labels_B.tolist()
+    alike = [n for n in range(len(labels)) if (labels[n] == labels[1]) == (term != "contrastive")]
+    kept = {(): [], (1,): [1], (1, 2): [1, next(n for n in alike if n != 1)]}[left]
+    case, _ = unlabelled(classes, *(n for n in range(len(labels)) if n not in kept))
+    config = LossConfig(**NOTHING, **METRIC[term])
+    distiller, loss = trained(case, case.student(), config)
+    assert loss.item() == 0
+    assert all(not gradient.any() for gradient in gradients(distiller, loss).values())
 
 
 @pytest.mark.parametrize("pooling", ["first", "mean"])

@@ -9,7 +9,8 @@ import torch
 
 from raydistil import pipeline, rundir
 from raydistil.config import Config, EvaluateConfig
-from raydistil.errors import Interrupted, StorageError
+from raydistil.errors import DivergedError, Interrupted, StorageError
+from raydistil.models import load_model, load_tokenizer
 from raydistil.prepare import make_store
 from raydistil.tokens import TokenStore
 from raydistil.types import StepMetrics
@@ -172,6 +173,41 @@ def test_two_workers_under_zero_2_train_every_position_once(
     assert summary is not None
     assert summary["steps"] * 2 == summary["micro_batches"]
     assert summary["teacher_builds"] == 1
+
+
+@pytest.mark.slow
+def test_a_teacher_labels_texts_that_have_no_labels(
+    ray_cluster: None, able_classifier: str, corpus_file: Path, tmp_path: Path
+) -> None:
+    texts = tmp_path / "texts.jsonl"
+    rows = [json.loads(line) for line in corpus_file.read_text().splitlines()]
+    texts.write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in rows))
+    said: list[str] = []
+    asked = config_for(
+        tmp_path, able_classifier, texts, corpus={"labelled_share": 1.0}, finetune=None, evaluate=None,
+        distill={"epochs": 8},
+    )  # fmt: skip
+    pipeline.run_all(asked, said.append)
+    assert "no label column: the teacher alone labels the texts (corpus.label_column names one)" in said
+    assert "classes: fruit, metal, river" in said
+    student, teacher = (
+        load_model(str(path), "classification").eval() for path in (asked.run_dir / "student", able_classifier)
+    )
+    batch = load_tokenizer(able_classifier)([row["text"] for row in rows], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        same = student(**batch).logits.argmax(-1) == teacher(**batch).logits.argmax(-1)
+    assert same.float().mean() > 0.9
+    assert student.config.id2label == teacher.config.id2label
+
+
+@pytest.mark.slow
+def test_a_training_that_has_lost_its_way_ends_before_it_is_saved(
+    ray_cluster: None, able_classifier: str, corpus_file: Path, tmp_path: Path
+) -> None:
+    asked = config_for(tmp_path, able_classifier, corpus_file, finetune=None, distill={"lr": 1e30})
+    with pytest.raises(DivergedError, match=r"expected a finite loss, got nan or inf by step \d+ of .*: lower lr"):
+        pipeline.run_all(asked, quiet)
+    assert not (asked.run_dir / "distilled").exists()
 
 
 @pytest.mark.slow

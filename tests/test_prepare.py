@@ -13,7 +13,8 @@ from transformers import (
     XLNetConfig,
 )
 
-from raydistil.config import Config, config_of
+from raydistil.config import config_of
+from raydistil.config.loss import LossConfig
 from raydistil.errors import RaydistilError
 from raydistil.prepare import check_losses, num_positions
 
@@ -24,12 +25,14 @@ MPNET = MPNetConfig(hidden_size=96, num_hidden_layers=6, num_attention_heads=12)
 LLAMA = LlamaConfig(hidden_size=96, num_hidden_layers=6, num_attention_heads=12, num_key_value_heads=4)
 
 
-def config(task: str = "classification", **loss: Any) -> Config:
+def terms(task: str = "classification", **loss: Any) -> LossConfig:
     nothing: dict[str, Any] = {"kd": 1.0, "cosine": 0.0, "hidden": {"weight": 0.0}}
-    return config_of({
+    config = config_of({
         "task": task, "corpus": {"source": "rows.jsonl"}, "teacher": {"model": "t"}, "student": {"num_layers": 3},
         "distill": {"loss": nothing | loss},
     })  # fmt: skip
+    assert config.distill is not None
+    return config.distill.loss
 
 
 @pytest.mark.parametrize(
@@ -47,7 +50,7 @@ def config(task: str = "classification", **loss: Any) -> Config:
     ],
 )
 def test_what_goes_together(loss: dict[str, Any], teacher: PreTrainedConfig, student: PreTrainedConfig) -> None:
-    check_losses(config(**loss), teacher, student)
+    check_losses("classification", terms(**loss), teacher, student)
 
 
 @pytest.mark.parametrize(
@@ -66,18 +69,13 @@ def test_what_goes_together(loss: dict[str, Any], teacher: PreTrainedConfig, stu
 )
 def test_what_does_not(loss: dict[str, Any], teacher: PreTrainedConfig, student: PreTrainedConfig, words: str) -> None:
     with pytest.raises(RaydistilError, match=words):
-        check_losses(config(**loss), teacher, student)
+        check_losses("classification", terms(**loss), teacher, student)
 
 
 @pytest.mark.parametrize("name", ["triplet", "contrastive"])
 def test_classes_are_needed_to_tell_them_apart(name: str) -> None:
     with pytest.raises(RaydistilError, match=f"distill.loss.{name}: expected task classification, got mlm"):
-        check_losses(config("mlm", **{name: {}}), BERT, SHALLOW)
-
-
-def test_a_run_without_distillation_has_no_losses() -> None:
-    plain = config()
-    check_losses(plain.model_copy(update={"distill": None}), BERT, NARROW)
+        check_losses("mlm", terms("mlm", **{name: {}}), BERT, SHALLOW)
 
 
 @pytest.mark.parametrize(

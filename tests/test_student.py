@@ -346,6 +346,22 @@ def test_vocabularies_must_agree(tmp_path: Path) -> None:
 # ---- a student of its own
 
 
+def test_models_of_one_tokenizer_may_be_padded_to_different_sizes(tmp_path: Path) -> None:
+    """What the student says is compared with the teacher's, entry by entry."""
+    teacher = tiny.model(BertConfig(**tiny.SHAPE), "mlm")
+    for rows in (40, 50):
+        other = tiny.model(BertConfig(**tiny.SHAPE | {"vocab_size": rows}), "mlm")
+        other.save_pretrained(tmp_path / str(rows))
+        config = StudentConfig(model=str(tmp_path / str(rows)))
+        student = build_student(teacher, config, "mlm")
+        assert vocabulary_head(student).weight_VE.shape == vocabulary_head(teacher).weight_VE.shape
+        both = min(rows, 45)
+        states = torch.randn(3, 16)
+        torch.testing.assert_close(vocabulary_head(student)(states)[:, :both], vocabulary_head(other)(states)[:, :both])
+        assert student_outline(teacher, config, "mlm").config.vocab_size == 45
+        assert build_student(teacher, config, "classification").config.vocab_size == rows
+
+
 def test_a_student_that_starts_from_a_checkpoint(tmp_path: Path) -> None:
     tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
     start = tiny.model(BertConfig(**{**tiny.SHAPE, "num_hidden_layers": 2}), "mlm")

@@ -15,7 +15,7 @@ from raydistil import tokens
 from raydistil.config import TokensConfig, digest
 from raydistil.corpus import Corpus
 from raydistil.errors import DataError, ModelError
-from raydistil.tokens import TokenStore, build_store, tokenizer_hash
+from raydistil.tokens import TokenStore, build_store, class_names, tokenizer_hash
 from raydistil.types import IGNORE, SPLITS, Split, TextRow
 
 FIRST_WORD = len(tiny.SPECIAL)
@@ -176,6 +176,21 @@ def test_the_store_knows_its_tokenizer(tokenizer: PreTrainedTokenizerBase) -> No
     counts = np.zeros(len(tokenizer), np.int64)
     counts[[tiny.CLS, tiny.SEP, tiny.UNK, FIRST_WORD]] = 1, 1, 1, 2
     assert store.token_counts().tolist() == counts.tolist()
+
+
+@pytest.mark.parametrize(
+    ("labels", "known", "expected"),
+    [
+        ((None, None), ("bad", "good"), ("bad", "good")),
+        (("good", None), ("good", "bad"), ("good", "bad")),
+        (("b", "a"), ("good", "bad"), ("a", "b")),
+        (("10", "9"), (), ("9", "10")),
+    ],
+)
+def test_classes_are_the_teachers_where_the_rows_have_no_others(
+    labels: tuple[str | None, ...], known: tuple[str, ...], expected: tuple[str, ...]
+) -> None:
+    assert class_names([row(["aa"], label=label) for label in labels], known) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Everything a teacher's targets depend on: two runs with the same fingerprint may share them, no others.
 
-That is less than a configuration: not the weights of the losses, not the student, nor the number of epochs or of mask
-variants. The token store's name stands for the texts, the tokenizer and how it cut them.
+That is less than a configuration: not the weights of the losses, nor the student, the number of epochs or of mask
+variants, but which hidden states and places the losses look at. The token store's name stands for the texts, the
+tokenizer and how it cut them.
 """
 
 import hashlib

@@ -51,12 +51,23 @@ class Columns:
     numbers: bool = field(default=False, repr=False)  # not in the fingerprint: token stores tell them apart
 
 
-def open_corpus(config: CorpusConfig, labelled: bool, numbers: bool = False) -> Corpus:
-    """The corpus `config` names; `numbers`: its labels are finite numbers instead of classes.
+@dataclass(frozen=True, slots=True)
+class _Labels:
+    """What is asked of a corpus."""
+
+    any: bool
+    numbers: bool
+    needed: bool
+
+
+def open_corpus(config: CorpusConfig, labelled: bool, numbers: bool = False, needed: bool = True) -> Corpus:
+    """The corpus `config` names; `labelled`: its texts have labels, `needed`: it cannot do without a column of them;
+    `numbers`: they are finite numbers instead of classes.
 
     Raises DataError, naming file and row, for what cannot be used, ConfigError for keys that do not go together.
     """
-    corpus = replace(_open(config, labelled, numbers), numbers=numbers)
+    wanted = _Labels(labelled, numbers, needed)
+    corpus = replace(_open(config, wanted), numbers=numbers)
     if config.labelled_share == 1:
         return corpus
     share = config.labelled_share
@@ -67,17 +78,17 @@ def open_corpus(config: CorpusConfig, labelled: bool, numbers: bool = False) -> 
     )
 
 
-def _open(config: CorpusConfig, labelled: bool, numbers: bool) -> Corpus:
+def _open(config: CorpusConfig, wanted: _Labels) -> Corpus:
     if config.source != "python-docs" and is_file_pattern(config.source):
-        return _open_files(config, labelled, numbers)
+        return _open_files(config, wanted)
     if config.validation_source or config.test_source:
         raise ConfigError(
             f"corpus.validation_source and corpus.test_source go with files as corpus.source, got {config.source!r}: "
             f"leave them out"
         )
     if config.source != "python-docs":
-        return _open_hub(config, labelled, numbers)
-    if numbers:
+        return _open_hub(config, wanted)
+    if wanted.numbers:
         raise ConfigError("corpus.source: python-docs has classes and no numbers: use task classification")
     return _open_python_docs(config)
 
@@ -120,7 +131,7 @@ def _cached(path: Path, files: list[python_docs.SourceFile]) -> list[TextRow] | 
 # ---- files
 
 
-def _open_files(config: CorpusConfig, labelled: bool, numbers: bool) -> Corpus:
+def _open_files(config: CorpusConfig, wanted: _Labels) -> Corpus:
     sources: dict[Split, tuple[str | None, str]] = {
         "train": (config.source, "corpus.source"),
         "validation": (config.validation_source, "corpus.validation_source"),
@@ -129,7 +140,7 @@ def _open_files(config: CorpusConfig, labelled: bool, numbers: bool) -> Corpus:
     paths = {split: expand(pattern, key) for split, (pattern, key) in sources.items() if pattern}
     _check_disjoint(paths)
     first_number, first = _first_record(paths["train"])
-    columns, notes = _choose_columns(config, first, f"{paths['train'][0]}:{first_number}", labelled, numbers)
+    columns, notes = _choose_columns(config, first, f"{paths['train'][0]}:{first_number}", wanted)
 
     def rows() -> Iterator[TextRow]:
         for split, group in paths.items():
@@ -171,11 +182,11 @@ def _hash_files(paths: dict[Split, list[Path]], settings: Any) -> str:
 # ---- hub
 
 
-def _open_hub(config: CorpusConfig, labelled: bool, numbers: bool) -> Corpus:
+def _open_hub(config: CorpusConfig, wanted: _Labels) -> Corpus:
     loaded = _load_hub(config)
-    columns, notes = _choose_columns(config, loaded["train"][0], f"{config.source}[train]", labelled, numbers)
+    columns, notes = _choose_columns(config, loaded["train"][0], f"{config.source}[train]", wanted)
     kind = loaded["train"].features.get(columns.label) if columns.label else None
-    if not numbers and hasattr(kind, "int2str"):  # a ClassLabel
+    if not wanted.numbers and hasattr(kind, "int2str"):  # a ClassLabel
         columns = replace(columns, no_label=-1)
     parts, split_notes = _hub_splits(loaded, columns)
     shares = {f"{split}_share": 0.0 for split in ("validation", "test") if split in loaded}
@@ -224,13 +235,23 @@ def _hub_splits(loaded: Any, columns: Columns) -> tuple[dict[Split, Any], tuple[
 
 
 def _choose_columns(
-    config: CorpusConfig, first: dict[str, Any], where: str, labelled: bool, numbers: bool
+    config: CorpusConfig, first: dict[str, Any], where: str, wanted: _Labels
 ) -> tuple[Columns, tuple[str, ...]]:
     """The configured columns, else guessed ones with a note for each guess."""
     text, text_note = _choose(config.text_column, TEXT_COLUMNS, first, where, "text")
-    known = NUMBER_COLUMNS if numbers else LABEL_COLUMNS
-    label, label_note = _choose(config.label_column, known, first, where, "label") if labelled else (None, None)
-    return Columns(text, label, numbers=numbers), tuple(note for note in (text_note, label_note) if note)
+    label, label_note = _choose_label(config, first, where, wanted)
+    return Columns(text, label, numbers=wanted.numbers), tuple(note for note in (text_note, label_note) if note)
+
+
+def _choose_label(
+    config: CorpusConfig, first: dict[str, Any], where: str, wanted: _Labels
+) -> tuple[str | None, str | None]:
+    known = NUMBER_COLUMNS if wanted.numbers else LABEL_COLUMNS
+    if not wanted.any:
+        return None, None
+    if not wanted.needed and config.label_column is None and not any(name in first for name in known):
+        return None, "no label column: the teacher alone labels the texts (corpus.label_column names one)"
+    return _choose(config.label_column, known, first, where, "label")
 
 
 def _choose(

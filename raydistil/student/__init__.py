@@ -56,6 +56,7 @@ def build_student(teacher: PreTrainedModel, config: StudentConfig, task: Task) -
     if config.model is not None:
         labels = tuple((teacher.config.id2label or {}).values())
         student = load_model(config.model, task, labels, "student.model")
+        _fit_vocabulary(student, teacher, task)
     else:
         student = _of_teacher(teacher, config)
         if teacher.can_generate():
@@ -63,6 +64,13 @@ def build_student(teacher: PreTrainedModel, config: StudentConfig, task: Task) -
     if not labels_texts(task):
         vocabulary_head(student)
     return student
+
+
+def _fit_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel, task: Task) -> None:
+    """Models of one tokenizer may be padded to different sizes; what they say of tokens is compared one by one."""
+    rows = teacher.config.vocab_size
+    if not labels_texts(task) and student.config.vocab_size != rows:
+        student.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def take_layers(model: PreTrainedModel, other: PreTrainedModel) -> None:
@@ -90,6 +98,7 @@ def student_outline(
     """
     if config.model is not None:
         student = outline(config.model, task, num_labels, "student.model")
+        _fit_vocabulary(student, teacher, task)
     else:
         with torch.device("meta"):
             student = _of_teacher(teacher, config.model_copy(update={"narrow": "random"}))
