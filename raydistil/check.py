@@ -19,7 +19,7 @@ from raydistil.layers import plan_layers
 from raydistil.models import load_tokenizer, quiet_transformers
 from raydistil.optim import deepspeed_config
 from raydistil.plan import cores, local_cpus, threads
-from raydistil.prepare import check_models, classes_of_teacher, corpus_of, needs, outlines
+from raydistil.prepare import check_models, classes_of_teacher, corpus_of, describe_heads, needs, outlines
 from raydistil.size import describe_model
 from raydistil.specs import TargetsSpec
 from raydistil.storage import free_bytes
@@ -39,12 +39,13 @@ def check(path: Path, overrides: list[str], show: int) -> dict[str, Any]:
     check_models(config)
     check_before_start(config.cluster, needs(config))
     rows, notes = _sample(config)
+    heads = describe_heads(config, _num_outputs(config, rows))
     origins = explain(config, read_toml(path), overrides)
     return {
         "config": [{"key": key, "value": value, "origin": origin} for key, value, origin in origins],
         "examples": _examples(config, rows[:show]),
         "models": _models(config, rows),
-        "data": [*notes, f"read {len(rows):,} rows without complaint (run reads all)"],
+        "data": [*notes, *heads, f"read {len(rows):,} rows without complaint (run reads all)"],
         "plan": [*_plan(config), *_kept(config, rows)],
         "deepspeed": None if config.distill is None else deepspeed_config(config.distill),
     }
@@ -60,10 +61,16 @@ def _sample(config: Config) -> tuple[list[TextRow], tuple[str, ...]]:
     return rows, corpus.notes
 
 
+def _num_outputs(config: Config, rows: list[TextRow]) -> int:
+    """Of a class head, by the rows that were read; of a regression's."""
+    known = classes_of_teacher(config) or {row.label for row in rows} - {None}
+    return len(known) if config.task == "classification" else 1
+
+
 def _models(config: Config, rows: list[TextRow]) -> dict[str, dict[str, Any]]:
     """The sizes of teacher and student, with a class head for the classes of the rows that were read."""
-    classes = {row.label for row in rows if row.label is not None}
-    outlined = outlines(config, len(classes) if config.task == "classification" and config.finetune else None)
+    classes = _num_outputs(config, rows) if config.task == "classification" and config.finetune else None
+    outlined = outlines(config, classes)
     sizes = [describe_model(model, config.tokens.length) for model in outlined]
     between = [f"assistant-{number}" for number in range(1, len(sizes) - 1)]
     return {
@@ -124,10 +131,7 @@ def _kept(config: Config, rows: list[TextRow]) -> Iterator[str]:
 
 def _num_classes(config: Config, rows: list[TextRow], teacher: Any) -> int:
     """How many logits a soft label has."""
-    if config.task == "regression":
-        return 1
-    known = classes_of_teacher(config) or {row.label for row in rows} - {None}
-    return len(known) if config.task == "classification" else teacher.vocab_size
+    return _num_outputs(config, rows) if labels_texts(config.task) else teacher.vocab_size
 
 
 def _asked(config: Config) -> Iterator[tuple[int, TargetsSpec, Any]]:

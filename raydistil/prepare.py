@@ -58,7 +58,7 @@ def prepare(config: Config, say: Say) -> Prepared:
     if config.student.vocabulary == "corpus":
         used = _in_words_of(config, store, say)
         store = TokenStore(make_store(used))
-    for line in (*describe_store(store), *describe_heads(used, store)):
+    for line in (*describe_store(store), *describe_heads(used, len(store.meta.labels) or 1)):
         say(line)
     check_store(used, store)
     return Prepared(used, rundir.claim(config, store.path.name), store, say)
@@ -299,11 +299,10 @@ def describe_store(store: TokenStore) -> list[str]:
     return lines
 
 
-def describe_heads(config: Config, store: TokenStore) -> Iterator[str]:
-    """Heads of other classes than the data's, which do not outlive the loading."""
+def describe_heads(config: Config, wanted: int) -> Iterator[str]:
+    """Heads with another number of outputs than the data's classes, or than one number: they do not outlive loading."""
     if not labels_texts(config.task):
         return
-    wanted = len(store.meta.labels) or 1
     given = [(f"{whose}.model", model) for whose, model in _named(config) if config.finetune]
     given += [("student.model", config.student.model)] if config.student.model else []
     for key, model in given:

@@ -189,6 +189,29 @@ def test_a_labelled_share_is_of_classes(capfd: pytest.CaptureFixture[str], confi
     assert "corpus.labelled_share is of task classification" in complaint(capfd, "check", str(config), *overrides)
 
 
+def test_check_names_a_head_that_does_not_fit_the_data(
+    capfd: pytest.CaptureFixture[str], config: Path, tiny_classifier: str, tmp_path: Path
+) -> None:
+    two = write_jsonl(tmp_path / "two.jsonl", [row for row in sentences(90) if row["label"] != "fruit"])
+    said = "teacher.model: its head has 3 outputs, the data {}: a new one is made".format
+    for corpus, expected in ((two, [said(2)]), (write_jsonl(tmp_path / "three.jsonl", sentences(90)), [])):
+        chosen = ["--set", f"teacher.model={tiny_classifier}", "--set", f"corpus.source={corpus}"]
+        assert _guarded(["check", str(config), "--json", *chosen]) == 0
+        checked = json.loads(capfd.readouterr().out)
+        assert [line for line in checked["data"] if "head" in line] == expected
+
+
+def test_a_teacher_that_knows_its_classes_needs_no_labels(
+    capfd: pytest.CaptureFixture[str], config: Path, tiny_classifier: str, tmp_path: Path
+) -> None:
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": row["text"]} for row in sentences(90)])
+    chosen = ["--set", f"teacher.model={tiny_classifier}", "--set", f"corpus.source={texts}"]
+    taught = without(without(config, "finetune"), "evaluate")
+    assert _guarded(["check", str(taught), "--json", *chosen]) == 0
+    assert "no label column: the teacher alone labels the texts" in json.loads(capfd.readouterr().out)["data"][1]
+    assert "expected a label column" in complaint(capfd, "check", str(config), *chosen)
+
+
 def test_check_and_doctor_print_one_json_object(capfd: pytest.CaptureFixture[str], config: Path) -> None:
     for arguments in (["check", str(config), "--json"], ["doctor", "--json"]):
         assert _guarded(arguments) == 0

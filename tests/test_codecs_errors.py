@@ -1,4 +1,4 @@
-"""What each codec does to the gradient of distillation, on real states: MiniLM teaching three of its own layers.
+"""What codecs do to the loss of distillation and its gradient, on real states: MiniLM teaching three of its own layers.
 
     pytest -s tests/test_codecs_errors.py       prints the tables
 
@@ -32,6 +32,7 @@ from raydistil.types import Sparse
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
+Graded = tuple[Tensor, Tensor]  # loss of each place, gradient in its logits
 PLACES, SCALE, TEMPERATURE, SEEDS = 64, 4.0, 1.0, 32
 
 
@@ -50,24 +51,24 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class CodecError:
-    """How far the gradient with respect to the student's logits is from the exact one, all places together."""
+    """How far loss and gradient with respect to the student's logits are from the exact ones, all places together."""
 
     name: str
     bytes_per_place: float  # as encoded, the header included
     degrees: float  # between the two gradients [N, V]
     relative: float  # ||g - exact|| / ||exact||
     state_degrees: float  # the same after the decoder: gradients [N, D] of its input, where draws average out
+    loss: float  # as a share of the exact one, its error; of draws another loss is meant, see `sparse_kl`
 
     def __str__(self) -> str:
         numbers = f"{self.bytes_per_place:>12,.1f} {self.degrees:>9.3f} {self.relative:>10.2e}"
-        return f"{self.name:<14}{numbers} {self.state_degrees:>15.3f}"
+        return f"{self.name:<14}{numbers} {self.state_degrees:>15.3f} {self.loss:>10.2e}"
 
 
 def codec_errors(case: Case, temperature: float) -> dict[str, CodecError]:
     """One line a codec; those that draw, with key 0."""
     student_NV, teacher_NV = case.logits(case.student_ND), case.logits(case.teacher_ND)
-    exact_NV = exact_gradient(student_NV, teacher_NV, temperature)
-    measured = partial(measure, case=case, exact_NV=exact_NV)
+    measured = partial(measure, case=case, exact=exact_graded(student_NV, teacher_NV, temperature))
     dtypes: tuple[StateDtype, ...] = ("fp16", "bf16", "int8")
     codecs: tuple[SoftLabelCodec, ...] = (
         Logits(), *map(TopK, (1, 8, 32, 128, 512)), *map(Sampled, (12, 50, 200, 800)),
@@ -76,16 +77,16 @@ def codec_errors(case: Case, temperature: float) -> dict[str, CodecError]:
     for dtype in dtypes:
         encoded = encode_states(case.teacher_ND, dtype)
         rounded_NV = case.logits(decode_states(encoded, len(case.teacher_ND), dtype, CPU))
-        rows.append(measured(f"states {dtype}", encoded, exact_gradient(student_NV, rounded_NV, temperature)))
+        rows.append(measured(f"states {dtype}", encoded, exact_graded(student_NV, rounded_NV, temperature)))
     for codec in codecs:
         encoded = codec.encode(teacher_NV, temperature, 0)
-        gradient_NV = codec_gradient(codec, encoded, student_NV, temperature)
+        graded = codec_graded(codec, encoded, student_NV, temperature)
         number = codec.k if isinstance(codec, TopK) else codec.num_draws if isinstance(codec, Sampled) else ""
-        rows.append(measured(f"{type(codec).__name__.lower()} {number}".strip(), encoded, gradient_NV))
+        rows.append(measured(f"{type(codec).__name__.lower()} {number}".strip(), encoded, graded))
     encoded = TopK(32).encode(teacher_NV, temperature, 0)
     kept = TopK(32).decode(encoded, CPU)
-    rows.append(measured("  no tail", encoded, sparse_kl(student_NV, without_tail(kept), temperature)[1]))
-    rows.append(measured("  even tail", encoded, even_tail_gradient(student_NV, kept, temperature)))
+    rows.append(measured("  no tail", encoded, sparse_kl(student_NV, without_tail(kept), temperature)))
+    rows.append(measured("  even tail", encoded, even_tail_graded(student_NV, kept, temperature)))
     return {row.name: row for row in rows}
 
 
@@ -94,21 +95,20 @@ def without_tail(kept: Sparse) -> Sparse:
     return Sparse(kept.ids_NK, kept.probs_NK / kept.probs_NK.sum(-1, keepdim=True), torch.zeros_like(kept.tail_N))
 
 
-def even_tail_gradient(student_NV: Tensor, kept: Sparse, temperature: float) -> Tensor:
+def even_tail_graded(student_NV: Tensor, kept: Sparse, temperature: float) -> Graded:
     """As if the teacher's tail were spread evenly over the entries that are not kept."""
     others = student_NV.shape[1] - kept.ids_NK.shape[1]
     spread_NV = (kept.tail_N / others)[:, None].expand_as(student_NV)
-    return exact_gradient(
-        student_NV, spread_NV.scatter(-1, kept.ids_NK, kept.probs_NK).log() * temperature, temperature
-    )
+    return exact_graded(student_NV, spread_NV.scatter(-1, kept.ids_NK, kept.probs_NK).log() * temperature, temperature)
 
 
-def measure(name: str, encoded: bytes, gradient_NV: Tensor, case: Case, exact_NV: Tensor) -> CodecError:
+def measure(name: str, encoded: bytes, got: Graded, case: Case, exact: Graded) -> CodecError:
+    (loss_N, gradient_NV), (exact_N, exact_NV) = got, exact
     relative = ((gradient_NV - exact_NV).norm() / exact_NV.norm()).item()
     places, states = len(exact_NV), case.decoder_VD
     return CodecError(
         name, len(encoded) / places, degrees(gradient_NV, exact_NV), relative,
-        degrees(gradient_NV @ states, exact_NV @ states),
+        degrees(gradient_NV @ states, exact_NV @ states), abs(loss_N.sum() / exact_N.sum() - 1).item(),
     )  # fmt: skip
 
 
@@ -118,16 +118,18 @@ def degrees(left: Tensor, right: Tensor) -> float:
     return float(2 * torch.rad2deg(torch.atan2((left - right).norm(), (left + right).norm())))
 
 
-def exact_gradient(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
-    """T (softmax(s / T) - softmax(t / T)): the gradient of T^2 KL."""
-    return temperature * ((student_NV / temperature).softmax(-1) - (teacher_NV / temperature).softmax(-1))
+def exact_graded(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Graded:
+    """T^2 KL of each place, and its gradient T (softmax(s / T) - softmax(t / T))."""
+    log_q_NV, log_p_NV = ((logits / temperature).log_softmax(-1) for logits in (student_NV, teacher_NV))
+    loss_N = temperature**2 * (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)
+    return loss_N, temperature * (log_q_NV.exp() - log_p_NV.exp())
 
 
-def codec_gradient(codec: SoftLabelCodec, encoded: bytes, student_NV: Tensor, temperature: float) -> Tensor:
+def codec_graded(codec: SoftLabelCodec, encoded: bytes, student_NV: Tensor, temperature: float) -> Graded:
     labels = codec.decode(encoded, CPU)
     if isinstance(labels, Tensor):
-        return exact_gradient(student_NV, labels.float(), temperature)
-    return sparse_kl(student_NV, labels, temperature)[1]
+        return exact_graded(student_NV, labels.float(), temperature)
+    return sparse_kl(student_NV, labels, temperature)
 
 
 STUDENTS = ("far", "near")
@@ -163,7 +165,7 @@ def printed(name: str, case: Case) -> dict[str, CodecError]:
     logs_NV, student_NV = (case.logits(states).log_softmax(-1) for states in (case.teacher_ND, case.student_ND))
     entropy, divergence = (-(logs_NV.exp() * other_NV).sum(-1).mean() for other_NV in (logs_NV, student_NV - logs_NV))
     print(f"\n{name}: the teacher's entropy is {entropy:.2f} nats, KL to the student {divergence:.2f} nats")
-    print(f"{'codec':<14}{'bytes/place':>12} {'degrees':>9} {'relative':>10} {'degrees, states':>15}")
+    print(f"{'codec':<14}{'bytes/place':>12} {'degrees':>9} {'relative':>10} {'degrees, states':>15} {'loss':>10}")
     print(*table.values(), sep="\n")
     return table
 
@@ -175,7 +177,7 @@ def test_the_teacher_is_as_sure_as_a_masked_language_model(cases: dict[str, Case
 
 
 @pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize("field", ["degrees", "relative"])
+@pytest.mark.parametrize("field", ["degrees", "relative", "loss"])
 def test_finer_numbers_move_the_gradient_less(
     tables: dict[str, dict[str, CodecError]], student: str, field: str
 ) -> None:
@@ -186,7 +188,7 @@ def test_finer_numbers_move_the_gradient_less(
 
 
 @pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize("field", ["degrees", "relative", "state_degrees"])
+@pytest.mark.parametrize("field", ["degrees", "relative", "state_degrees", "loss"])
 def test_a_larger_k_moves_the_gradient_less(tables: dict[str, dict[str, CodecError]], student: str, field: str) -> None:
     ranked = [getattr(tables[student][f"topk {k}"], field) for k in (1, 8, 32, 128, 512)]
     assert ranked == sorted(ranked, reverse=True)
@@ -207,13 +209,13 @@ def test_the_mean_over_draws_goes_to_the_exact_gradient(cases: dict[str, Case], 
     """The squared error of the mean over S keys of R draws each is sum p (1 - p) / (R S)."""
     case, draws = cases[student], Sampled(50)
     student_NV, teacher_NV = case.logits(case.student_ND), case.logits(case.teacher_ND)
-    exact_NV = exact_gradient(student_NV, teacher_NV, TEMPERATURE)
+    _, exact_NV = exact_graded(student_NV, teacher_NV, TEMPERATURE)
     probs_NV = teacher_NV.softmax(-1)
     spread = (probs_NV * (1 - probs_NV)).sum().sqrt().item()
     total_NV = torch.zeros_like(exact_NV)
     for seeds in range(1, SEEDS + 1):
         encoded = draws.encode(teacher_NV, TEMPERATURE, seeds)
-        total_NV += codec_gradient(draws, encoded, student_NV, TEMPERATURE)
+        total_NV += codec_graded(draws, encoded, student_NV, TEMPERATURE)[1]
         if seeds in (1, 8, SEEDS):
             error = (total_NV / seeds - exact_NV).norm().item()
             assert error == pytest.approx(spread / (50 * seeds) ** 0.5, rel=0.15)

@@ -164,7 +164,8 @@ def _table(rows: tuple[Row, ...], seeds: int, scores: dict[tuple[Row, int], Tree
     teacher = _spread([scores[rows[0], seed]["test"]["teacher"] for seed in range(seeds)])
     result: Tree = {"teacher_score": teacher["mean"], "teacher_score_sd": teacher["sd"], "seeds": seeds, "rows": lines}
     assert first.distill is not None
-    result["default_recipe"] = first.distill.model_dump(mode="json", exclude_none=True)
+    start = first.student.model_dump(mode="json", include={"start", "rule"})
+    result["default_recipe"] = start | first.distill.model_dump(mode="json", exclude_none=True)
     for line in lines[: len(DEFAULTS)]:
         result[f"default_retention_{line['layers']}"] = line["test_retention"]["mean"]
         result[f"default_retention_{line['layers']}_sd"] = line["test_retention"]["sd"]
