@@ -67,6 +67,8 @@ class StudentWorker:
         spec = self._spec
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         loaded = made_for_training(load_model(spec.init, spec.task, spec.labels), spec.train.dropout, device)
+        if spec.train.freeze_embeddings:
+            loaded.get_input_embeddings().requires_grad_(False)
         encoder = HeadedEncoder(loaded, spec.task, spec.train.precision)
         teacher: Any = load_model(spec.teachers[0].model, spec.task) if spec.frozen_teacher else None
         distiller = Distiller(encoder, spec.loss, spec.layers, spec.seed, teacher and teacher.to(device))

@@ -1,6 +1,7 @@
 """Soft and hard labels in one pass, and the weighted sum of all terms."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,6 +67,20 @@ def test_a_projection_gives_what_its_logits_give(kd_everywhere: bool) -> None:
     torch.testing.assert_close(got, wanted)
 
 
+def test_a_frozen_vocabulary_saves_its_gradient_and_changes_no_other() -> None:
+    student, teacher, labels_N = projections()
+    frozen = replace(student, weight_CD=student.weight_CD.detach())
+    leaves = [student.features_ND, student.bias_C]
+    found = []
+    for side in (student, frozen):
+        with Products() as counted:
+            loss = kd_and_task(LossInputs(side, labels_N, teacher), LossConfig(), 5.0, 2.0).loss
+        found.append((loss, torch.autograd.grad(loss, leaves), len(counted.dtypes)))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=0)
+    assert (found[0][2], found[1][2]) == (12, 9)  # of three blocks: both heads, and the gradients
+
+
 def test_autocast_around_the_losses_changes_nothing() -> None:
     student, teacher = torch.randn(2, 8, V)
     inputs = LossInputs(student, torch.arange(8) % V, teacher)
@@ -127,12 +142,12 @@ class Products(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.dtypes: set[torch.dtype] = set()
+        self.dtypes: list[torch.dtype] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if "mm" in func.__name__:
-            self.dtypes.add(out.dtype)
+            self.dtypes.append(out.dtype)
         return out
 
 
@@ -145,7 +160,7 @@ def test_bfloat16_products_keep_the_losses_in_float32() -> None:
     )
     with Products() as seen:
         out = kd_and_task(LossInputs(single, labels_N, wide), LossConfig(), 5.0, 2.0)
-    assert seen.dtypes == {half}
+    assert set(seen.dtypes) == {half}
     kd, task = plain(logits_of(single), logits_of(wide), labels_N, torch.ones(N, dtype=torch.bool), 2.0)
     assert out.loss.dtype == torch.float32
     torch.testing.assert_close(out.loss, 5 * kd + 2 * task, rtol=0.02, atol=0)

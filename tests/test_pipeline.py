@@ -166,9 +166,16 @@ def test_two_workers_under_zero_2_train_every_position_once(
 ) -> None:
     config = config_for(
         tmp_path, tiny_teacher, corpus_file, **LANGUAGE_MODEL, evaluate=None, cluster={"students": 2},
-        distill={"zero_stage": 2, "accumulation": 2},
+        distill={"zero_stage": 2, "accumulation": 2, "freeze_embeddings": True},
     )  # fmt: skip
     pipeline.run_all(config, quiet)
+    before, after = (
+        load_model(str(config.run_dir / name), "mlm").state_dict() for name in ("student_init", "distilled")
+    )
+    frozen = {name for name, weight in after.items() if torch.equal(weight, before[name])}
+    assert {name for name in frozen if name.endswith("weight")} == {
+        "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight",
+    }  # fmt: skip
     summary = rundir.read_summary(config.run_dir, "distill")
     assert summary is not None
     assert summary["steps"] * 2 == summary["micro_batches"]

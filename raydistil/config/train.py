@@ -28,6 +28,9 @@ class TrainConfig(Section):
     """Micro-batches per optimizer step and worker."""
     dropout: Share | None = None
     """Of every dropout layer while training; None: as in the model's configuration, which keeps its own."""
+    freeze_embeddings: bool = False
+    """Leave the word embeddings (and a vocabulary head that shares them) as they are: fewer weights to fit to a small
+    corpus, and to step."""
     precision: Precision = "float32"
     """Of the matrix products; weights and optimizer stay float32."""
     checkpoint_every_min: Annotated[float, Field(gt=0)] = 10.0

@@ -141,7 +141,7 @@ class _FromFeatures(torch.autograd.Function):
         ctx: Any, features_ND: Tensor, weight_CD: Tensor, bias_C: Tensor | None, dtype: torch.dtype | None,
         compared: _Compared,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        head = _ChunkedHead(Projection(features_ND, weight_CD, bias_C, dtype))
+        head = _ChunkedHead(Projection(features_ND, weight_CD, bias_C, dtype), learns=ctx.needs_input_grad[1])
         means = compared.mean(head.run(compared))
         ctx.save_for_backward(head.grad_features_ND, head.grad_weight_CD, head.grad_bias_C)
         ctx.mark_non_differentiable(means)
@@ -175,14 +175,15 @@ class _ChunkedHead:
     Matrix products run in the student's `dtype`; all else in float32 (float64 where that is given).
     """
 
-    def __init__(self, student: Projection) -> None:
+    def __init__(self, student: Projection, learns: bool) -> None:
+        """`learns`: whether its weight wants a gradient; a frozen one saves the matrix product for it."""
         self._student = student
         self._device = student.features_ND.device.type
         self._exact = torch.float64 if student.weight_CD.dtype == torch.float64 else torch.float32
         self._dtype = student.dtype or student.weight_CD.dtype
         self._logits = _Logits(student, self._dtype)
         self.grad_features_ND = torch.empty_like(student.features_ND)
-        self.grad_weight_CD = torch.zeros_like(student.weight_CD)
+        self.grad_weight_CD = torch.zeros_like(student.weight_CD) if learns else None
         self.grad_bias_C = None if student.bias_C is None else torch.zeros_like(student.bias_C)
 
     def run(self, compared: _Compared) -> Tensor:
@@ -213,6 +214,8 @@ class _ChunkedHead:
 
     def _add_gradients(self, rows: slice, grad_nC: Tensor) -> None:
         self.grad_features_ND[rows] = grad_nC @ self._logits.weight_CD
+        if self.grad_weight_CD is None:
+            return
         features_nD = self._student.features_ND[rows].to(self._dtype)
         if self._dtype == self.grad_weight_CD.dtype:
             self.grad_weight_CD.addmm_(grad_nC.T, features_nD)
