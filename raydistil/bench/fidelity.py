@@ -5,8 +5,9 @@ for several seeds, each with its own fine-tuned teacher, which all rows of that 
 that learn by the default recipe start from one general distillation, whatever the seed: the spread is that of the
 fine-tuning, the order and the variants of the texts. The other rows have no general distillation and see the texts as
 they are, for half as many epochs, so that they differ in their losses alone; their targets are made once and kept, but
-for drawn ones. Scores are of the validation split, by which recipes are chosen, and of the test split, which is looked
-at once.
+for drawn ones. Where there are two classes, the likelier one and the tail say as much as both logits: that row shows
+what the codec itself costs, which should be nothing. Scores are of the validation split, by which recipes are chosen,
+and of the test split, which is looked at once.
 
 Resumable: what is done is kept in the output directory, row by row.
 """
