@@ -134,7 +134,8 @@ def test_places_without_a_successor_are_never_compared(positions: str, task: flo
     starts[np.arange(200)[None] >= lengths[:, None]] = 1
     ids, places = rng.integers(0, 9, (3, 200)).astype(np.int32), positions_of(starts)
     batch = TokenBatch(7, ids, lengths, None, next_tokens(ids, places), 3, np.arange(3), places)
-    found = compared_places(batch, LossConfig(task=task, kd_positions=positions), 1)
+    share = {"kd_sample": 0.4} if positions == "sample" else {}
+    found = compared_places(batch, LossConfig(task=task, kd_positions=positions, **share), 1)
     labelled = sum(int((row[:n] != X).sum()) for row, n in zip(batch.labels_BL, lengths, strict=True))
     assert (found.labels_N != X).all()
     assert len(found.at_T) == lengths.sum()
