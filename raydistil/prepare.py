@@ -55,12 +55,13 @@ def prepare(config: Config, say: Say) -> Prepared:
     check_models(config)
     check_before_start(config.cluster, needs(config))
     store, used = TokenStore(make_store(config)), config
+    check_store(config, store)
+    heads = list(describe_heads(config, len(store.meta.labels) or 1))
     if config.student.vocabulary == "corpus":
         used = _in_words_of(config, store, say)
         store = TokenStore(make_store(used))
-    for line in (*describe_store(store), *describe_heads(used, len(store.meta.labels) or 1)):
+    for line in (*describe_store(store), *heads):
         say(line)
-    check_store(used, store)
     return Prepared(used, rundir.claim(config, store.path.name), store, say)
 
 

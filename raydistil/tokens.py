@@ -109,7 +109,7 @@ def class_names(rows: Iterable[TextRow], known: tuple[str, ...] = ()) -> tuple[s
     Raises DataError for fewer than two.
     """
     names = {row.label for row in rows if row.label is not None}
-    if known and names <= set(known):
+    if len(known) > 1 and names <= set(known):
         return known
     if len(names) < 2:
         raise DataError(f"expected at least two classes, found {', '.join(names) or 'no label'}: check the labels")

@@ -223,7 +223,7 @@ def _hub_splits(loaded: Any, columns: Columns) -> tuple[dict[Split, Any], tuple[
     parts: dict[Split, Any] = {split: loaded[split] for split in SPLITS if split in loaded}
     others = sorted(set(loaded) - set(parts))
     notes: tuple[str, ...] = (f"splits left out: {', '.join(others)}",) if others else ()
-    hidden = (columns.numbers or columns.no_label is not None) and "test" in parts
+    hidden = columns.label is not None and (columns.numbers or columns.no_label is not None) and "test" in parts
     withheld = hidden and set(parts["test"].unique(columns.label)) == {-1}
     if withheld and "validation" in parts:
         parts["test"] = parts.pop("validation")
