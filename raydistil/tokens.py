@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -82,14 +83,25 @@ def build_store(
     Raises DataError when the training split comes out empty or a labelled one has fewer than two classes.
     """
     inputs = [FORMAT, corpus.fingerprint, tokenizer_hash(tokenizer), config.model_dump(mode="json"), labelled]
-    inputs += ["documents"] * documents + ["numbers"] * corpus.numbers + [classes] * bool(classes)
-    path = cache_dir() / "tokens" / digest(inputs)
-    if path.exists():
-        return path
-    with whole_directory(path) as scratch:
-        writer = _Writer(scratch, tokenizer, config, corpus, labelled, documents, classes)
-        writer.write()
+    inputs += ["documents"] * documents + ["numbers"] * corpus.numbers
+    root = cache_dir() / "tokens"
+    path, named = root / digest(inputs), root / digest([*inputs, classes])
+    if classes and not named.is_symlink():
+        if named.exists() or data_classes(corpus.rows()) != classes:
+            path = named
+        else:  # the teacher calls them as the data does, so the store is the one of a run that does not ask it
+            _link(named, path)
+    if not path.exists():
+        with whole_directory(path) as scratch:
+            _Writer(scratch, tokenizer, config, corpus, labelled, documents, classes).write()
     return path
+
+
+def _link(named: Path, path: Path) -> None:
+    """So that the next run need not read the corpus to know."""
+    named.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        named.symlink_to(path.name)
 
 
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -102,19 +114,21 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
     return digest([content, sorted(tokenizer.all_special_ids)])
 
 
-def class_names(rows: Iterable[TextRow], known: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """In the order of their ids: `known` ones where no row has another, else whole numbers by value, so that they are
-    ids where they already were.
-
-    Raises DataError for fewer than two.
-    """
+def data_classes(rows: Iterable[TextRow]) -> tuple[str, ...]:
+    """In the order of their ids: whole numbers by value, so that they are ids where they already were."""
     names = {row.label for row in rows if row.label is not None}
-    if len(known) > 1 and names <= set(known):
+    numbers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names)
+    return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))
+
+
+def class_names(rows: Iterable[TextRow], known: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The `known` ones where no row has another, else those of the rows. Raises DataError for fewer than two."""
+    names = data_classes(rows)
+    if len(known) > 1 and set(names) <= set(known):
         return known
     if len(names) < 2:
         raise DataError(f"expected at least two classes, found {', '.join(names) or 'no label'}: check the labels")
-    numbers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names)
-    return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))
+    return names
 
 
 class _Writer:

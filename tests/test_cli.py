@@ -201,6 +201,17 @@ def test_check_names_a_head_that_does_not_fit_the_data(
         assert [line for line in checked["data"] if "head" in line] == expected
 
 
+def test_a_teacher_of_other_classes_is_refused_before_its_vocabulary_is_cut(
+    capfd: pytest.CaptureFixture[str], config: Path, tiny_classifier: str, tmp_path: Path
+) -> None:
+    """The cut one has a head of the data's classes, which says nothing of the teacher's."""
+    other = write_jsonl(tmp_path / "other.jsonl", [{**row, "label": f"not {row['label']}"} for row in sentences(90)])
+    changes = f"teacher.model={tiny_classifier}", f"corpus.source={other}", "student.vocabulary=corpus"
+    chosen = [part for change in changes for part in ("--set", change)]
+    said = complaint(capfd, "run", str(without(config, "finetune")), *chosen)
+    assert "expected a teacher of the classes not fruit, not metal, not river, in this order, got fruit" in said
+
+
 def test_a_teacher_that_knows_its_classes_needs_no_labels(
     capfd: pytest.CaptureFixture[str], config: Path, tiny_classifier: str, tmp_path: Path
 ) -> None:

@@ -326,6 +326,23 @@ def test_minus_1_of_a_named_class_is_no_label(tmp_path: Path, hub_cache: None) -
     assert opened.notes[-1] == "the test split has no labels: the validation split is scored in its place"
 
 
+@pytest.mark.parametrize("numbers", [True, False])
+def test_a_data_set_without_labels_is_for_a_teacher_that_needs_none(
+    tmp_path: Path, hub_cache: None, numbers: bool
+) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for split in ("train", "validation", "test"):
+        jsonl(folder / f"{split}.jsonl", {"text": f"{split} text"})
+    config = CorpusConfig(source=str(folder))
+    opened = open_corpus(config, True, numbers, needed=False)
+    assert [(row.text, row.label) for row in opened.rows()] == [
+        (f"{split} text", None) for split in ("train", "validation", "test")
+    ]
+    if not numbers:
+        assert "expected a label column" in complaint(folder, labelled=True)
+
+
 def test_a_data_set_without_training_rows(tmp_path: Path, hub_cache: None) -> None:
     folder = tmp_path / "set"
     folder.mkdir()

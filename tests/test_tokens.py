@@ -193,6 +193,23 @@ def test_classes_are_the_teachers_where_the_rows_have_no_others(
     assert class_names([row(["aa"], label=label) for label in labels], known) == expected
 
 
+def test_a_teacher_that_calls_classes_as_the_data_does_shares_the_store(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run that fine-tunes one, whichever comes first; other classes, or more of them, make another store."""
+    monkeypatch.setenv("RAYDISTIL_CACHE", str(tmp_path))
+    texts = corpus([row(["aa"], label="good"), row(["ab"], label="bad")])
+
+    def name(classes: tuple[str, ...]) -> str:
+        path = build_store(texts, tokenizer, TokensConfig(), True, classes=classes)
+        assert TokenStore(path).meta.labels == (classes or ("bad", "good"))
+        return path.name
+
+    asked = name(("bad", "good"))
+    assert asked == name(()) == name(("bad", "good"))
+    assert len({asked, name(("good", "bad")), name(("bad", "fair", "good"))}) == 3
+
+
 @pytest.mark.parametrize(
     ("rows", "labelled", "expected"),
     [
