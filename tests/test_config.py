@@ -263,15 +263,15 @@ def test_masks_of_a_row_change_the_hash_and_where_its_targets_are_kept_does_not(
         (
             "classification",
             {"mask_variants": 2, "augment.keep": 1.0},
-            "distill.targets.mask_variants is of what is random in a text, which is nothing for task classification as "
-            "it is configured: leave it out",
+            "distill.targets.mask_variants is of what is random in a text, which is nothing as this run is configured: "
+            "leave it out",
         ),
         (
             "classification",
             {"cache": "kept", "codec": "sampled"},
             "distill.targets.cache keeps the targets of each text, and every one of the 6 epochs has augmented "
             "texts of its own (distill.augment.keep = 1 turns them off): set distill.targets.mask_variants (such as 4),"
-            " or distill.epochs=1 and distill.general.epochs=1",
+            " or distill.general.epochs=1 and distill.epochs=1",
         ),
         (
             "classification",
@@ -288,6 +288,17 @@ def test_targets_that_cannot_be_kept_are_refused(
     apart = ("augment.keep", "epochs")
     flat = {f"distill.{'' if key in apart else 'targets.'}{key}": value for key, value in targets.items()}
     assert complaint(tmp_path, BASE | {"task": task} | flat).startswith(expected)
+
+
+def test_a_cache_counts_the_epochs_in_which_something_is_drawn(tmp_path: Path) -> None:
+    """In the general ones no soft labels are; and variants that one training needs are the run's."""
+    drawn = {"distill.targets.codec": "sampled", "distill.targets.cache": "kept", "distill.augment.keep": 1.0}
+    once = load_config(write(tmp_path / "c.toml", BASE | drawn | {"distill.epochs": 1}), [])
+    assert once.drawn() == {"distill.general.epochs": (6, None), "distill.epochs": (1, "draws of its own")}
+    some = {"task": "clm", "distill.loss.kd_positions": "sample", "distill.targets.mask_variants": 4}
+    whole = {"assistants": [{"num_layers": 3, "epochs": 2, "loss": {"kd_positions": "all"}}]}
+    chain = load_config(write(tmp_path / "c.toml", BASE | some | whole), [])
+    assert [what for _, what in chain.drawn().values()] == [None, None, "sampled places of its own"]
 
 
 def test_the_hash_is_the_same_in_every_process(base: Config) -> None:

@@ -36,15 +36,26 @@ def test_the_file_wins_key_by_key() -> None:
     assert config.distill.loss.weights()["hidden"] == 0
 
 
-def test_an_assistant_says_of_its_loss_what_differs() -> None:
+def test_an_assistant_has_the_recipe_below_a_loss_of_its_own() -> None:
     own = {"num_layers": 4, "loss": {"kd": 1, "hidden": {"layers": [[6, 4]]}}}
     distill = {"loss": {"task": 0.25, "hidden": {"weight": 3}}}
     config = config_of({**BASE, "task": "classification", "distill": distill, "assistants": [own, {"num_layers": 3}]})
     first, second, last = (train.loss for train in config.trainings())
     assert first.hidden is not None and last.hidden is not None
-    assert (first.kd, first.task, first.cosine, first.temperature) == (1, 0.25, 0, 1)
-    assert (first.hidden.layers, first.hidden.weight) == (((6, 4),), 3)
-    assert last.hidden.layers == () and last.kd == 5 and second == last
+    assert (first.kd, first.task, first.cosine, first.temperature) == (1, 0.5, 0, 1)
+    assert (first.hidden.layers, first.hidden.weight) == (((6, 4),), 1)
+    assert (last.hidden.weight, last.task, last.kd) == (3, 0.25, 5) and second == last
+    assert [one.rule for one in config.assistants] == ["first", "first"]
+
+
+def test_an_assistant_may_have_the_triple_loss_and_the_student_another() -> None:
+    chain = [{"num_layers": 4, "loss": {"triple": True, "cosine": 3}}, {"layers": [0], "loss": {"triple": False}}]
+    loss = {"divergence": "jensen_shannon", "beta": 0.3}
+    config = config_of({**BASE, "task": "mlm", "distill": {"loss": loss}, "assistants": chain})
+    triple, plain, last = (train.loss for train in config.trainings())
+    assert (triple.kd, triple.temperature, triple.kd_positions, triple.cosine) == (5, 2, "all", 3)
+    assert (plain.divergence, plain.kd_positions, last.beta) == ("forward_kl", "masked", 0.3)
+    assert [one.rule for one in config.assistants] == ["uniform", "uniform"]
 
 
 def test_a_section_that_is_not_there_stays_away() -> None:

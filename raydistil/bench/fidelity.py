@@ -22,7 +22,7 @@ from typing import Any
 from raydistil import rundir
 from raydistil.chain import links
 from raydistil.cluster import cluster
-from raydistil.config import Config, EvaluateConfig, config_of
+from raydistil.config import Config, EvaluateConfig, config_of, digest
 from raydistil.errors import DataError
 from raydistil.pipeline import distill, finetune, lesson, score, teacher_of
 from raydistil.plan import cores
@@ -133,7 +133,8 @@ def _share_general(output: Path, row: Row, run: Prepared) -> None:
     """One general distillation a shape: neither the seed's teacher nor a row's losses have a say in it."""
     *_, link = links(run.config, run.teacher_dirs, run.run_dir)
     if (general := link.general) is not None:
-        shared = (output / f"general-{row.num_layers}").resolve()
+        shape = digest([part.model_dump(mode="json") for part in (general.student, general.train)])
+        shared = (output / f"general-{row.num_layers}-{shape}").resolve()
         _share(shared, run.run_dir / general.target, lambda: train_stage(run, lesson(run, general)))
 
 

@@ -206,8 +206,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _cached_targets_are_those_of_every_epoch(self) -> "Config":
-        for train in self.trainings():
-            check_drawn(self.task, self._epochs(), train.targets, train.loss, train.augment)
+        if self.distill:
+            check_drawn(self.distill.targets, self.drawn())
         return self
 
     @model_validator(mode="after")
@@ -216,11 +216,16 @@ class Config(Section):
             raise ValueError("assistants are distilled: add a section [distill], or leave [[assistants]] out")
         return self
 
-    def _epochs(self) -> dict[str, int]:
-        """Of every training with a teacher, by their keys."""
-        assert self.distill is not None
-        own = {"distill.epochs": self.distill.epochs, "distill.general.epochs": self.distill.general.epochs}
-        return own | {f"assistants.{n}.epochs": one.epochs for n, one in enumerate(self.assistants) if one.epochs}
+    def drawn(self) -> dict[str, tuple[int, str | None]]:
+        """(epochs, what is random in a text and its targets) of trainings with a teacher, by the key of the epochs."""
+        found: dict[str, tuple[int, str | None]] = {}
+        names = [f"assistants.{n}.epochs" if one.epochs else "distill.epochs" for n, one in enumerate(self.assistants)]
+        for name, train in zip([*names, "distill.epochs"], self.trainings(), strict=True):
+            general = train.general_training()
+            for key, part in (("distill.general.epochs", general), (name, train)):
+                drawn = what_is_drawn(self.task, part.targets, part.loss, part.augment) if part.epochs else None
+                found[key] = (part.epochs, drawn or found.get(key, (0, None))[1])
+        return found
 
     def trainings(self) -> list[DistillConfig]:
         """Of every student of the chain, that of the last one last; none without [distill]."""
@@ -367,7 +372,7 @@ def result_part(config: Config) -> dict[str, Any]:
         distill := config.distill
     ) is not None:  # where targets are kept defines nothing, how often masks are drawn does
         del tree["distill"]["targets"]["cache"]
-        drawn = what_is_drawn(config.task, distill.targets, distill.loss, distill.augment)
+        drawn = any(what for _, what in config.drawn().values())
         tree["distill"]["targets"]["mask_variants"] = variants_of(distill.targets) if drawn else None
     return {key: value for key, value in tree.items() if key not in PLACEMENT}
 

@@ -30,29 +30,40 @@ RECIPES: dict[Task, Tree] = {"classification": CLASSIFICATION, "regression": REG
 
 
 def over_recipe(tree: Tree) -> Tree:
-    """`tree` with the recipe of its task below it, in the sections it has, and of its loss if that goes by a name."""
+    """`tree` with the recipe of its task below it, in the sections it has, and of each loss that goes by a name."""
     recipe = next((recipe for task, recipe in RECIPES.items() if task == tree.get("task")), {})
-    if _is_section(tree, "student") and "num_layers" not in tree["student"]:
-        recipe = {name: {key: v for key, v in part.items() if key != "rule"} for name, part in recipe.items()}
-    if _named_triple(tree):
-        recipe = {**recipe, "distill": _over(recipe.get("distill", {}), {"loss": TRIPLE})}
     over = {**tree, **{name: _over(part, tree[name]) for name, part in recipe.items() if _is_section(tree, name)}}
-    loss, chain = over["distill"].get("loss") if _is_section(over, "distill") else None, over.get("assistants")
-    if isinstance(loss, dict) and isinstance(chain, list):
-        over["assistants"] = [_with_loss(assistant, loss) for assistant in chain]
+    if _is_section(tree, "student"):
+        over["student"] = _with_rule(tree["student"], recipe)
+    if _is_section(over, "distill"):
+        over["distill"] = _with_loss(over["distill"], recipe)
+    if isinstance(tree.get("assistants"), list):
+        over["assistants"] = [_assistant(one, recipe) if isinstance(one, dict) else one for one in tree["assistants"]]
     return over
 
 
-def _with_loss(assistant: Any, loss: Tree) -> Any:
-    """An assistant that says something of its loss has the rest of it as the student does."""
-    if not isinstance(assistant, dict) or not _is_section(assistant, "loss"):
-        return assistant
-    return assistant | {"loss": _over(loss, assistant["loss"])}
+def _assistant(assistant: Tree, recipe: Tree) -> Tree:
+    """A loss of its own has the task's recipe below it, as the student's has."""
+    ruled = _over({"rule": recipe["student"]["rule"]}, assistant) if _counts_layers(assistant, recipe) else assistant
+    return _with_loss(ruled, recipe)
 
 
-def _named_triple(tree: Tree) -> bool:
-    loss = tree["distill"].get("loss") if _is_section(tree, "distill") else None
-    return isinstance(loss, dict) and loss.get("triple") is True
+def _with_rule(student: Tree, recipe: Tree) -> Tree:
+    """What a recipe says of the student; its rule only where there is something to choose."""
+    own: Tree = recipe.get("student", {})
+    return _over(own if _counts_layers(student, recipe) else {k: v for k, v in own.items() if k != "rule"}, student)
+
+
+def _counts_layers(section: Tree, recipe: Tree) -> bool:
+    return "num_layers" in section and "rule" in recipe.get("student", {})
+
+
+def _with_loss(section: Tree, recipe: Tree) -> Tree:
+    """`section` with its loss, if it has one, over the recipe's, or over the one that it names."""
+    if not _is_section(section, "loss"):
+        return section
+    named = TRIPLE if section["loss"].get("triple") is True else {}
+    return section | {"loss": _over(recipe.get("distill", {}).get("loss", {}) | named, section["loss"])}
 
 
 def _over(recipe: Tree, tree: Tree) -> Tree:

@@ -24,7 +24,7 @@ class AssistantConfig(Section):
     lr: Annotated[float, Field(gt=0)] | None = None
     """Of its own distillation; None: `distill.lr`."""
     loss: LossConfig | None = None
-    """Of its own distillation: what it does not say is as in `distill.loss`."""
+    """Of its own distillation, written like `distill.loss`; None: that one."""
 
     @model_validator(mode="after")
     def _one_choice(self) -> "AssistantConfig":

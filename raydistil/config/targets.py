@@ -61,24 +61,22 @@ def variants_of(targets: TargetsConfig) -> int | None:
     return targets.mask_variants or (1 if targets.cache else None)
 
 
-def check_drawn(
-    task: Task, epochs: dict[str, int], targets: TargetsConfig, loss: LossConfig, augment: AugmentConfig | None
-) -> None:
+def check_drawn(targets: TargetsConfig, drawn: dict[str, tuple[int, str | None]]) -> None:
     """Raise ValueError where a cache could not hold what the epochs need, or nothing is drawn that could vary.
 
-    `epochs`: of every training with a teacher, by their keys.
+    `drawn`: (epochs, what is drawn) of every training with a teacher, by the key of its epochs.
     """
-    drawn = what_is_drawn(task, targets, loss, augment)
-    if drawn is None and targets.mask_variants:
+    if targets.mask_variants and not any(what for _, what in drawn.values()):
         raise ValueError(
-            f"distill.targets.mask_variants is of what is random in a text, which is nothing for task {task} as it is "
-            f"configured: leave it out"
+            "distill.targets.mask_variants is of what is random in a text, which is nothing as this run is configured: "
+            "leave it out"
         )
-    several = {key: number for key, number in epochs.items() if number > 1}
-    if drawn and targets.cache and targets.mask_variants is None and several:
-        most, once = max(several.values()), " and ".join(f"{key}=1" for key in several)
+    several = {key: (epochs, what) for key, (epochs, what) in drawn.items() if what and epochs > 1}
+    if several and targets.cache and targets.mask_variants is None:
+        most, what = max(several.values())
+        once = " and ".join(f"{key}=1" for key in several)
         raise ValueError(
-            f"distill.targets.cache keeps the targets of each text, and every one of the {most} epochs has {drawn}: "
+            f"distill.targets.cache keeps the targets of each text, and every one of the {most} epochs has {what}: "
             f"set distill.targets.mask_variants (such as {min(most, 4)}), or {once}"
         )
 
