@@ -39,7 +39,7 @@ def check(path: Path, overrides: list[str], show: int) -> dict[str, Any]:
     check_models(config)
     check_before_start(config.cluster, needs(config))
     rows, notes = _sample(config)
-    heads = describe_heads(config, _num_outputs(config, rows))
+    heads = describe_heads(config, _num_outputs(config, rows)) if len(rows) < ROWS_READ else ()
     origins = explain(config, read_toml(path), overrides)
     return {
         "config": [{"key": key, "value": value, "origin": origin} for key, value, origin in origins],

@@ -86,7 +86,7 @@ class StudentWorker:
             due = self._agreed(time.monotonic() - saved > 60 * self._spec.train.checkpoint_every_min)
             saves = stop or due or step == self._num_steps
             if saves or self._device.type == "cpu" or step % LOOK_EVERY == 0:
-                self._check_finite(step)
+                self._check_finite(step, weights=saves)
             if saves:
                 self._save(interrupted=stop and step < self._num_steps)
                 saved = time.monotonic()
@@ -123,12 +123,14 @@ class StudentWorker:
         done: int = self._engine.global_steps
         return float(min(1.0, done / max(1, self._num_steps - 1)))
 
-    def _check_finite(self, step: int) -> None:
-        """Raise DivergedError before a checkpoint is overwritten by weights that are no numbers."""
-        if not self._finite:
+    def _check_finite(self, step: int, weights: bool) -> None:
+        """Raise DivergedError for losses, or weights that would be saved, that are no numbers any more."""
+        trained = (part for part in self._engine.module.parameters() if weights and part.requires_grad)
+        if not self._finite or not all(part.isfinite().all() for part in trained):
             raise DivergedError(
                 f"expected a finite loss, got nan or inf by step {step} of {self._num_steps}: lower lr (it was "
-                f"{self._spec.train.lr:g}), or use precision float32; the last checkpoint is as it was"
+                f"{self._spec.train.lr:g}), or use precision float32, and give the run another name; the last "
+                f"checkpoint is as it was"
             )
 
     def _agreed(self, flag: bool) -> bool:

@@ -195,7 +195,7 @@ def _layer(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def _is_encoder_s(name: str) -> bool:
+def _in_encoder(name: str) -> bool:
     """Whether a weight is of the embeddings or a layer, not of a head."""
     return _layer(name) >= 0 or "embeddings." in name
 
@@ -266,7 +266,7 @@ class _Units:
         shares_D = torch.zeros(self._model.config.hidden_size)
         for name, axes, tensor in self._parameters:
             for dim, axis in enumerate(axes):
-                if axis == "hidden" and tensor.dim() == 2 and _is_encoder_s(name):
+                if axis == "hidden" and tensor.dim() == 2 and _in_encoder(name):
                     squares_D = tensor.square().sum(1 - dim)
                     shares_D += squares_D / squares_D.sum().clamp_min(torch.finfo(tensor.dtype).tiny)
         return held_D * shares_D.sqrt()
@@ -311,7 +311,7 @@ def layer_norms(model: PreTrainedModel) -> Iterator[tuple[Tensor, Tensor]]:
     """(weight [D], bias [D]) of those between the layers, that is of the hidden states; none of a head's."""
     weights = dict(model.named_parameters())
     for name, weight in weights.items():
-        if _axes(name) == ("hidden",) and name.endswith(".weight") and _is_encoder_s(name):
+        if _axes(name) == ("hidden",) and name.endswith(".weight") and _in_encoder(name):
             yield weight.detach(), weights[name.removesuffix("weight") + "bias"].detach()
 
 
