@@ -185,6 +185,26 @@ def bench_fidelity(data: Path, output: Path, seeds: int, only: str | None, as_js
     _emit(lambda: fidelity.bench_fidelity(data, output, seeds, only is not None, _say), as_json, tables.show_fidelity)
 
 
+@bench.command("stream")
+@click.option("--model", type=click.Choice(["minilm", "base"]), default="minilm", show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--output", default=Path("runs/stream"), show_default=True, type=click.Path(path_type=Path))
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1))
+@click.option("--texts", default=1200, show_default=True, type=click.IntRange(min=64), help="That a stream is made of.")
+@click.option("--steps", default=16, show_default=True, type=click.IntRange(min=1), help="Of each loop in a round.")
+@click.option("--warm-up", default=24, show_default=True, type=click.IntRange(min=1), help="Micro-batches not counted.")
+@_json
+def bench_stream(
+    model: Any, device: Any, output: Path, rounds: int, texts: int, steps: int, warm_up: int, as_json: bool
+) -> None:
+    """The stream against loops in one process, in turn: tokens a second, waits, bytes, time to the first step."""
+    from raydistil import tables
+    from raydistil.bench import stream
+
+    setting = stream.Setting(model, device, output, rounds, texts, steps, warm_up)
+    _emit(lambda: stream.bench_stream(setting, _say), as_json, tables.show_stream)
+
+
 def main() -> None:
     """Entry point: turns errors into exit codes."""
     sys.exit(_guarded(sys.argv[1:]))

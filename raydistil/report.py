@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import ray
 from ray.actor import ActorHandle
 
-from raydistil.types import StepMetrics, TeacherTiming, TrainSummary
+from raydistil.trace import Record
+from raydistil.types import StepMetrics, TrainSummary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,23 +105,21 @@ class Meter:
         self._reply: Any = None
         self._stop = False
 
-    def micro_step(
-        self, asked: float, started: float, ended: float, tokens: int, timings: list[TeacherTiming], num_bytes: int
-    ) -> None:
-        """One micro-batch: asked for, there, trained on (seconds of the wall clock)."""
-        self._wait_s += started - asked
-        self._wait_since_push += started - asked
-        self._student_busy_s += ended - started
-        self._first_row = self._first_row or started
-        self._tokens += tokens
-        self._tokens_since_push += tokens
-        self._bytes += num_bytes
+    def micro_step(self, record: Record) -> None:
+        """One micro-batch: asked for, there, trained on."""
+        self._wait_s += record.started_s - record.asked_s
+        self._wait_since_push += record.started_s - record.asked_s
+        self._student_busy_s += record.ended_s - record.started_s
+        self._first_row = self._first_row or record.started_s
+        self._tokens += record.tokens
+        self._tokens_since_push += record.tokens
+        self._bytes += record.num_bytes
         self._micro_batches += 1
-        for timing in timings:
+        for timing in record.taught:
             self._teachers.add(timing.actor)
             self._teacher_busy_s += timing.ended_s - timing.started_s
-            self._overlap.add((started, ended), (timing.started_s, timing.ended_s))
-            self._teacher_tokens += timing.tokens / len(timings)
+            self._overlap.add((record.started_s, record.ended_s), (timing.started_s, timing.ended_s))
+            self._teacher_tokens += timing.tokens / len(record.taught)
 
     def step(self, step: int, epoch: float, losses: "dict[str, Tensor]", lr: float) -> None:
         """One optimizer step is done."""
@@ -158,7 +157,7 @@ class Meter:
             wall_s=time.time() - self._began, wait_s=self._wait_s,
             student_busy_s=self._student_busy_s, teacher_busy_s=self._teacher_busy_s,
             overlap_s=self._overlap.total(), teacher_builds=len(self._teachers),
-            wire_bytes=self._bytes, final_losses=self._losses, interrupted=interrupted,
+            wire_bytes=self._bytes, final_losses=self._losses, interrupted=interrupted, peak_store_bytes=0,
         )  # fmt: skip
 
 
@@ -181,6 +180,20 @@ class Progress:
 
     def stop(self) -> None:
         self._stop = True
+
+
+class Store:
+    """The object stores of the cluster, all together, as Ray's own accounts have them."""
+
+    def __init__(self) -> None:
+        self.peak = 0  # most bytes in use whenever somebody looked
+
+    def look(self) -> int:
+        """Bytes in use now."""
+        name = "object_store_memory"
+        used = int(ray.cluster_resources().get(name, 0) - ray.available_resources().get(name, 0))
+        self.peak = max(self.peak, used)
+        return used
 
 
 class LiveLine:

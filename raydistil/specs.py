@@ -82,6 +82,7 @@ class WorkerSpec:
     threads: int
     num_slots: int  # micro-batches of the run, with empty ones that make it a multiple of a step's
     per_epoch: int
+    traced: tuple[Path, str] | None = None  # (run's directory, stage) of the trace of every micro-batch; None: no trace
 
 
 @dataclass(frozen=True, slots=True)

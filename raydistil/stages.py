@@ -57,13 +57,19 @@ def train_stage(run: Prepared, training: Training) -> None:
     if target.exists():
         run.say(f"{stage}: done before, kept in {target}")
         return
+    planned = train_run(run, training)
+    summary = train(planned, target)
+    figures = asdict(summary) | {"rows": planned.source.manifest.num_rows, "lr": training.config.lr}
+    rundir.write_summary(run.run_dir, stage, figures)
+    run.say(_describe(stage, summary, kept=bool(planned.source.caches)))
+
+
+def train_run(run: Prepared, training: Training) -> TrainRun:
+    """What flows and who learns from it; the teachers' targets are made first where they are to be kept."""
     manifest = manifest_of(run, training.config, training.link is not None, training.seed)
     worker = _worker(run, training, manifest)
     source = _source(run, training, manifest, worker.teachers)
-    summary = train(TrainRun(stage, source, worker, run.config.cluster, run.run_dir), target)
-    figures = asdict(summary) | {"rows": manifest.num_rows, "lr": training.config.lr}
-    rundir.write_summary(run.run_dir, stage, figures)
-    run.say(_describe(stage, summary, kept=bool(source.caches)))
+    return TrainRun(training.stage, source, worker, run.config.cluster, run.run_dir)
 
 
 def _source(run: Prepared, training: Training, manifest: Manifest, teachers: tuple[TeacherSpec, ...]) -> SourceSpec:
@@ -113,6 +119,7 @@ def _worker(run: Prepared, training: Training, manifest: Manifest) -> WorkerSpec
         teacher_width=teacher.hidden_size, layers=layers, labels=run.labels, train=training.config, loss=loss,
         seed=training.seed, threads=student_threads, per_epoch=manifest.per_epoch,
         num_slots=training.slots or num_slots(run, manifest, training.config),
+        traced=(run.run_dir.resolve(), training.stage) if config.cluster.trace else None,
     )  # fmt: skip
 
 

@@ -93,6 +93,40 @@ def show_losses(result: dict[str, Any]) -> None:
     Console().print(table)
 
 
+def show_stream(result: dict[str, Any]) -> None:
+    """A column a precision; what is of the whole below."""
+    title = f"{result['model']} on {result['device']}, {result['threads']} threads, {result['rounds']} rounds"
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
+    table.add_column("")
+    for row in result["rows"]:
+        table.add_column(row["precision"], justify="right")
+    for name, key, form in STREAM_ROWS:
+        table.add_row(name, *(f"{row[key]:{form}}" for row in result["rows"]))
+    console = Console()
+    console.print(table)
+    line = f"published loop, float32: {result['reference_tok_s']:,.0f} tok/s; the stream is "
+    line += f"{result['ratio_vs_reference']:.2f}x as fast, {result['ratio_vs_reference_same_dtype']:.2f}x in float32"
+    console.print(line, markup=False, highlight=False)
+
+
+STREAM_ROWS = (
+    ("streamed tok/s", "streamed_tok_s", ",.0f"),
+    ("in-process tok/s", "inprocess_tok_s", ",.0f"),
+    ("student alone tok/s", "student_only_tok_s", ",.0f"),
+    ("streamed / in-process", "ratio_vs_inprocess", ".3f"),
+    ("streamed / student alone", "ratio_vs_student_only", ".3f"),
+    ("share of the matrix products' rate", "roofline_fraction", ".2f"),
+    ("the same, in-process", "inprocess_roofline_fraction", ".2f"),
+    ("student waited", "wait_fraction", ".1%"),
+    ("teacher rows / student rows", "window_balance", ".3f"),
+    ("bytes a token on the wire", "wire_bytes_per_token", ",.0f"),
+    ("bytes through the driver", "driver_payload_bytes", ",.0f"),
+    ("most bytes in the object store", "peak_store_bytes", ",.0f"),
+    ("first step after (s)", "time_to_first_step_s", ".1f"),
+    ("teachers built", "teacher_builds", "d"),
+)
+
+
 def show_check(result: dict[str, Any]) -> None:
     """Configuration with origins, sample, models, data, plan."""
     console = Console()

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -19,7 +19,8 @@ from raydistil import rundir
 from raydistil.checkpoint import MODEL, latest_ledger
 from raydistil.config import ClusterConfig
 from raydistil.errors import Interrupted, StorageError, unwrapped
-from raydistil.report import LiveLine, Progress
+from raydistil.payload import count_payload, counted
+from raydistil.report import LiveLine, Progress, Store
 from raydistil.specs import TrainRun
 from raydistil.storage import is_disk_full, whole_directory
 from raydistil.stream import build_stream, execution_options, shard_rows
@@ -36,11 +37,13 @@ def train(run: TrainRun, target: Path) -> TrainSummary:
     progress: Any = Progress.remote()  # type: ignore[attr-defined]
     trainer = _trainer(run, progress)
     live = LiveLine(run.stage, run.run_dir / "metrics.jsonl")
-    with _stop_on_signal(progress):
-        result = _fit(trainer, progress, live)
+    store = Store()
+    with _stop_on_signal(progress), counted(*run.worker.traced) if run.worker.traced else nullcontext():
+        result = _fit(trainer, progress, live, store)
     ray.kill(progress)
     assert result.metrics is not None and result.checkpoint is not None
-    summary = TrainSummary(**{key: result.metrics[key] for key in TrainSummary.__slots__})
+    seen = {key: result.metrics[key] for key in TrainSummary.__slots__}
+    summary = TrainSummary(**seen | {"peak_store_bytes": store.peak})
     if summary.interrupted:
         raise Interrupted(f"{run.stage} stopped after step {summary.steps}; the same command goes on from there")
     with whole_directory(target) as scratch, result.checkpoint.as_directory() as saved:
@@ -86,7 +89,10 @@ def _work(config: dict[str, Any]) -> None:
 def _dataset(run: TrainRun) -> ray.data.Dataset:
     """Called whenever the workers start: what the checkpoint they start from has not consumed."""
     ledger = latest_ledger(_storage(run) / run.stage)
-    return build_stream(run.source, run.worker.num_slots, ledger, run.worker.teachers, run.cluster)
+    dataset = build_stream(run.source, run.worker.num_slots, ledger, run.worker.teachers, run.cluster)
+    if run.worker.traced:
+        count_payload(dataset, *run.worker.traced)
+    return dataset
 
 
 def _resources(cluster: ClusterConfig) -> dict[str, float]:
@@ -94,7 +100,7 @@ def _resources(cluster: ClusterConfig) -> dict[str, float]:
     return {"CPU": cluster.student_cpus, **gpus}
 
 
-def _fit(trainer: TorchTrainer, progress: Any, live: LiveLine) -> Result:
+def _fit(trainer: TorchTrainer, progress: Any, live: LiveLine, store: Store) -> Result:
     """`trainer.fit()` in the background, its progress in the foreground."""
     outcome: dict[str, Any] = {}
 
@@ -110,6 +116,7 @@ def _fit(trainer: TorchTrainer, progress: Any, live: LiveLine) -> Result:
         while thread.is_alive():
             thread.join(POLL_S)
             _drain(progress, live)
+            store.look()
     finally:
         live.close()
     if "error" in outcome:

@@ -139,6 +139,7 @@ class TrainSummary:
     wire_bytes: int
     final_losses: dict[str, float]
     interrupted: bool
+    peak_store_bytes: int  # most that was in use of the cluster's object stores, as the driver saw it
 
 
 @dataclass(frozen=True, slots=True)

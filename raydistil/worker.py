@@ -27,6 +27,7 @@ from raydistil.optim import deepspeed_config, linear_schedule, parameter_groups
 from raydistil.report import Meter
 from raydistil.specs import WorkerSpec
 from raydistil.targets import decode_targets
+from raydistil.trace import Record, Trace, trace_path
 
 LOOK_EVERY = 50  # steps after which a GPU is asked whether the loss is still a number
 
@@ -48,10 +49,11 @@ class StudentWorker:
         self._ledger = Ledger() if checkpoint is None else load_state(checkpoint, self._engine)
         self._consumed: list[int] = []
         self._meter = Meter(self._rank, progress, self._num_steps, self._engine.global_steps)
+        self._trace = Trace(spec.traced and trace_path(*spec.traced, self._rank))
         self._finite = torch.ones((), dtype=torch.bool, device=self._device)
 
     def _make_engine(self) -> Any:
-        spec, model = self._spec, self._make_distiller()
+        spec, model = self._spec, make_distiller(self._spec)
         made, *_ = _deepspeed().initialize(
             model=model,
             model_parameters=parameter_groups(model, spec.train.weight_decay),
@@ -62,18 +64,6 @@ class StudentWorker:
         if self._world == 1 and not made.zero_optimization():
             made.enable_backward_allreduce = False  # it would copy all gradients twice, to add nothing to them
         return made
-
-    def _make_distiller(self) -> Distiller:
-        spec = self._spec
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        loaded = made_for_training(load_model(spec.init, spec.task, spec.labels), spec.train.dropout, device)
-        if spec.train.freeze_embeddings:
-            loaded.get_input_embeddings().requires_grad_(False)
-        encoder = HeadedEncoder(loaded, spec.task, spec.train.precision)
-        teacher: Any = load_model(spec.teachers[0].model, spec.task) if spec.frozen_teacher else None
-        distiller = Distiller(encoder, spec.loss, spec.layers, spec.seed, teacher and teacher.to(device))
-        distiller.project(spec.teacher_width)
-        return distiller.train()
 
     def run(self) -> None:
         """Train on the whole stream, with checkpoints on the way and one at the end."""
@@ -98,7 +88,7 @@ class StudentWorker:
     def _micro_step(self) -> LossOutputs:
         """Forward, backward and, at the end of an accumulation, the optimizer step on the next micro-batch."""
         asked = time.time()
-        row = next(self._rows, None)
+        row, step = next(self._rows, None), self._engine.global_steps + 1
         started = time.time()
         if row is None:
             raise RuntimeError(f"the stream ended after {len(self._consumed)} micro-batches of this worker's share")
@@ -114,8 +104,11 @@ class StudentWorker:
         self._engine.backward(out.loss * (batch.num_rows / self._spec.train.micro_batch_size))
         self._engine.step()
         self._consumed.append(batch.index)
-        timings = wire.timings_of(row, batch.num_tokens)
-        self._meter.micro_step(asked, started, time.time(), batch.num_tokens, timings, row.nbytes)
+        taught = tuple(wire.timings_of(row, batch.num_tokens))
+        figures = (batch.index, batch.num_rows, batch.num_tokens, row.nbytes)
+        record = Record(step, *figures, asked, started, time.time(), taught)
+        self._meter.micro_step(record)
+        self._trace.add(record)
         return out
 
     def _progress(self) -> float:
@@ -152,6 +145,19 @@ class StudentWorker:
         lists: list[list[int]] = [[] for _ in range(self._world)]
         torch.distributed.all_gather_object(lists, indices)
         return [index for part in lists for index in part]
+
+
+def make_distiller(spec: WorkerSpec) -> Distiller:
+    """The student of `spec` with its losses, on this process's device, in training mode."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = made_for_training(load_model(spec.init, spec.task, spec.labels), spec.train.dropout, device)
+    if spec.train.freeze_embeddings:
+        loaded.get_input_embeddings().requires_grad_(False)
+    encoder = HeadedEncoder(loaded, spec.task, spec.train.precision)
+    teacher: Any = load_model(spec.teachers[0].model, spec.task) if spec.frozen_teacher else None
+    distiller = Distiller(encoder, spec.loss, spec.layers, spec.seed, teacher and teacher.to(device))
+    distiller.project(spec.teacher_width)
+    return distiller.train()
 
 
 def _deepspeed() -> Any:

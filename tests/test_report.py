@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raydistil.report import Interval, LiveLine, Meter, Overlap, format_step, overlap
+from raydistil.trace import Record
 from raydistil.types import StepMetrics, TeacherTiming
 
 INTERVALS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 15)).map(lambda p: (p[0], p[0] + p[1])), max_size=12)
@@ -62,8 +63,8 @@ def test_overlap_in_pieces_is_overlap_at_once(steps: list[tuple[float, float, fl
 
 def test_the_meter_adds_up_what_a_worker_did() -> None:
     meter = Meter(1, None, num_steps=2, first_step=0)  # type: ignore[arg-type]  # only rank 0 reports on the way
-    meter.micro_step(0.0, 1.0, 3.0, 100, [TeacherTiming("a", 0.5, 2.0, 100)], 1000)
-    meter.micro_step(3.0, 3.5, 5.0, 50, [TeacherTiming("b", 1.5, 4.0, 50)], 500)
+    meter.micro_step(Record(1, 0, 2, 100, 1000, 0.0, 1.0, 3.0, (TeacherTiming("a", 0.5, 2.0, 100),)))
+    meter.micro_step(Record(2, 1, 2, 50, 500, 3.0, 3.5, 5.0, (TeacherTiming("b", 1.5, 4.0, 50),)))
     meter.step(1, 0.5, {}, 1e-3)
     summary = meter.summary(interrupted=True)
     assert (summary.steps, summary.micro_batches, summary.tokens, summary.wire_bytes) == (1, 2, 150, 1500)

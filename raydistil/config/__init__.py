@@ -122,6 +122,9 @@ class ClusterConfig(Section):
     teacher_threads: Positive | None = None
     max_bytes_in_flight: Annotated[int, Field(ge=1 << 20)] = 256 << 20
     """Most bytes of targets that wait in the object store however fast the teacher is."""
+    trace: bool = False
+    """Write down what every micro-batch was and when it was taught and trained on: STAGE-trace-RANK.jsonl in the run's
+    directory, which every worker must then be able to write to."""
 
 
 class Config(Section):

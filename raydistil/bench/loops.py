@@ -1,0 +1,169 @@
+"""Training loops in one process, against which the stream is measured: the same rows, weights, losses and optimizer.
+
+`InProcess` is written as tightly as one would by hand: no wire, no DeepSpeed, rows and masks made beforehand, the
+teacher's states handed over as they are. `StudentOnly` has the teacher's targets beforehand, as the wire carries them.
+`Reference` is the loop of the published distillation (Sanh et al. 2019, arXiv:1910.01108): one text a row, batches of
+like lengths padded to their longest, float32, the full vocabulary's logits of both models at every real token.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raydistil import wire
+from raydistil.config.loss import LossConfig
+from raydistil.config.train import TrainConfig
+from raydistil.losses import weights_at
+from raydistil.models import HeadedEncoder, load_model, made_for_training, on_device
+from raydistil.optim import parameter_groups
+from raydistil.specs import TrainRun
+from raydistil.targets import decode_targets
+from raydistil.teacher import Teacher
+from raydistil.types import IGNORE, TeacherTargets, TokenBatch
+from raydistil.worker import make_distiller
+
+
+class Loop(ABC):
+    """A model that learns from micro-batches, round and round."""
+
+    def __init__(self, model: nn.Module, train: TrainConfig) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = model.to(self.device)
+        self._clip = train.clip
+        groups = parameter_groups(self.model, train.weight_decay)
+        self._optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
+
+    @abstractmethod
+    def losses(self) -> tuple[Tensor, int]:
+        """(loss of the next micro-batch, its real tokens)."""
+
+    def step(self) -> int:
+        """One optimizer step; returns the real tokens it was made of."""
+        loss, tokens = self.losses()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), self._clip, foreach=True)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return tokens
+
+    def rate(self, steps: int) -> float:
+        """Real tokens a second over that many steps."""
+        self._wait()
+        started = time.perf_counter()
+        tokens = sum(self.step() for _ in range(steps))
+        self._wait()
+        return tokens / (time.perf_counter() - started)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+class InProcess(Loop):
+    """Teacher and student in turn."""
+
+    def __init__(self, planned: TrainRun, batches: list[TokenBatch]) -> None:
+        worker = planned.worker
+        super().__init__(make_distiller(worker), worker.train)
+        (spec,) = worker.teachers
+        self._states, self._weights = spec.targets.states, weights_at(worker.loss, 0.0)
+        teacher = HeadedEncoder(load_model(spec.model, spec.task), spec.task, spec.precision)
+        self._teacher = teacher.eval().to(self.device)
+        self._batches = cycle(batches)
+
+    def losses(self) -> tuple[Tensor, int]:
+        batch = next(self._batches)
+        with torch.no_grad():
+            states, _ = self._teacher(*on_device(batch, self.device), self._states)
+        loss: Tensor = self.model(batch, TeacherTargets(states, None), self._weights).loss
+        return loss, batch.num_tokens
+
+
+class StudentOnly(Loop):
+    """The student alone, on targets that wait in memory."""
+
+    def __init__(self, planned: TrainRun, batches: list[TokenBatch]) -> None:
+        worker = planned.worker
+        super().__init__(make_distiller(worker), worker.train)
+        (self._spec,) = worker.teachers
+        self._weights = weights_at(worker.loss, 0.0)
+        taught = Teacher(self._spec)(wire.table_of(batches))
+        torch.set_num_threads(worker.threads)  # the teacher has set its own
+        self._rows: Iterator[pa.Table] = cycle(list(taught))
+
+    def losses(self) -> tuple[Tensor, int]:
+        row = next(self._rows)
+        batch = wire.batch_of(row)
+        (columns,) = wire.targets_of(row)
+        targets = decode_targets(self._spec.targets, columns, batch.num_tokens, self.device)
+        loss: Tensor = self.model(batch, targets, self._weights).loss
+        return loss, batch.num_tokens
+
+
+class Reference(Loop):
+    """The published loop."""
+
+    def __init__(self, planned: TrainRun, batches: list[TokenBatch], last_id: int) -> None:
+        """`last_id`: the token that ends a text."""
+        worker = planned.worker
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        student = made_for_training(load_model(worker.init, worker.task), worker.train.dropout, device)
+        super().__init__(student.train(), worker.train)
+        self._teacher: Any = load_model(worker.teachers[0].model, worker.task).eval().to(self.device)
+        self._loss = worker.loss
+        rows = sorted((text for batch in batches for text in texts_of(batch, last_id)), key=lambda text: len(text[0]))
+        size = worker.train.micro_batch_size
+        groups = [_padded(rows[first : first + size]) for first in range(0, len(rows), size)]
+        order = np.random.default_rng(0).permutation(len(groups))
+        self._groups = cycle([groups[number] for number in order])
+
+    def losses(self) -> tuple[Tensor, int]:
+        ids_BL, mask_BL, labels_BL = (part.to(self.device) for part in next(self._groups))
+        asked = {"input_ids": ids_BL, "attention_mask": mask_BL, "output_hidden_states": True}
+        with torch.no_grad():
+            taught = self._teacher(**asked)
+        student = self.model(**asked)
+        return published_loss(student, taught, mask_BL, labels_BL, self._loss), int(mask_BL.sum())
+
+
+def published_loss(student: Any, taught: Any, mask_BL: Tensor, labels_BL: Tensor, config: LossConfig) -> Tensor:
+    """The triple loss as published: KD over all real tokens, masked LM, cosine of the last hidden states."""
+    t, at_BL = config.temperature, mask_BL.bool()
+    student_TV, taught_TV = student.logits[at_BL], taught.logits[at_BL]
+    soft = F.kl_div(F.log_softmax(student_TV / t, -1), F.softmax(taught_TV / t, -1), reduction="batchmean") * t**2
+    hard = F.cross_entropy(student.logits.flatten(0, 1), labels_BL.flatten(), ignore_index=IGNORE)
+    student_TD, taught_TD = student.hidden_states[-1][at_BL], taught.hidden_states[-1][at_BL]
+    cosine = F.cosine_embedding_loss(student_TD, taught_TD, student_TD.new_ones(len(student_TD)))
+    return config.kd * soft + config.task * hard + config.cosine * cosine
+
+
+Text = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]  # (ids, labels) of one row
+
+
+def texts_of(batch: TokenBatch, last_id: int) -> Iterator[Text]:
+    """The texts (or what a block's end left of them) of packed blocks, each as a row: first token, text, `last_id`."""
+    assert batch.labels_BL is not None
+    for ids_L, labels_L, length in zip(batch.input_ids_BL, batch.labels_BL, batch.lengths_B, strict=True):
+        start = 1
+        for end in np.flatnonzero(ids_L[:length] == last_id).tolist():
+            if end > start:
+                chosen = np.r_[0, start : end + 1]
+                yield ids_L[chosen], labels_L[chosen]
+            start = end + 1
+
+
+def _padded(texts: list[Text]) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, mask, labels), int64 [B, L] of the longest."""
+    ids, labels = ([torch.from_numpy(text[part].astype(np.int64)) for text in texts] for part in (0, 1))
+    ids_BL = nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    labels_BL = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE)
+    lengths_B1 = torch.tensor([len(row) for row in ids])[:, None]
+    return ids_BL, (torch.arange(ids_BL.shape[1]) < lengths_B1).long(), labels_BL

@@ -1,0 +1,45 @@
+"""How fast the machine could be: the matrix products a training needs, and the rate at which it makes them."""
+
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from raydistil.models import DTYPES, load_model
+from raydistil.size import describe_model
+from raydistil.specs import TrainRun
+from raydistil.types import Precision
+
+SIDE = 2048
+ROUNDS = 5
+
+
+def gemm_rate(precision: Precision, device: str) -> float:
+    """FLOPs a second of products of square matrices, the median of a few; on all of torch's threads."""
+    left, right = (torch.randn(SIDE, SIDE, device=device).to(DTYPES[precision]) for _ in range(2))
+    return 2 * SIDE**3 / statistics.median(_seconds(left, right) for _ in range(ROUNDS + 1))
+
+
+def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
+    started = time.perf_counter()
+    left @ right
+    if left.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def needed_flops(planned: TrainRun, length: int, compared: float) -> float:
+    """FLOPs a token of rows of `length`: the teacher forward, the student forward and backward, which is twice that.
+
+    `compared`: the share of the tokens at which both vocabulary heads are applied.
+    """
+    teacher = _forward(planned.worker.teachers[0].model, planned, length, compared)
+    return teacher + 3 * _forward(planned.worker.init, planned, length, compared)
+
+
+def _forward(model: str, planned: TrainRun, length: int, compared: float) -> float:
+    loaded = load_model(model, planned.worker.task)
+    bare: Any = loaded.base_model
+    whole, layers = (describe_model(part, length).flops_per_token for part in (loaded, bare))
+    return layers + compared * (whole - layers)

@@ -1,0 +1,86 @@
+"""What a run leaves of every micro-batch, and what is read out of it."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from test_pipeline import LANGUAGE_MODEL, config_for, quiet
+
+from raydistil import pipeline, rundir
+from raydistil.bench.window import window_of
+from raydistil.errors import ConfigError
+from raydistil.payload import payload_path
+from raydistil.report import overlap
+from raydistil.trace import Record, Trace, read_trace, trace_path
+from raydistil.types import TeacherTiming
+
+
+def record(index: int, ended: float, taught: float, wait: float = 0.0) -> Record:
+    """Trained in the half second before `ended`, taught in the one before `taught`."""
+    timing = TeacherTiming("a", taught - 0.5, taught, 100)
+    return Record(index + 1, index, 4, 100, 800, ended - 0.5 - wait, ended - 0.5, ended, (timing,))
+
+
+def test_a_trace_comes_back_in_the_order_of_the_ends(tmp_path: Path) -> None:
+    records = [record(index, index + 2.0, index + 1.0) for index in range(4)]
+    for rank in (0, 1):
+        trace = Trace(trace_path(tmp_path, "distill", rank))
+        for one in records[rank::2]:
+            trace.add(one)
+    Trace(trace_path(tmp_path, "finetune", 0)).add(records[0])
+    assert read_trace(tmp_path, "distill") == records
+
+
+def test_what_is_added_is_there_at_once_and_a_cut_line_is_left_out(tmp_path: Path) -> None:
+    path, first = trace_path(tmp_path, "distill", 0), record(0, 2.0, 1.0)
+    trace = Trace(path)
+    trace.add(first)
+    path.write_text(path.read_text() + '{"step": 2, "ind')
+    assert read_trace(tmp_path, "distill") == [first]
+
+
+def test_without_a_path_nothing_is_written(tmp_path: Path) -> None:
+    Trace(None).add(record(0, 2.0, 1.0))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_window_begins_after_the_warm_up_and_ends_with_the_teacher() -> None:
+    """One micro-batch a second; the teacher is three ahead, so the last two ends come after its own."""
+    records = [record(index, index + 3.0, index + 1.0, wait=0.25) for index in range(10)]
+    window = window_of(records, 2)
+    assert (window.student_rows, window.teacher_rows, window.balance) == (24, 24, 1.0)
+    assert (window.tokens, window.seconds, window.tok_s) == (600, 6.0, 100.0)
+    assert (window.wait_s, window.num_bytes) == (6 * 0.25, 4800)
+
+
+def test_a_teacher_that_ran_ahead_shows_in_the_balance() -> None:
+    """The teacher makes two rows while the student takes one, until it is through."""
+    records = [record(index, index + 3.0, 1.0 + index / 2) for index in range(10)]
+    window = window_of(records, 1)
+    assert (window.student_rows, window.teacher_rows, window.balance) == (8, 16, 2.0)
+
+
+def test_a_stream_that_is_too_short_for_a_window() -> None:
+    with pytest.raises(ConfigError, match="raise --texts"):
+        window_of([record(index, index + 3.0, 1.0) for index in range(10)], 2)
+
+
+@pytest.mark.slow
+def test_a_traced_run(ray_cluster: None, tiny_teacher: str, corpus_file: Path, tmp_path: Path) -> None:
+    """Every position once, one teacher, at work at the student's time, nothing but references through the driver."""
+    changes = {**LANGUAGE_MODEL, "evaluate": None, "cluster": {"trace": True, "max_bytes_in_flight": 1 << 20}}
+    config = config_for(tmp_path, tiny_teacher, corpus_file, **changes, distill={"epochs": 6})
+    pipeline.run_all(config, quiet)
+    records = read_trace(config.run_dir, rundir.DISTILL)
+    summary = rundir.read_summary(config.run_dir, rundir.DISTILL)
+    assert summary is not None
+    assert Counter(one.index for one in records) == Counter(range(summary["micro_batches"]))
+    assert [one.step for one in records] == list(range(1, summary["steps"] + 1))
+    assert len({timing.actor for one in records for timing in one.taught}) == summary["teacher_builds"] == 1
+    busy = [(one.started_s, one.ended_s) for one in records]
+    assert overlap(busy, [(timing.started_s, timing.ended_s) for one in records for timing in one.taught]) > 0
+    assert sum(one.num_bytes for one in records) == summary["wire_bytes"]
+    for process in ("driver", "scheduler"):
+        counts = json.loads(payload_path(config.run_dir, rundir.DISTILL, process).read_text())
+        assert counts["num_bytes"] == 0 < counts["control"]
