@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import ray
 from ray.actor import ActorHandle
 
+from raydistil.tally import Tally
 from raydistil.trace import Record
 from raydistil.types import StepMetrics, TrainSummary
 
@@ -94,12 +95,7 @@ class Meter:
         self._began = self._pushed = time.time()
         self._first_row: float | None = None  # when work began: before it, the teacher was loading
         self._overlap = Overlap()
-        self._student_busy_s = self._teacher_busy_s = 0.0
-        self._teachers: set[str] = set()
-        self._wait_s = self._wait_since_push = 0.0
-        self._tokens = self._tokens_since_push = 0
-        self._teacher_tokens = 0.0  # by all of an ensemble: each its share
-        self._bytes = self._micro_batches = 0
+        self._all, self._recent = Tally(), Tally()
         self._losses: dict[str, float] = {}
         self._step = first_step
         self._reply: Any = None
@@ -107,19 +103,11 @@ class Meter:
 
     def micro_step(self, record: Record) -> None:
         """One micro-batch: asked for, there, trained on."""
-        self._wait_s += record.started_s - record.asked_s
-        self._wait_since_push += record.started_s - record.asked_s
-        self._student_busy_s += record.ended_s - record.started_s
         self._first_row = self._first_row or record.started_s
-        self._tokens += record.tokens
-        self._tokens_since_push += record.tokens
-        self._bytes += record.num_bytes
-        self._micro_batches += 1
+        self._all.add(record)
+        self._recent.add(record)
         for timing in record.taught:
-            self._teachers.add(timing.actor)
-            self._teacher_busy_s += timing.ended_s - timing.started_s
             self._overlap.add((record.started_s, record.ended_s), (timing.started_s, timing.ended_s))
-            self._teacher_tokens += timing.tokens / len(record.taught)
 
     def step(self, step: int, epoch: float, losses: "dict[str, Tensor]", lr: float) -> None:
         """One optimizer step is done."""
@@ -128,14 +116,16 @@ class Meter:
         if self._rank != 0 or (now - self._pushed < PUSH_EVERY_S and step < self._num_steps):
             return
         self._losses = {name: value.item() for name, value in losses.items()}
-        elapsed = max(now - self._pushed, 1e-9)
+        elapsed, recent = max(now - self._pushed, 1e-9), self._recent
         metrics = StepMetrics(
             step=step, num_steps=self._num_steps, epoch=epoch, losses=self._losses, lr=lr,
-            student_tok_s=self._tokens_since_push / elapsed, teacher_tok_s=self._teacher_rate(),
-            wait_share=self._wait_since_push / elapsed,
+            student_tok_s=recent.tokens / elapsed, teacher_tok_s=self._all.teacher_tok_s,
+            wait_share=recent.wait_s / elapsed,
             eta_s=(now - (self._first_row or now)) / max(1, step - self._first_step) * (self._num_steps - step),
+            queue_depth=recent.queue_depth(elapsed), bytes_per_token=recent.num_bytes / max(1, recent.tokens),
+            verdict=self._all.verdict(now - (self._first_row or now)),
         )  # fmt: skip
-        self._pushed, self._tokens_since_push, self._wait_since_push = now, 0, 0.0
+        self._pushed, self._recent = now, Tally()
         self._reply = self._progress.push.remote(asdict(metrics))
 
     def stop_requested(self) -> bool:
@@ -145,19 +135,15 @@ class Meter:
             self._reply = None
         return self._stop
 
-    def _teacher_rate(self) -> float:
-        """Tokens a second that the teachers make while they work, all of them together."""
-        if not self._teacher_busy_s:
-            return 0.0
-        return self._teacher_tokens / self._teacher_busy_s * len(self._teachers)
-
     def summary(self, interrupted: bool) -> TrainSummary:
+        done, now = self._all, time.time()
         return TrainSummary(
-            steps=self._step, micro_batches=self._micro_batches, tokens=self._tokens,
-            wall_s=time.time() - self._began, wait_s=self._wait_s,
-            student_busy_s=self._student_busy_s, teacher_busy_s=self._teacher_busy_s,
-            overlap_s=self._overlap.total(), teacher_builds=len(self._teachers),
-            wire_bytes=self._bytes, final_losses=self._losses, interrupted=interrupted, peak_store_bytes=0,
+            steps=self._step, micro_batches=done.micro_batches, tokens=done.tokens,
+            wall_s=now - self._began, wait_s=done.wait_s,
+            student_busy_s=done.student_busy_s, teacher_busy_s=done.teacher_busy_s,
+            overlap_s=self._overlap.total(), teacher_builds=len(done.teachers),
+            wire_bytes=done.num_bytes, final_losses=self._losses, interrupted=interrupted,
+            verdict=done.verdict(now - (self._first_row or now)), peak_store_bytes=0,
         )  # fmt: skip
 
 
@@ -235,7 +221,10 @@ def format_step(metrics: StepMetrics) -> str:
     parts.append(f"student {_rate(metrics.student_tok_s)}")
     if metrics.teacher_tok_s:
         parts.append(f"teacher {_rate(metrics.teacher_tok_s)}")
-    parts += [f"wait {metrics.wait_share:.0%}", f"ETA {int(metrics.eta_s) // 60}:{int(metrics.eta_s) % 60:02d}"]
+    parts.append(f"wait {metrics.wait_share:.0%}")
+    if metrics.verdict:
+        parts.append(metrics.verdict)
+    parts.append(f"ETA {int(metrics.eta_s) // 60}:{int(metrics.eta_s) % 60:02d}")
     return " | ".join(parts)
 
 

@@ -18,6 +18,7 @@ from raydistil.models import resolve, shape_of
 from raydistil.plan import threads
 from raydistil.prepare import Prepared
 from raydistil.specs import CacheSpec, SourceSpec, TeacherSpec, TrainRun, WorkerSpec
+from raydistil.tally import advice
 from raydistil.targets import makes_logits, targets_spec
 from raydistil.types import labels_texts
 
@@ -146,4 +147,6 @@ def _describe(stage: str, summary: Any, kept: bool) -> str:
         text += f"; teacher built 0x, student waited {summary.wait_s / max(summary.wall_s, 1e-9):.0%}"
     if kept or summary.teacher_builds:
         text += f", {summary.wire_bytes / max(1, summary.tokens):,.0f} bytes/token"
+    if summary.verdict:
+        text += f"; {summary.verdict}: {advice(summary.verdict)}"
     return text

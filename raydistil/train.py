@@ -115,8 +115,7 @@ def _fit(trainer: TorchTrainer, progress: Any, live: LiveLine, store: Store) -> 
     try:
         while thread.is_alive():
             thread.join(POLL_S)
-            _drain(progress, live)
-            store.look()
+            _drain(progress, live, store.look())
     finally:
         live.close()
     if "error" in outcome:
@@ -132,9 +131,9 @@ def _explained(error: BaseException) -> BaseException:
     return unwrapped(error)
 
 
-def _drain(progress: Any, live: LiveLine) -> None:
+def _drain(progress: Any, live: LiveLine, store_bytes: int) -> None:
     for metrics in ray.get(progress.drain.remote()):
-        live.show(StepMetrics(**metrics))
+        live.show(StepMetrics(**metrics | {"store_bytes": store_bytes}))
 
 
 @contextmanager

@@ -121,6 +121,10 @@ class StepMetrics:
     teacher_tok_s: float  # 0 where the run has no teacher
     wait_share: float  # share of the time since the last report spent waiting for targets
     eta_s: float
+    queue_depth: float  # micro-batches that lay ready for this worker
+    bytes_per_token: float  # over the wire
+    verdict: str | None  # who holds the stream up, see `tally`; None without a teacher
+    store_bytes: int = 0  # in use of the cluster's object stores, as the driver sees it
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +143,7 @@ class TrainSummary:
     wire_bytes: int
     final_losses: dict[str, float]
     interrupted: bool
+    verdict: str | None  # who held the stream up; None without a teacher
     peak_store_bytes: int  # most that was in use of the cluster's object stores, as the driver saw it
 
 

@@ -12,8 +12,8 @@ ORDER = (
     "errors", "types", "config", "layers", "storage", "corpus", "manifest", "masking", "augment", "documents",
     "places", "packing", "tokens", "specs", "models", "size", "codecs", "targets", "ensemble", "wire", "cache",
     "source", "plan", "losses", "attention", "distiller", "student", "optim", "teacher", "pace", "payload", "stream",
-    "fill", "trace", "report", "checkpoint", "worker", "cluster", "rundir", "chain", "train", "evaluate", "export",
-    "prune", "prepare", "stages", "pipeline", "check", "doctor", "tables", "serve", "bench", "cli", "__main__",
+    "fill", "trace", "tally", "report", "checkpoint", "worker", "cluster", "rundir", "chain", "train", "evaluate",
+    "export", "prune", "prepare", "stages", "pipeline", "check", "doctor", "tables", "serve", "bench", "cli", "__main__",
 )  # fmt: skip
 ROOT = Path(raydistil.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

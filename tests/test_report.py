@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raydistil.report import Interval, LiveLine, Meter, Overlap, format_step, overlap
+from raydistil.tally import Tally
 from raydistil.trace import Record
 from raydistil.types import StepMetrics, TeacherTiming
 
@@ -20,6 +21,7 @@ def metrics(step: int = 12, **changes: Any) -> StepMetrics:
     values = {
         "step": step, "num_steps": 480, "epoch": 0.5, "losses": {"loss": 1.2345, "kd": 0.1, "task": 0.9}, "lr": 1e-4,
         "student_tok_s": 3100.0, "teacher_tok_s": 12_000.0, "wait_share": 0.254, "eta_s": 80.9,
+        "queue_depth": 2.5, "bytes_per_token": 776.0, "verdict": "teacher-bound",
     }  # fmt: skip
     return StepMetrics(**{**values, **changes})
 
@@ -74,16 +76,45 @@ def test_the_meter_adds_up_what_a_worker_did() -> None:
     assert not meter.stop_requested()
 
 
+def tally(wait: float, taught: float) -> Tally:
+    """Micro-batches of one second each, of which the student waits for `wait`, the teacher works for `taught`.
+
+    Before the first one the student waits for a teacher that loads.
+    """
+    found = Tally()
+    found.add(Record(1, 0, 2, 0, 0, -60.0, 0.0, 0.0, (TeacherTiming("a", 0.0, 0.0, 0),)))
+    for start in range(4):
+        timing = TeacherTiming("a", start - taught - 2.0, start - 2.0, 100)
+        found.add(Record(start + 1, start, 2, 100, 1000, start, start + wait, start + 1.0, (timing,)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("wait", "taught", "expected"),
+    [(0.5, 1.0, "teacher-bound"), (0.0, 0.5, "student-bound"), (0.04, 0.9, "balanced")],
+)
+def test_who_holds_the_stream_up(wait: float, taught: float, expected: str) -> None:
+    assert tally(wait, taught).verdict(4.0) == expected
+    assert Tally().verdict(4.0) is None
+
+
+def test_rates_and_what_lies_ready() -> None:
+    found = tally(0.0, 0.5)
+    assert found.teacher_tok_s == 200.0
+    assert found.queue_depth(4.0) == 2.0
+    assert Tally().teacher_tok_s == 0.0
+
+
 # ---- lines
 
 
 def test_a_step_on_one_line() -> None:
     expected = "step 12/480 | loss 1.234 (kd 0.100 task 0.900) | student 3.1k tok/s | teacher 12.0k tok/s | wait 25%"
-    assert format_step(metrics()) == f"{expected} | ETA 1:20"
+    assert format_step(metrics()) == f"{expected} | teacher-bound | ETA 1:20"
 
 
 def test_a_step_without_teacher_and_with_hours_to_go() -> None:
-    line = format_step(metrics(teacher_tok_s=0.0, eta_s=3600.0, losses={"loss": 2.0, "task": 2.0}))
+    line = format_step(metrics(teacher_tok_s=0.0, verdict=None, eta_s=3600.0, losses={"loss": 2.0, "task": 2.0}))
     assert line == "step 12/480 | loss 2.000 (task 2.000) | student 3.1k tok/s | wait 25% | ETA 60:00"
 
 

@@ -1,0 +1,68 @@
+"""What the micro-batches of a stretch of a run add up to, and who holds the stream up."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from raydistil.trace import Record
+
+Verdict = Literal["teacher-bound", "student-bound", "balanced"]
+WAITS = 0.05  # of the student's time spent waiting: above it the teachers are too slow
+BUSY = 0.8  # of the teachers' time at work: below it the student is too slow
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums over micro-batches of one student worker; seconds, and real tokens."""
+
+    micro_batches: int = 0
+    tokens: int = 0
+    num_bytes: int = 0
+    wait_s: float = 0.0  # the student waited for targets
+    first_wait_s: float = 0.0  # for the first ones: the teachers were loading
+    student_busy_s: float = 0.0
+    teacher_busy_s: float = 0.0  # of all teachers
+    teacher_tokens: float = 0.0  # by all of an ensemble: each its share
+    queued_s: float = 0.0  # from the last teacher's end to the student's start
+    teachers: set[str] = field(default_factory=set)
+
+    def add(self, record: Record) -> None:
+        if not self.micro_batches:
+            self.first_wait_s = record.started_s - record.asked_s
+        self.micro_batches += 1
+        self.tokens += record.tokens
+        self.num_bytes += record.num_bytes
+        self.wait_s += record.started_s - record.asked_s
+        self.student_busy_s += record.ended_s - record.started_s
+        for timing in record.taught:
+            self.teachers.add(timing.actor)
+            self.teacher_busy_s += timing.ended_s - timing.started_s
+            self.teacher_tokens += timing.tokens / len(record.taught)
+        if record.taught:
+            self.queued_s += record.started_s - max(timing.ended_s for timing in record.taught)
+
+    @property
+    def teacher_tok_s(self) -> float:
+        """Tokens a second that the teachers make while they work, all of them together; 0 without any."""
+        return self.teacher_tokens / self.teacher_busy_s * len(self.teachers) if self.teacher_busy_s else 0.0
+
+    def queue_depth(self, seconds: float) -> float:
+        """Micro-batches that lay ready on average (Little's law: their time in the queue, over the time there was)."""
+        return self.queued_s / seconds
+
+    def verdict(self, seconds: float) -> Verdict | None:
+        """Of the `seconds` since the first targets were there; None without teachers."""
+        if not self.teachers:
+            return None
+        if self.wait_s - self.first_wait_s > WAITS * seconds:
+            return "teacher-bound"
+        idle = self.teacher_busy_s < BUSY * seconds * len(self.teachers)
+        return "student-bound" if idle else "balanced"
+
+
+def advice(verdict: Verdict) -> str:
+    """The knob to turn."""
+    return {
+        "teacher-bound": "more cluster.teachers (or teacher_threads), or teacher.precision bfloat16, would speed it up",
+        "student-bound": "more cluster.students or student_threads would speed it up; the teachers have time to spare",
+        "balanced": "teachers and students are matched",
+    }[verdict]
