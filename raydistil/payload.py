@@ -4,6 +4,7 @@ Ray has no such counter. Whatever a process fetches, its own objects too, is unp
 """
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,14 +61,17 @@ class Counted(ExecutionCallback):
     def __init__(self) -> None:
         self._payload = Payload()
         self._control = 0
+        self._began_s = 0.0
 
     def before_execution_starts(self, executor: Any) -> None:
         self._payload.watch()
         self._control = self._payload.control()
+        self._began_s = time.process_time()
 
     def after_execution_succeeds(self, executor: Any) -> None:
         self._payload.end()
-        _write(Path(DataContext.get_current().get_config(KEY)), self._payload, self._control)
+        spent_s = time.process_time() - self._began_s
+        _write(Path(DataContext.get_current().get_config(KEY)), self._payload, self._control, spent_s)
 
     def after_execution_fails(self, executor: Any, error: Exception) -> None:
         self._payload.end()
@@ -84,17 +88,17 @@ def counted(run_dir: Path, stage: str) -> Iterator[None]:
     """Count in this process, the driver."""
     payload = Payload()
     payload.watch()
-    control = payload.control()
+    control, began_s = payload.control(), time.process_time()
     try:
         yield
     finally:
         payload.end()
-    _write(payload_path(run_dir, stage, "driver"), payload, control)
+    _write(payload_path(run_dir, stage, "driver"), payload, control, time.process_time() - began_s)
 
 
 def payload_path(run_dir: Path, stage: str, process: str) -> Path:
     return run_dir / f"{stage}-payload-{process}.json"
 
 
-def _write(path: Path, payload: Payload, control: int) -> None:
-    path.write_text(json.dumps({"num_bytes": payload.num_bytes, "control": control}))
+def _write(path: Path, payload: Payload, control: int, cpu_s: float) -> None:
+    path.write_text(json.dumps({"num_bytes": payload.num_bytes, "control": control, "cpu_s": cpu_s}))

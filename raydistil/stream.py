@@ -36,14 +36,20 @@ def build_stream(
     Each teacher has a pool of actors of its own. Where `spec` has caches the targets are taken from there, and no
     teacher is built.
     """
+    source = build_source(spec, total, ledger)
+    for teacher in () if spec.caches else teachers:
+        source = on_teachers(source, Teacher, teacher, cluster)
+    return source
+
+
+def build_source(spec: SourceSpec, total: int, ledger: Ledger) -> Dataset:
+    """The micro-batches that `ledger` lacks, without targets but for those of a cache."""
     configure_data()
     missing = ledger.missing(total)
     blocks = max(1, min(MOST_BLOCKS, missing // MICRO_BATCHES_PER_BLOCK))
     source: Dataset = ray.data.read_datasource(
         ManifestSource(spec, total, ledger), num_cpus=READ_CPUS, override_num_blocks=blocks, concurrency=1
     )
-    for teacher in () if spec.caches else teachers:
-        source = on_teachers(source, Teacher, teacher, cluster)
     return source
 
 

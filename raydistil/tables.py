@@ -127,6 +127,46 @@ STREAM_ROWS = (
 )
 
 
+def show_scale(result: dict[str, Any]) -> None:
+    """Part (a), then part (b) with what it rests on."""
+    timers, console = result["timers"], Console()
+    title = f"{result['nodes']} nodes, teachers of {timers['teacher_s'] * 1000:.0f} ms, a student of "
+    table = Table(title=title + f"{timers['student_s'] * 1000:.0f} ms", box=SIMPLE_HEAD, title_justify="left")
+    for heading in ("teachers", "micro-batches/s", "expected", "share", "binds", "student waited"):
+        table.add_column(heading, justify="right")
+    for row in result["rows"]:
+        table.add_row(
+            str(row["teachers"]), f"{row['micro_batches_s']:.1f}", f"{row['expected']:.1f}", f"{row['share']:.2f}",
+            row["binds"], f"{row['wait_fraction']:.0%}",
+        )  # fmt: skip
+    console.print(table)
+    assumed = result["assumed"]
+    title = f"on paper: BERT-base to DistilBERT, GPUs of {assumed['gpu_flops_s'] / 1e12:,.0f} TFLOPs at "
+    title += (
+        f"{assumed['used']:.0%}, {assumed['network_bytes_s'] / 1e9:.0f} GB/s a node (assumed); the scheduler takes "
+    )
+    title += f"{result['scheduler_s'] * 1000:.2f} ms a micro-batch, a store {assumed['store_bytes_s'] / 1e9:.1f} GB/s"
+    paper = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
+    for heading in (
+        "GPUs",
+        "teachers",
+        "students",
+        "tok/s",
+        "binds",
+        "scheduler",
+        "store",
+        "network",
+        "per 1e9 tokens",
+    ):
+        paper.add_column(heading, justify="right")
+    for row in result["paper"]:
+        shares = [f"{row[name]:.0%}" for name in ("scheduler_share", "store_share", "network_share")]
+        counts = [str(row[name]) for name in ("gpus", "teachers", "students")]
+        cost = f"{row['cost_per_billion_tokens']:.2f}"
+        paper.add_row(*counts, f"{row['tok_s']:,.0f}", row["binds"], *shares, cost)
+    console.print(paper)
+
+
 def show_check(result: dict[str, Any]) -> None:
     """Configuration with origins, sample, models, data, plan."""
     console = Console()

@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from raydistil.models import DTYPES, load_model
 from raydistil.size import describe_model
@@ -34,12 +35,13 @@ def needed_flops(planned: TrainRun, length: int, compared: float) -> float:
 
     `compared`: the share of the tokens at which both vocabulary heads are applied.
     """
-    teacher = _forward(planned.worker.teachers[0].model, planned, length, compared)
-    return teacher + 3 * _forward(planned.worker.init, planned, length, compared)
+    models = (planned.worker.teachers[0].model, planned.worker.init)
+    teacher, student = (forward_flops(load_model(model, planned.worker.task), length, compared) for model in models)
+    return teacher + 3 * student
 
 
-def _forward(model: str, planned: TrainRun, length: int, compared: float) -> float:
-    loaded = load_model(model, planned.worker.task)
-    bare: Any = loaded.base_model
-    whole, layers = (describe_model(part, length).flops_per_token for part in (loaded, bare))
+def forward_flops(model: PreTrainedModel, length: int, compared: float) -> float:
+    """A token's, of a language model whose head is applied at a share `compared` of the tokens."""
+    bare: Any = model.base_model
+    whole, layers = (describe_model(part, length).flops_per_token for part in (model, bare))
     return layers + compared * (whole - layers)

@@ -10,6 +10,7 @@ from raydistil.trace import Record
 class Window:
     """A part of a run in which teacher and student both worked. Rows are those of micro-batches."""
 
+    micro_batches: int  # that the student took
     student_rows: int
     teacher_rows: int
     tokens: int  # through the student
@@ -46,7 +47,7 @@ def window_of(records: list[Record], warm_up: int) -> Window:
         record.num_rows for record in records for timing in record.taught[:1] if begin < timing.ended_s <= end
     ]  # of an ensemble the first one counts: rows, not forward passes
     return Window(
-        student_rows=sum(record.num_rows for record in inside), teacher_rows=sum(taught),
+        micro_batches=len(inside), student_rows=sum(record.num_rows for record in inside), teacher_rows=sum(taught),
         tokens=sum(record.tokens for record in inside), seconds=end - begin,
         wait_s=sum(record.started_s - record.asked_s for record in inside),
         num_bytes=sum(record.num_bytes for record in inside),

@@ -1,0 +1,223 @@
+"""bench scale: how far the stream carries.
+
+(a) Real: the stream on several Ray nodes of this machine, with teachers and a student that sleep instead of reckoning,
+so that two cores are enough for as many of them as one likes. Blocks of targets are as large as real ones and take the
+way of real ones. The rate should be that of the teachers together, until the student's own binds.
+
+(b) On paper: each part of a cluster as a server with the cost a micro-batch has there, measured here or given. The
+part with the least capacity binds; the others wait for it (see `paper`).
+"""
+
+import json
+import logging
+import shutil
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from ray.cluster_utils import Cluster
+from transformers import BertConfig, BertForMaskedLM, DistilBertConfig, DistilBertForMaskedLM
+
+from raydistil.bench.paper import Costs, Machines, outlook
+from raydistil.bench.roofline import forward_flops
+from raydistil.bench.stream import LENGTH, MINILM
+from raydistil.bench.window import Window, window_of
+from raydistil.config import ClusterConfig, config_of
+from raydistil.config.train import DistillConfig
+from raydistil.manifest import Ledger, Manifest
+from raydistil.models import num_parameters
+from raydistil.payload import count_payload, payload_path
+from raydistil.prepare import Prepared, Say, prepare
+from raydistil.specs import SourceSpec
+from raydistil.stages import manifest_of
+from raydistil.stream import PREFETCH, build_source, execution_options, on_teachers
+from raydistil.trace import Record
+from raydistil.types import TeacherTiming
+from raydistil.wire import batch_of, timings_of, with_targets
+
+Tree = dict[str, Any]
+GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
+MASKED = 0.15  # share of the tokens at which the vocabulary heads are applied
+BLOCK_BYTES = 16 * 128 * 384 * 2  # the targets of a micro-batch of MiniLM
+TOKENS = 32 * 512  # of a GPU's micro-batch
+AHEAD = 16
+BATCH_BYTES = 8  # a token: its id and its label
+NODES = 3  # besides the head
+NODE_STORE_BYTES = 512 << 20
+WARM_UP_S = 6.0  # of a stream's rate, before its window
+WINDOW_S = 12.0
+
+
+@dataclass(frozen=True, slots=True)
+class Timers:
+    """How long teacher and student sleep over a micro-batch, and how large its targets are."""
+
+    teacher_s: float
+    student_s: float
+    num_bytes: int
+
+
+class SleepingTeacher:
+    """In the place of `Teacher`: sleeps, and says so many random bytes."""
+
+    def __init__(self, spec: Timers) -> None:
+        self._spec = spec
+        self._name = f"sleeper-{time.time_ns()}"
+        self._states = np.random.default_rng(0).bytes(spec.num_bytes)
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        for number in range(table.num_rows):
+            row, started = table.slice(number, 1), time.time()
+            time.sleep(self._spec.teacher_s)
+            timing = TeacherTiming(self._name, started, time.time(), batch_of(row).num_tokens)
+            yield with_targets(row, {"states": self._states, "soft_labels": b""}, timing)
+
+
+@ray.remote(num_cpus=1)
+class SleepingStudent:
+    """In the place of `StudentWorker`: takes its shard and sleeps over every micro-batch."""
+
+    def consume(self, shard: Any, seconds: float) -> list[Record]:
+        rows = iter(shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=PREFETCH))
+        return list(self._records(rows, seconds))
+
+    def _records(self, rows: Iterator[pa.Table], seconds: float) -> Iterator[Record]:
+        asked = time.time()
+        for step, row in enumerate(rows, start=1):
+            started, batch = time.time(), batch_of(row)
+            time.sleep(seconds)
+            ended, tokens = time.time(), batch.num_tokens
+            yield Record(
+                step, batch.index, batch.num_rows, tokens, row.nbytes, asked, started, ended,
+                tuple(timings_of(row, tokens)),
+            )  # fmt: skip
+            asked = ended
+
+
+@dataclass(frozen=True, slots=True)
+class Assumed:
+    """Of a GPU and its model: what cannot be measured here, and is given."""
+
+    gpu_flops_s: float  # of its matrix products
+    used: float  # share of them that a model reaches
+    tokens: int  # of a micro-batch
+    ahead: int  # micro-batches on the way for every student
+
+
+def bench_scale(
+    output: Path, timers: Timers, counts: tuple[int, ...], assumed: Assumed, machines: Machines, say: Say
+) -> Tree:  # fmt: skip
+    """Both parts, see the module."""
+    shutil.rmtree(output, ignore_errors=True)
+    run = prepare(config_of(tree_for(output)), lambda line: None)
+    manifest = manifest_of(run, run.config.distill or DistillConfig(), True, 0)
+    rows = []
+    with several_nodes(max(counts)):
+        store_bytes_s = store_rate(timers.num_bytes)
+        for teachers in counts:
+            rows.append(_row(teachers, timers, *_measured(run, manifest, timers, teachers)))
+            say(f"{teachers} teachers: {rows[-1]['micro_batches_s']:.1f} micro-batches a second")
+    scheduler_s = statistics.median(row["scheduler_s"] for row in rows)
+    costs = costs_of(assumed, scheduler_s)
+    machines = replace(machines, store_bytes_s=store_bytes_s)
+    return {
+        "nodes": NODES + 1, "timers": asdict(timers), "rows": rows, "scheduler_s": scheduler_s,
+        "store_bytes_s": store_bytes_s, "driver_payload_bytes": max(row["payload_bytes"] for row in rows),
+        "assumed": asdict(assumed) | asdict(machines), "costs": asdict(costs),
+        "paper": [asdict(outlook(gpus, costs, machines, assumed.ahead)) for gpus in GPUS],
+    }  # fmt: skip
+
+
+def tree_for(output: Path) -> Tree:
+    """Whose token store the micro-batches of part (a) are from."""
+    return {
+        "name": "scale", "output_dir": str(output), "task": "mlm",
+        "corpus": {"source": "python-docs", "max_rows": 400, "validation_share": 0.0, "test_share": 0.0},
+        "teacher": {"model": MINILM}, "student": {"layers": [0, 2, 4]}, "distill": {"micro_batch_size": 16},
+    }  # fmt: skip
+
+
+def costs_of(assumed: Assumed, scheduler_s: float) -> Costs:
+    """Of BERT-base -> DistilBERT in rows of LENGTH, masked LM, hidden states in fp16."""
+    with torch.device("meta"):
+        teacher, student = BertForMaskedLM(BertConfig()), DistilBertForMaskedLM(DistilBertConfig())
+    rate, width = assumed.gpu_flops_s * assumed.used, teacher.config.hidden_size
+    forward = [forward_flops(model, LENGTH, MASKED) for model in (teacher, student)]
+    return Costs(
+        tokens=assumed.tokens, teacher_s=assumed.tokens * forward[0] / rate,
+        student_s=3 * assumed.tokens * forward[1] / rate, scheduler_s=scheduler_s,
+        num_bytes=assumed.tokens * (2 * width + BATCH_BYTES), parameters=num_parameters(student),
+    )  # fmt: skip
+
+
+def store_rate(num_bytes: int) -> float:
+    """Bytes a second that one process writes to the object store and reads again, each byte counted twice."""
+    block, spent = np.random.default_rng(0).bytes(num_bytes), []
+    for _ in range(20):
+        started = time.perf_counter()
+        read = ray.get(ray.put(np.frombuffer(block, np.uint8)))
+        read.copy()
+        spent.append(time.perf_counter() - started)
+    return 2 * num_bytes / statistics.median(spent)
+
+
+@contextmanager
+def several_nodes(teachers: int) -> Iterator[None]:
+    """A cluster of raylets on this machine, with logical CPUs enough for so many teachers and what else there is."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    shape: dict[str, Any] = {"object_store_memory": NODE_STORE_BYTES, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, **shape})
+    try:
+        for _ in range(NODES):
+            cluster.add_node(num_cpus=2 + -(-teachers // NODES), object_store_memory=NODE_STORE_BYTES)
+        ray.init(cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+        yield
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def _measured(run: Prepared, manifest: Manifest, timers: Timers, teachers: int) -> tuple[Window, Tree]:
+    """The window of a stream with so many teachers, and what was counted where it is scheduled, a micro-batch."""
+    rate = _expected(timers, teachers)
+    total = round(rate * (WARM_UP_S + WINDOW_S))
+    long = replace(manifest, epochs=-(-total // manifest.per_epoch))
+    spec = SourceSpec(run.store.path, "train", long, run.config.masking)
+    config = ClusterConfig(teachers=(teachers, teachers), max_bytes_in_flight=64 << 20)
+    dataset = on_teachers(build_source(spec, total, Ledger()), SleepingTeacher, timers, config)
+    dataset.context.execution_options = execution_options(config)
+    name = f"{teachers}-teachers"
+    count_payload(dataset, run.run_dir.resolve(), name)
+    (shard,) = dataset.streaming_split(1)
+    student: Any = SleepingStudent.remote()  # type: ignore[attr-defined]
+    records = ray.get(student.consume.remote(shard, timers.student_s))
+    ray.kill(student)
+    counts = json.loads(payload_path(run.run_dir, name, "scheduler").read_text())
+    return window_of(records, max(1, round(rate * WARM_UP_S))), counts | {"rows": len(records)}
+
+
+def _expected(timers: Timers, teachers: int) -> float:
+    """Micro-batches a second: the teachers' together, or the student's where that is less."""
+    return min(teachers / timers.teacher_s, 1 / timers.student_s)
+
+
+def _row(teachers: int, timers: Timers, window: Window, counts: Tree) -> Tree:
+    made = window.micro_batches / window.seconds
+    return {
+        "teachers": teachers, "micro_batches_s": made, "expected": _expected(timers, teachers),
+        "share": made / _expected(timers, teachers), "binds": _binds(timers, teachers),
+        "wait_fraction": window.wait_s / window.seconds, "bytes_s": window.num_bytes / window.seconds,
+        "scheduler_s": counts["cpu_s"] / counts["rows"], "payload_bytes": counts["num_bytes"],
+    }  # fmt: skip
+
+
+def _binds(timers: Timers, teachers: int) -> str:
+    return "teacher" if teachers / timers.teacher_s < 1 / timers.student_s else "student"
