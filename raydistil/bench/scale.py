@@ -31,14 +31,13 @@ from raydistil.bench.roofline import forward_flops
 from raydistil.bench.stream import LENGTH, MINILM
 from raydistil.bench.window import Window, window_of
 from raydistil.config import ClusterConfig, config_of
-from raydistil.config.train import DistillConfig
 from raydistil.manifest import Ledger, Manifest
 from raydistil.models import num_parameters
 from raydistil.payload import count_payload, payload_path
-from raydistil.prepare import Prepared, Say, prepare
+from raydistil.prepare import Say, make_store
 from raydistil.specs import SourceSpec
-from raydistil.stages import manifest_of
 from raydistil.stream import PREFETCH, build_source, execution_options, on_teachers
+from raydistil.tokens import TokenStore
 from raydistil.trace import Record
 from raydistil.types import TeacherTiming
 from raydistil.wire import batch_of, timings_of, with_targets
@@ -46,7 +45,8 @@ from raydistil.wire import batch_of, timings_of, with_targets
 Tree = dict[str, Any]
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 MASKED = 0.15  # share of the tokens at which the vocabulary heads are applied
-BLOCK_BYTES = 16 * 128 * 384 * 2  # the targets of a micro-batch of MiniLM
+MICRO_BATCH = 16
+BLOCK_BYTES = MICRO_BATCH * LENGTH * 384 * 2  # the targets of a micro-batch of MiniLM
 TOKENS = 32 * 512  # of a GPU's micro-batch
 AHEAD = 16
 BATCH_BYTES = 8  # a token: its id and its label
@@ -117,13 +117,13 @@ def bench_scale(
 ) -> Tree:  # fmt: skip
     """Both parts, see the module."""
     shutil.rmtree(output, ignore_errors=True)
-    run = prepare(config_of(tree_for(output)), lambda line: None)
-    manifest = manifest_of(run, run.config.distill or DistillConfig(), True, 0)
+    output.mkdir(parents=True)
+    source = source_of(output)
     rows = []
     with several_nodes(max(counts)):
         store_bytes_s = store_rate(timers.num_bytes)
         for teachers in counts:
-            rows.append(_row(teachers, timers, *_measured(run, manifest, timers, teachers)))
+            rows.append(_row(teachers, timers, *_measured(output, source, timers, teachers)))
             say(f"{teachers} teachers: {rows[-1]['micro_batches_s']:.1f} micro-batches a second")
     scheduler_s = statistics.median(row["scheduler_s"] for row in rows)
     costs = costs_of(assumed, scheduler_s)
@@ -136,13 +136,15 @@ def bench_scale(
     }  # fmt: skip
 
 
-def tree_for(output: Path) -> Tree:
-    """Whose token store the micro-batches of part (a) are from."""
-    return {
-        "name": "scale", "output_dir": str(output), "task": "mlm",
+def source_of(output: Path) -> SourceSpec:
+    """Real micro-batches, of one epoch: packed docstrings with masks."""
+    config = config_of({
+        "output_dir": str(output), "task": "mlm", "teacher": {"model": MINILM}, "student": {"layers": [0, 2, 4]},
         "corpus": {"source": "python-docs", "max_rows": 400, "validation_share": 0.0, "test_share": 0.0},
-        "teacher": {"model": MINILM}, "student": {"layers": [0, 2, 4]}, "distill": {"micro_batch_size": 16},
-    }  # fmt: skip
+    })  # fmt: skip
+    store = TokenStore(make_store(config))
+    manifest = Manifest(store.bucket_rows("train"), 1, MICRO_BATCH, config.seed)
+    return SourceSpec(store.path, "train", manifest, config.masking)
 
 
 def costs_of(assumed: Assumed, scheduler_s: float) -> Costs:
@@ -185,22 +187,22 @@ def several_nodes(teachers: int) -> Iterator[None]:
         cluster.shutdown()
 
 
-def _measured(run: Prepared, manifest: Manifest, timers: Timers, teachers: int) -> tuple[Window, Tree]:
+def _measured(output: Path, source: SourceSpec, timers: Timers, teachers: int) -> tuple[Window, Tree]:
     """The window of a stream with so many teachers, and what was counted where it is scheduled, a micro-batch."""
     rate = _expected(timers, teachers)
     total = round(rate * (WARM_UP_S + WINDOW_S))
-    long = replace(manifest, epochs=-(-total // manifest.per_epoch))
-    spec = SourceSpec(run.store.path, "train", long, run.config.masking)
+    manifest = replace(source.manifest, epochs=-(-total // source.manifest.per_epoch))
+    spec = replace(source, manifest=manifest)
     config = ClusterConfig(teachers=(teachers, teachers), max_bytes_in_flight=64 << 20)
     dataset = on_teachers(build_source(spec, total, Ledger()), SleepingTeacher, timers, config)
     dataset.context.execution_options = execution_options(config)
     name = f"{teachers}-teachers"
-    count_payload(dataset, run.run_dir.resolve(), name)
+    count_payload(dataset, output.resolve(), name)
     (shard,) = dataset.streaming_split(1)
     student: Any = SleepingStudent.remote()  # type: ignore[attr-defined]
     records = ray.get(student.consume.remote(shard, timers.student_s))
     ray.kill(student)
-    counts = json.loads(payload_path(run.run_dir, name, "scheduler").read_text())
+    counts = json.loads(payload_path(output, name, "scheduler").read_text())
     return window_of(records, max(1, round(rate * WARM_UP_S))), counts | {"rows": len(records)}
 
 
