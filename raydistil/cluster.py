@@ -13,7 +13,7 @@ import psutil
 
 from raydistil.config import ClusterConfig
 from raydistil.errors import PlanError
-from raydistil.plan import Need, check_fits, local_cpus
+from raydistil.plan import Need, Node, check_fits, check_placed, local_cpus
 
 # For every Ray process this run starts. Ray Data sizes its thread pools for large machines unless told; Ray runs its
 # workers at niceness 15, where anything else on the machine starves a training that waits for its own threads; and Ray
@@ -138,10 +138,15 @@ def _check(needs: list[Need]) -> None:
     """Against what the cluster says it has."""
     import ray
 
-    totals = ray.cluster_resources()
-    largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    nodes = [
+        Node(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0), node.get("Labels", {}))
+        for node in alive
+    ]
+    largest = max((node.cpus for node in nodes), default=0.0)
     for need in needs:
-        check_fits(need, totals.get("CPU", 0.0), totals.get("GPU", 0.0), largest)
+        check_fits(need, sum(node.cpus for node in nodes), sum(node.gpus for node in nodes), largest)
+        check_placed(need, nodes)
 
 
 def _quiet() -> None:

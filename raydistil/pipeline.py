@@ -137,7 +137,8 @@ def evaluate(run: Prepared) -> dict[str, Any]:
 
 def score(config: Config, spec: EvaluateSpec, candidates: list[Candidate]) -> list[ModelReport]:
     """Score models where the accelerators are."""
-    remote = ray.remote(num_cpus=1, num_gpus=config.cluster.student_gpus)(_score)
+    on = config.cluster.student_label_selector
+    remote = ray.remote(num_cpus=1, num_gpus=config.cluster.student_gpus, label_selector=on)(_score)
     try:
         found: list[ModelReport] = ray.get(remote.remote(spec, candidates))
     except ray.exceptions.RayTaskError as error:

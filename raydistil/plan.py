@@ -1,12 +1,21 @@
 """What a run needs of the cluster, checked before it starts: Ray waits in silence for what will never come."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from raydistil.config import ClusterConfig
 from raydistil.errors import PlanError
 
 READ_CPUS = 0.25  # a task that reads and masks tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One node of the cluster: its logical resources and its labels."""
+
+    cpus: float
+    gpus: float
+    labels: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +28,8 @@ class Need:
     teachers: int
     teacher_cpus: float
     teacher_gpus: float
+    student_on: dict[str, str] = field(default_factory=dict)  # labels of the nodes they may run on
+    teacher_on: dict[str, str] = field(default_factory=dict)
 
     @property
     def cpus(self) -> float:
@@ -40,6 +51,7 @@ def need_of(cluster: ClusterConfig, pools: int, with_student: bool = True) -> Ne
     return Need(
         cluster.students if with_student else 0, cluster.student_cpus, cluster.student_gpus,
         pools * cluster.teachers[0], cluster.teacher_cpus, cluster.teacher_gpus,
+        cluster.student_label_selector, cluster.teacher_label_selector,
     )  # fmt: skip
 
 
@@ -56,6 +68,38 @@ def check_fits(need: Need, cpus: float, gpus: float, largest_cpus: float) -> Non
             f"expected a node with {widest:g} CPUs for one worker, the largest has {largest_cpus:g}: "
             f"lower cluster.student_cpus or cluster.teacher_cpus"
         )
+
+
+def check_placed(need: Need, nodes: list[Node]) -> None:
+    """Raise PlanError where the nodes with the labels that students or teachers ask for cannot hold them."""
+    roles = (
+        ("student", need.student_on, need.students, need.student_cpus, need.student_gpus),
+        ("teacher", need.teacher_on, need.teachers, need.teacher_cpus, need.teacher_gpus),
+    )
+    for role, selector, count, cpus, gpus in roles:
+        fit = [node for node in nodes if matches(selector, node.labels)]
+        found_cpus, found_gpus = sum(node.cpus for node in fit), sum(node.gpus for node in fit)
+        if count * cpus > found_cpus or count * gpus > found_gpus:
+            raise PlanError(
+                f"expected {count * cpus:g} CPUs and {count * gpus:g} GPUs for {count} {role}s on nodes with labels "
+                f"{_shown(selector)}, found {found_cpus:g} and {found_gpus:g} on {len(fit)} of {len(nodes)} nodes: "
+                f"change cluster.{role}_label_selector, or start nodes with --labels"
+            )
+
+
+def _shown(selector: dict[str, str]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in selector.items()) or "(any)"
+
+
+def matches(selector: dict[str, str], labels: dict[str, str]) -> bool:
+    """Whether a node's labels are what Ray's label selector asks for: `v`, `!v`, `in(v, w)`, `!in(v, w)`."""
+    for key, value in selector.items():
+        positive = value.removeprefix("!")
+        listed = positive.removeprefix("in(").removesuffix(")") if positive.startswith("in(") else positive
+        among = labels.get(key) in [part.strip() for part in listed.split(",")]
+        if among == value.startswith("!"):
+            return False
+    return True
 
 
 def local_cpus() -> int:

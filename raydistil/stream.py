@@ -64,6 +64,7 @@ def on_teachers(source: Dataset, actor: type, spec: Any, cluster: ClusterConfig)
         compute=ActorPoolStrategy(min_size=fewest, max_size=most, max_tasks_in_flight_per_actor=3),
         num_cpus=cluster.teacher_cpus,
         num_gpus=cluster.teacher_gpus or None,
+        label_selector=cluster.teacher_label_selector or None,
         udf_modifying_row_count=False,
     )
     return taught

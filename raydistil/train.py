@@ -68,6 +68,7 @@ def _trainer(run: TrainRun, progress: Any) -> TorchTrainer:
             num_workers=cluster.students,
             use_gpu=cluster.student_gpus > 0,
             resources_per_worker=_resources(cluster),
+            label_selector=cluster.student_label_selector or None,  # type: ignore[call-arg]  # it is of Train V2
         ),
         run_config=RunConfig(
             name=run.stage,

@@ -7,7 +7,7 @@ import pytest
 from raydistil import plan
 from raydistil.config import ClusterConfig
 from raydistil.errors import PlanError
-from raydistil.plan import check_fits, cores, local_cpus, need_of, threads
+from raydistil.plan import Node, check_fits, check_placed, cores, local_cpus, matches, need_of, threads
 
 CLUSTER = ClusterConfig(students=2, student_cpus=3, teachers=(2, 5), teacher_cpus=0.5, student_gpus=1, teacher_gpus=0.5)
 ARITHMETIC = "CPUs: 2 students x 3 + 2 teachers x 0.5 + 0.25 to read = 7.25; GPUs: 2 x 1 + 2 x 0.5 = 3"
@@ -41,6 +41,30 @@ def test_the_largest_node_must_hold_the_widest_worker() -> None:
     with pytest.raises(PlanError, match="expected a node with 8 CPUs"):
         check_fits(need_of(wide, pools=1), 100, 0, 4)
     check_fits(need_of(wide, pools=0), 100, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("selector", "expected"),
+    [
+        ({}, True), ({"pool": "a"}, True), ({"pool": "b"}, False), ({"pool": "!b"}, True), ({"pool": "!a"}, False),
+        ({"pool": "in(b, a)"}, True), ({"pool": "in(b,c)"}, False), ({"pool": "!in(b, c)"}, True),
+        ({"pool": "!in(a, b)"}, False), ({"other": "a"}, False), ({"other": "!a"}, True),
+        ({"pool": "a", "zone": "1"}, True), ({"pool": "a", "zone": "2"}, False),
+    ],
+)  # fmt: skip
+def test_which_nodes_a_selector_means(selector: dict[str, str], expected: bool) -> None:
+    assert matches(selector, {"pool": "a", "zone": "1"}) is expected
+
+
+def test_the_labelled_nodes_must_hold_who_asks_for_them() -> None:
+    nodes = [Node(8, 2, {"pool": "students"}), Node(1, 1, {"pool": "teachers"})]
+    selectors = {"student_label_selector": {"pool": "students"}, "teacher_label_selector": {"pool": "teachers"}}
+    check_placed(need_of(CLUSTER.model_copy(update=selectors), pools=1), nodes)
+    with pytest.raises(PlanError, match=r"2 CPUs and 2 GPUs for 4 teachers .* pool=teachers, found 1 and 1 on"):
+        check_placed(need_of(CLUSTER.model_copy(update=selectors), pools=2), nodes)
+    elsewhere = CLUSTER.model_copy(update={"student_label_selector": {"pool": "!students"}})
+    with pytest.raises(PlanError, match=r"on 1 of 2 nodes: change cluster\.student_label_selector"):
+        check_placed(need_of(elsewhere, pools=0), nodes)
 
 
 @pytest.mark.parametrize(

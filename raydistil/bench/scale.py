@@ -50,6 +50,7 @@ BLOCK_BYTES = MICRO_BATCH * LENGTH * 384 * 2  # the targets of a micro-batch of 
 TOKENS = 32 * 512  # of a GPU's micro-batch
 AHEAD = 16
 BATCH_BYTES = 8  # a token: its id and its label
+PART = "raydistil-part"  # label of a node: what runs there
 NODES = 3  # besides the head
 NODE_STORE_BYTES = 512 << 20
 WARM_UP_S = 6.0  # of a stream's rate, before its window
@@ -70,7 +71,8 @@ class SleepingTeacher:
 
     def __init__(self, spec: Timers) -> None:
         self._spec = spec
-        self._name = f"sleeper-{time.time_ns()}"
+        node = ray.get_runtime_context().get_node_labels()[PART]
+        self._name = f"{node}/{ray.get_runtime_context().get_node_id()}/{time.time_ns()}"
         self._states = np.random.default_rng(0).bytes(spec.num_bytes)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
@@ -81,7 +83,7 @@ class SleepingTeacher:
             yield with_targets(row, {"states": self._states, "soft_labels": b""}, timing)
 
 
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=1, label_selector={PART: "student"})
 class SleepingStudent:
     """In the place of `StudentWorker`: takes its shard and sleeps over every micro-batch."""
 
@@ -176,10 +178,12 @@ def several_nodes(teachers: int) -> Iterator[None]:
     """A cluster of raylets on this machine, with logical CPUs enough for so many teachers and what else there is."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     shape: dict[str, Any] = {"object_store_memory": NODE_STORE_BYTES, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, **shape})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "labels": {PART: "student"}, **shape})
     try:
         for _ in range(NODES):
-            cluster.add_node(num_cpus=2 + -(-teachers // NODES), object_store_memory=NODE_STORE_BYTES)
+            cluster.add_node(
+                num_cpus=-(-teachers // NODES), object_store_memory=NODE_STORE_BYTES, labels={PART: "teacher"}
+            )
         ray.init(cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         yield
     finally:
@@ -193,7 +197,9 @@ def _measured(output: Path, source: SourceSpec, timers: Timers, teachers: int) -
     total = round(rate * (WARM_UP_S + WINDOW_S))
     manifest = replace(source.manifest, epochs=-(-total // source.manifest.per_epoch))
     spec = replace(source, manifest=manifest)
-    config = ClusterConfig(teachers=(teachers, teachers), max_bytes_in_flight=64 << 20)
+    config = ClusterConfig(
+        teachers=(teachers, teachers), teacher_label_selector={PART: "teacher"}, max_bytes_in_flight=64 << 20
+    )
     dataset = on_teachers(build_source(spec, total, Ledger()), SleepingTeacher, timers, config)
     dataset.context.execution_options = execution_options(config)
     name = f"{teachers}-teachers"
@@ -203,7 +209,9 @@ def _measured(output: Path, source: SourceSpec, timers: Timers, teachers: int) -
     records = ray.get(student.consume.remote(shard, timers.student_s))
     ray.kill(student)
     counts = json.loads(payload_path(output, name, "scheduler").read_text())
-    return window_of(records, max(1, round(rate * WARM_UP_S))), counts | {"rows": len(records)}
+    places = {tuple(timing.actor.split("/")[:2]) for record in records for timing in record.taught}
+    assert {part for part, _ in places} == {"teacher"}, "teachers run where their labels say"
+    return window_of(records, max(1, round(rate * WARM_UP_S))), counts | {"rows": len(records), "nodes": len(places)}
 
 
 def _expected(timers: Timers, teachers: int) -> float:
@@ -218,6 +226,7 @@ def _row(teachers: int, timers: Timers, window: Window, counts: Tree) -> Tree:
         "share": made / _expected(timers, teachers), "binds": _binds(timers, teachers),
         "wait_fraction": window.wait_s / window.seconds, "bytes_s": window.num_bytes / window.seconds,
         "scheduler_s": counts["cpu_s"] / counts["rows"], "payload_bytes": counts["num_bytes"],
+        "teacher_nodes": counts["nodes"],
     }  # fmt: skip
 
 

@@ -120,6 +120,11 @@ class ClusterConfig(Section):
     teacher_cpus: Annotated[float, Field(gt=0)] = 1
     teacher_gpus: Annotated[float, Field(ge=0)] = 0
     teacher_threads: Positive | None = None
+    student_label_selector: dict[str, str] = Field(default_factory=dict)
+    """Labels of the nodes the students may run on, as Ray has them: `{"ray.io/accelerator-type" = "H100"}`; a value may
+    be `!v`, `in(v, w)` or `!in(v, w)`. Empty: any node."""
+    teacher_label_selector: dict[str, str] = Field(default_factory=dict)
+    """Of the nodes the teachers may run on."""
     max_bytes_in_flight: Annotated[int, Field(ge=1 << 20)] = 256 << 20
     """Most bytes of targets that wait in the object store however fast the teacher is."""
     trace: bool = False
