@@ -210,20 +210,21 @@ def bench_stream(
 @click.option("--teachers", "counts", multiple=True, default=(1, 2, 4, 8), show_default=True, type=click.IntRange(1))
 @click.option("--teacher-ms", default=200.0, show_default=True, type=click.FloatRange(1), help="Its sleep.")
 @click.option("--student-ms", default=40.0, show_default=True, type=click.FloatRange(1), help="Its sleep.")
+@click.option("--seconds", default=12.0, show_default=True, type=click.FloatRange(1), help="That each is watched.")
 @click.option("--tflops", default=989.0, show_default=True, type=click.FloatRange(1), help="Of a GPU, assumed.")
 @click.option("--mfu", default=0.4, show_default=True, type=click.FloatRange(0.01, 1), help="Of them in use, assumed.")
 @click.option("--network-gbit", default=400.0, show_default=True, type=click.FloatRange(1), help="Of a node, assumed.")
 @click.option("--gpu-hour", default=2.5, show_default=True, type=click.FloatRange(0), help="Price, assumed.")
 @_json
 def bench_scale(
-    output: Path, counts: tuple[int, ...], teacher_ms: float, student_ms: float, tflops: float, mfu: float,
-    network_gbit: float, gpu_hour: float, as_json: bool,
+    output: Path, counts: tuple[int, ...], teacher_ms: float, student_ms: float, seconds: float, tflops: float,
+    mfu: float, network_gbit: float, gpu_hour: float, as_json: bool,
 ) -> None:  # fmt: skip
     """The stream with more and more teachers that sleep, on several nodes; then a large cluster on paper."""
     from raydistil import tables
     from raydistil.bench import paper, scale
 
-    timers = scale.Timers(teacher_ms / 1000, student_ms / 1000, scale.BLOCK_BYTES)
+    timers = scale.Timers(teacher_ms / 1000, student_ms / 1000, scale.BLOCK_BYTES, seconds)
     assumed = scale.Assumed(tflops * 1e12, mfu, scale.TOKENS, scale.AHEAD)
     machines = paper.Machines(8, network_gbit / 8 * 1e9, 0.0, gpu_hour)
     _emit(lambda: scale.bench_scale(output, timers, counts, assumed, machines, _say), as_json, tables.show_scale)

@@ -1,6 +1,8 @@
 """The benchmarks themselves, on little work."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,36 @@ def test_every_row_is_a_configuration_of_its_own(tmp_path: Path) -> None:
     names = {config_for(tmp_path, tmp_path, row, seed).name for row in ROWS for seed in (0, 1)}
     assert len(names) == 2 * len(ROWS)
     assert len(dict.fromkeys(ROWS)) == len(ROWS)
+
+
+@pytest.mark.slow
+def test_scale_on_nodes_of_its_own(tmp_path: Path) -> None:
+    """In a process of its own, since this one has a cluster: teachers on every node that is theirs, none elsewhere."""
+    counts = [f"--teachers={count}" for count in (1, 3)]
+    asked = ["bench", "scale", *counts, "--seconds", "4", "--output", str(tmp_path), "--json"]
+    done = subprocess.run([sys.executable, "-m", "raydistil", *asked], capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout)
+    assert [(row["teachers"], row["teacher_nodes"]) for row in result["rows"]] == [(1, 1), (3, 3)]
+    assert [row["binds"] for row in result["rows"]] == ["teacher", "teacher"]
+    assert result["driver_payload_bytes"] == 0
+    assert [row["gpus"] for row in result["paper"]] == [8, 16, 32, 64, 128, 256, 512, 1024]
+    assert all(row["teachers"] + row["students"] == row["gpus"] for row in result["paper"])
+
+
+@pytest.mark.slow
+def test_the_stream_beside_its_loops(tmp_path: Path) -> None:
+    """The structure of it: one teacher, no data through the driver, little in the store, like numbers of rows."""
+    asked = ["--rounds=1", "--texts=700", "--steps=1", "--warm-up=4", "--output", str(tmp_path), "--json"]
+    command = [sys.executable, "-m", "raydistil", "bench", "stream", *asked]
+    result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert [row["precision"] for row in result["rows"]] == ["float32", "bfloat16"]
+    assert result["driver_payload_bytes"] == 0 < result["payload_control_bytes"]
+    assert result["teacher_builds"] == 1
+    assert 768 < result["wire_bytes_per_token"] <= 776 * 1.05
+    assert 0 < result["peak_store_bytes"] < 256 << 20
+    for row in result["rows"]:
+        assert all(stream["window"]["teacher_rows"] > 0 for stream in row["streams"])
+        assert {"ratio_vs_inprocess", "ratio_vs_student_only", "roofline_fraction", "wait_fraction"} <= row.keys()
 
 
 def test_data_without_a_split(tmp_path: Path) -> None:

@@ -53,8 +53,7 @@ BATCH_BYTES = 8  # a token: its id and its label
 PART = "raydistil-part"  # label of a node: what runs there
 NODES = 3  # besides the head
 NODE_STORE_BYTES = 512 << 20
-WARM_UP_S = 6.0  # of a stream's rate, before its window
-WINDOW_S = 12.0
+WARM_UP = 0.5  # of a window's time, before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +63,7 @@ class Timers:
     teacher_s: float
     student_s: float
     num_bytes: int
+    window_s: float  # how long the stream is watched
 
 
 class SleepingTeacher:
@@ -194,7 +194,8 @@ def several_nodes(teachers: int) -> Iterator[None]:
 def _measured(output: Path, source: SourceSpec, timers: Timers, teachers: int) -> tuple[Window, Tree]:
     """The window of a stream with so many teachers, and what was counted where it is scheduled, a micro-batch."""
     rate = _expected(timers, teachers)
-    total = round(rate * (WARM_UP_S + WINDOW_S))
+    warm_up = max(1, round(rate * WARM_UP * timers.window_s))
+    total = warm_up + round(rate * timers.window_s)
     manifest = replace(source.manifest, epochs=-(-total // source.manifest.per_epoch))
     spec = replace(source, manifest=manifest)
     config = ClusterConfig(
@@ -211,7 +212,7 @@ def _measured(output: Path, source: SourceSpec, timers: Timers, teachers: int) -
     counts = json.loads(payload_path(output, name, "scheduler").read_text())
     places = {tuple(timing.actor.split("/")[:2]) for record in records for timing in record.taught}
     assert {part for part, _ in places} == {"teacher"}, "teachers run where their labels say"
-    return window_of(records, max(1, round(rate * WARM_UP_S))), counts | {"rows": len(records), "nodes": len(places)}
+    return window_of(records, warm_up), counts | {"rows": len(records), "nodes": len(places)}
 
 
 def _expected(timers: Timers, teachers: int) -> float:
