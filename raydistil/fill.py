@@ -123,22 +123,29 @@ def _check_room(cache: CacheSpec, sizes: Sizes, tokens: int, missing: tuple[Shar
 
 def _run(spec: FillSpec, cluster: ClusterConfig, say: Callable[[str], None]) -> set[str]:
     """Every shard of `spec`; returns the names of the teachers that were built."""
-    configure_data()
-    numbers = [{"shard": number} for number in range(len(spec.shards))]
-    shards = ray.data.from_items(numbers, override_num_blocks=min(MOST_BLOCKS, len(numbers)))
     teachers: set[str] = set()
     done, tokens, started = 0, 0, time.monotonic()
     shown = started
+    written: Any = ray.remote(num_cpus=0)(_written)
     try:
-        for row in on_teachers(shards, Filler, spec, cluster).iter_rows():
+        for counters in written.remote(spec, cluster):
+            row = ray.get(counters)
             done, tokens = done + 1, tokens + row["tokens"]
             teachers.add(row["teacher"])
             if time.monotonic() - shown > SAY_EVERY_S:
                 shown = time.monotonic()
-                say(_progress(done, len(numbers), tokens, shown - started))
+                say(_progress(done, len(spec.shards), tokens, shown - started))
     except Exception as error:
         raise unwrapped(error) from error
     return teachers
+
+
+def _written(spec: FillSpec, cluster: ClusterConfig) -> Iterator[dict[str, Any]]:
+    """Runs as a Ray task, which schedules the execution: counters of every shard, as it is there."""
+    configure_data()
+    numbers = [{"shard": number} for number in range(len(spec.shards))]
+    shards = ray.data.from_items(numbers, override_num_blocks=min(MOST_BLOCKS, len(numbers)))
+    yield from on_teachers(shards, Filler, spec, cluster).iter_rows()
 
 
 def _progress(done: int, total: int, tokens: int, elapsed_s: float) -> str:
