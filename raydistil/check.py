@@ -20,9 +20,11 @@ from raydistil.models import load_tokenizer, quiet_transformers
 from raydistil.optim import deepspeed_config
 from raydistil.plan import cores, local_cpus, threads
 from raydistil.prepare import check_models, classes_of_teacher, corpus_of, describe_heads, needs, outlines
+from raydistil.probe import probe
 from raydistil.size import describe_model
 from raydistil.specs import TargetsSpec
 from raydistil.storage import free_bytes
+from raydistil.tally import advice
 from raydistil.targets import makes_logits, targets_spec
 from raydistil.tokens import class_names
 from raydistil.types import TextRow, labels_texts
@@ -32,8 +34,11 @@ SHOWN_CHARACTERS = 200
 SHOWN_TOKENS = 40
 
 
-def check(path: Path, overrides: list[str], show: int) -> dict[str, Any]:
-    """What `run` would do. Raises what it would raise, as far as the first rows and the machine here tell."""
+def check(path: Path, overrides: list[str], show: int, probes: bool = False) -> dict[str, Any]:
+    """What `run` would do. Raises what it would raise, as far as the first rows and the machine here tell.
+
+    `probes`: also take some steps, to say who will hold the stream up.
+    """
     quiet_transformers()
     config = load_config(path, overrides)
     check_models(config)
@@ -46,7 +51,7 @@ def check(path: Path, overrides: list[str], show: int) -> dict[str, Any]:
         "examples": _examples(config, rows[:show]),
         "models": _models(config, rows),
         "data": [*notes, *heads, f"read {len(rows):,} rows without complaint (run reads all)"],
-        "plan": [*_plan(config), *_kept(config, rows)],
+        "plan": [*_plan(config), *_kept(config, rows), *(_probed(config, rows) if probes else ())],
         "deepspeed": None if config.distill is None else deepspeed_config(config.distill),
     }
 
@@ -104,6 +109,21 @@ def _plan(config: Config) -> list[str]:
             "vocabulary: cut down to that of the training texts when the run starts; sizes here are of the whole"
         )
     return [*lines, f"threads: {student_threads} for a student, {teacher_threads} for a teacher"]
+
+
+def _probed(config: Config, rows: list[TextRow]) -> Iterator[str]:
+    """What a few steps here promise of the (first) distillation; nothing where no teacher speaks."""
+    found = probe(config, ROWS_READ)
+    if found is None or config.distill is None:
+        return
+    teachers, students = config.cluster.teachers[1], config.cluster.students
+    verdict, seconds = found.verdict(teachers, students), config.distill.epochs * _amount(config, rows)[0]
+    seconds /= found.tok_s(teachers, students)
+    yield (
+        f"{found.steps} steps here: a teacher {found.teacher_tok_s / 1000:.1f}k tok/s, a student "
+        f"{found.student_tok_s / 1000:.1f}k tok/s, {found.bytes_per_token:,.0f} bytes/token; {teachers} of the one and "
+        f"{students} of the other, as fast as these, would take {seconds / 60:,.0f} min, {verdict}: {advice(verdict)}"
+    )
 
 
 def _caches(config: Config) -> bool:

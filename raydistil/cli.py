@@ -79,13 +79,14 @@ def run(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 @app.command()
 @_on_config
 @click.option("--show", default=3, show_default=True, type=click.IntRange(min=0), help="Examples to show.")
+@click.option("--probe", is_flag=True, help="Take a few steps here, to say whether teacher or student will be slower.")
 @_json
-def check(config: Path, overrides: tuple[str, ...], show: int, as_json: bool) -> None:
+def check(config: Path, overrides: tuple[str, ...], show: int, probe: bool, as_json: bool) -> None:
     """The resolved configuration, a sample of the data and the plan; trains nothing."""
     from raydistil import tables
     from raydistil.check import check as examine
 
-    _emit(lambda: examine(config, list(overrides), show), as_json, tables.show_check)
+    _emit(lambda: examine(config, list(overrides), show, probe), as_json, tables.show_check)
 
 
 @app.command()

@@ -160,6 +160,9 @@ def test_check_says_how_large_the_models_are(capfd: pytest.CaptureFixture[str], 
     out = capfd.readouterr().out
     assert re.search(r"^teacher: 1\.0 M parameters \(1\.0 M embeddings\), 4 MiB, ", out, re.MULTILINE)
     assert re.search(r"^student: 1\.0 M parameters", out, re.MULTILINE)
+    assert "steps here" not in out
+    assert _guarded(["check", str(config), "--show", "0", "--probe"]) == 0
+    assert re.search(r"^\d+ steps here: a teacher \d", capfd.readouterr().out, re.MULTILINE)
 
 
 def test_unknown_commands_and_missing_files(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ ORDER = (
     "places", "packing", "tokens", "specs", "models", "size", "codecs", "targets", "ensemble", "wire", "cache",
     "source", "plan", "losses", "attention", "distiller", "student", "optim", "teacher", "pace", "payload", "stream",
     "fill", "trace", "tally", "report", "checkpoint", "worker", "cluster", "rundir", "chain", "train", "evaluate",
-    "export", "prune", "prepare", "stages", "pipeline", "check", "doctor", "tables", "serve", "bench", "cli",
-    "__main__",
+    "export", "prune", "prepare", "stages", "pipeline", "probe", "check", "doctor", "tables", "serve", "bench",
+    "cli", "__main__",
 )  # fmt: skip
 ROOT = Path(raydistil.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

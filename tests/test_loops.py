@@ -7,11 +7,12 @@ import pytest
 import torch
 from test_pipeline import LANGUAGE_MODEL, config_for, quiet
 
-from raydistil.bench.loops import InProcess, Reference, StudentOnly, published_loss, texts_of
+from raydistil.bench.loops import InProcess, Reference, published_loss, texts_of
 from raydistil.chain import links
 from raydistil.models import load_model, load_tokenizer, on_device
 from raydistil.pipeline import lesson
 from raydistil.prepare import prepare
+from raydistil.probe import StudentOnly, taught
 from raydistil.source import MicroBatches
 from raydistil.specs import TrainRun
 from raydistil.stages import train_run
@@ -44,7 +45,7 @@ def test_every_loop_has_the_losses_of_the_published_one(planned: TrainRun, one_t
     with torch.no_grad():
         expected = published_loss(student(**asked), teacher(**asked), mask_BL, labels_BL, planned.worker.loss)
     tight, tokens = InProcess(planned, made).losses()
-    wired, _ = StudentOnly(planned, made).losses()
+    wired, _ = StudentOnly(planned, taught(planned, made)).losses()
     assert tokens == batch.num_tokens
     torch.testing.assert_close(tight.detach(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(wired.detach(), expected, rtol=1e-3, atol=1e-4)
@@ -54,7 +55,7 @@ def test_a_step_moves_the_weights_and_says_its_tokens(
     planned: TrainRun, tiny_teacher: str, one_thread: None
 ) -> None:  # fmt: skip
     made, last = batches(planned, 2), load_tokenizer(tiny_teacher).sep_token_id
-    for loop in (InProcess(planned, made), StudentOnly(planned, made), Reference(planned, made, last)):
+    for loop in (InProcess(planned, made), StudentOnly(planned, taught(planned, made)), Reference(planned, made, last)):
         before = [parameter.detach().clone() for parameter in loop.model.parameters()]
         assert loop.step() > 0
         moved = [not torch.equal(old, new) for old, new in zip(before, loop.model.parameters(), strict=True)]

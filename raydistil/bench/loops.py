@@ -1,70 +1,27 @@
 """Training loops in one process, against which the stream is measured: the same rows, weights, losses and optimizer.
 
 `InProcess` is written as tightly as one would by hand: no wire, no DeepSpeed, rows and masks made beforehand, the
-teacher's states handed over as they are. `StudentOnly` has the teacher's targets beforehand, as the wire carries them.
+teacher's states handed over as they are (`probe.StudentOnly` has them beforehand, as the wire carries them).
 `Reference` is the loop of the published distillation (Sanh et al. 2019, arXiv:1910.01108): one text a row, batches of
 like lengths padded to their longest, float32, the full vocabulary's logits of both models at every real token.
 """
 
-import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import cycle
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raydistil import wire
 from raydistil.config.loss import LossConfig
-from raydistil.config.train import TrainConfig
 from raydistil.losses import weights_at
 from raydistil.models import HeadedEncoder, load_model, made_for_training, on_device
-from raydistil.optim import parameter_groups
+from raydistil.probe import Loop
 from raydistil.specs import TrainRun
-from raydistil.targets import decode_targets
-from raydistil.teacher import Teacher
 from raydistil.types import IGNORE, TeacherTargets, TokenBatch
 from raydistil.worker import make_distiller
-
-
-class Loop(ABC):
-    """A model that learns from micro-batches, round and round."""
-
-    def __init__(self, model: nn.Module, train: TrainConfig) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = model.to(self.device)
-        self._clip = train.clip
-        groups = parameter_groups(self.model, train.weight_decay)
-        self._optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
-
-    @abstractmethod
-    def losses(self) -> tuple[Tensor, int]:
-        """(loss of the next micro-batch, its real tokens)."""
-
-    def step(self) -> int:
-        """One optimizer step; returns the real tokens it was made of."""
-        loss, tokens = self.losses()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.model.parameters(), self._clip, foreach=True)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return tokens
-
-    def rate(self, steps: int) -> float:
-        """Real tokens a second over that many steps."""
-        self._wait()
-        started = time.perf_counter()
-        tokens = sum(self.step() for _ in range(steps))
-        self._wait()
-        return tokens / (time.perf_counter() - started)
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 class InProcess(Loop):
@@ -84,27 +41,6 @@ class InProcess(Loop):
         with torch.no_grad():
             states, _ = self._teacher(*on_device(batch, self.device), self._states)
         loss: Tensor = self.model(batch, TeacherTargets(states, None), self._weights).loss
-        return loss, batch.num_tokens
-
-
-class StudentOnly(Loop):
-    """The student alone, on targets that wait in memory."""
-
-    def __init__(self, planned: TrainRun, batches: list[TokenBatch]) -> None:
-        worker = planned.worker
-        super().__init__(make_distiller(worker), worker.train)
-        (self._spec,) = worker.teachers
-        self._weights = weights_at(worker.loss, 0.0)
-        taught = Teacher(self._spec)(wire.table_of(batches))
-        torch.set_num_threads(worker.threads)  # the teacher has set its own
-        self._rows: Iterator[pa.Table] = cycle(list(taught))
-
-    def losses(self) -> tuple[Tensor, int]:
-        row = next(self._rows)
-        batch = wire.batch_of(row)
-        (columns,) = wire.targets_of(row)
-        targets = decode_targets(self._spec.targets, columns, batch.num_tokens, self.device)
-        loss: Tensor = self.model(batch, targets, self._weights).loss
         return loss, batch.num_tokens
 
 

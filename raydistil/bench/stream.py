@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from raydistil import rundir
-from raydistil.bench.loops import InProcess, Loop, Reference, StudentOnly
+from raydistil.bench.loops import InProcess, Reference
 from raydistil.bench.roofline import gemm_rate, needed_flops
 from raydistil.bench.window import Window, window_of
 from raydistil.chain import links
@@ -32,6 +32,7 @@ from raydistil.payload import payload_path
 from raydistil.pipeline import lesson
 from raydistil.plan import cores
 from raydistil.prepare import Prepared, Say, prepare
+from raydistil.probe import Loop, StudentOnly, taught
 from raydistil.source import MicroBatches
 from raydistil.specs import TrainRun
 from raydistil.stages import train_run
@@ -141,6 +142,7 @@ class _Side:
         self.planned = _planned(run)
         torch.set_num_threads(cores())
         self.loops = _loops(run, self.planned, setting)
+        torch.set_num_threads(cores())  # the teacher's class has set its own
         for loop in self.loops.values():
             loop.rate(2)
 
@@ -163,7 +165,7 @@ def _loops(run: Prepared, planned: TrainRun, setting: Setting) -> dict[str, Loop
     batches = [source.make(index) for index in range(min(setting.steps, planned.source.manifest.num_micro_batches))]
     loops: dict[str, Loop] = {
         "inprocess": InProcess(planned, batches),
-        "student_only": StudentOnly(planned, batches),
+        "student_only": StudentOnly(planned, taught(planned, batches)),
     }
     if run.config.teacher.precision == "float32":
         last = load_tokenizer(run.config.teacher.model).sep_token_id
