@@ -136,8 +136,8 @@ def show_scale(result: dict[str, Any]) -> None:
         table.add_column(heading, justify="right")
     for row in result["rows"]:
         table.add_row(
-            str(row["teachers"]), f"{row['micro_batches_s']:.1f}", f"{row['expected']:.1f}", f"{row['share']:.2f}",
-            row["binds"], f"{row['wait_fraction']:.0%}",
+            f"{row['fewest']} to {row['teachers']}", f"{row['micro_batches_s']:.1f}", f"{row['expected']:.1f}",
+            f"{row['share']:.2f}", row["binds"], f"{row['wait_fraction']:.0%}",
         )  # fmt: skip
     console.print(table)
     assumed = result["assumed"]
@@ -147,23 +147,12 @@ def show_scale(result: dict[str, Any]) -> None:
     )
     title += f"{result['scheduler_s'] * 1000:.2f} ms a micro-batch, a store {assumed['store_bytes_s'] / 1e9:.1f} GB/s"
     paper = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
-    for heading in (
-        "GPUs",
-        "teachers",
-        "students",
-        "tok/s",
-        "binds",
-        "scheduler",
-        "store",
-        "network",
-        "per 1e9 tokens",
-    ):
+    for heading in ("GPUs", "T + S", "tok/s", "binds", "scheduler", "store", "network", "1e9 tokens"):
         paper.add_column(heading, justify="right")
     for row in result["paper"]:
         shares = [f"{row[name]:.0%}" for name in ("scheduler_share", "store_share", "network_share")]
-        counts = [str(row[name]) for name in ("gpus", "teachers", "students")]
-        cost = f"{row['cost_per_billion_tokens']:.2f}"
-        paper.add_row(*counts, f"{row['tok_s']:,.0f}", row["binds"], *shares, cost)
+        split, cost = f"{row['teachers']} + {row['students']}", f"{row['cost_per_billion_tokens']:.2f}"
+        paper.add_row(str(row["gpus"]), split, f"{row['tok_s'] / 1e6:.2f} M", row["binds"], *shares, cost)
     console.print(paper)
 
 

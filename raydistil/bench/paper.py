@@ -31,7 +31,7 @@ class Machines:
 
     gpus_per_node: int
     network_bytes_s: float  # of a node, each way
-    store_bytes_s: float  # of a node's object store
+    store_bytes_s: float  # that one process writes to its node's object store, or reads from it
     gpu_hour: float  # its price
 
 
@@ -85,7 +85,7 @@ def _stations(gpus: int, teachers: int, students: int, costs: Costs, machines: M
     return (
         Station("scheduler", costs.scheduler_s, 1),
         Station("teacher", costs.teacher_s, teachers),
-        Station("object store", COPIES * costs.num_bytes / machines.store_bytes_s, nodes),
+        Station("object store", COPIES * costs.num_bytes / machines.store_bytes_s, gpus),  # each has its process
         Station("network", REMOTE * costs.num_bytes / machines.network_bytes_s, nodes),
         Station("student", costs.student_s + summed, students),
     )

@@ -124,10 +124,10 @@ def bench_scale(
     rows = []
     with several_nodes(max(counts)):
         store_bytes_s = store_rate(timers.num_bytes)
-        for teachers in counts:
-            rows.append(_row(teachers, timers, *_measured(output, source, timers, teachers)))
-            say(f"{teachers} teachers: {rows[-1]['micro_batches_s']:.1f} micro-batches a second")
-    scheduler_s = statistics.median(row["scheduler_s"] for row in rows)
+        for pool in (*((count, count) for count in counts), (1, max(counts))):  # the last one grows by itself
+            rows.append(_row(pool, timers, *_measured(output, source, timers, pool)))
+            say(f"{pool[0]} to {pool[1]} teachers: {rows[-1]['micro_batches_s']:.1f} micro-batches a second")
+    scheduler_s = min(row["scheduler_s"] for row in rows)  # under most load: with little, it mostly looks for work
     costs = costs_of(assumed, scheduler_s)
     machines = replace(machines, store_bytes_s=store_bytes_s)
     return {
@@ -191,28 +191,27 @@ def several_nodes(teachers: int) -> Iterator[None]:
         cluster.shutdown()
 
 
-def _measured(output: Path, source: SourceSpec, timers: Timers, teachers: int) -> tuple[Window, Tree]:
-    """The window of a stream with so many teachers, and what was counted where it is scheduled, a micro-batch."""
-    rate = _expected(timers, teachers)
+def _measured(output: Path, source: SourceSpec, timers: Timers, pool: tuple[int, int]) -> tuple[Window, Tree]:
+    """The window of a stream with (fewest, most) teachers, and what was counted where it is scheduled."""
+    rate = _expected(timers, pool[1])
     warm_up = max(1, round(rate * WARM_UP * timers.window_s))
     total = warm_up + round(rate * timers.window_s)
     manifest = replace(source.manifest, epochs=-(-total // source.manifest.per_epoch))
     spec = replace(source, manifest=manifest)
-    config = ClusterConfig(
-        teachers=(teachers, teachers), teacher_label_selector={PART: "teacher"}, max_bytes_in_flight=64 << 20
-    )
+    config = ClusterConfig(teachers=pool, teacher_label_selector={PART: "teacher"}, max_bytes_in_flight=64 << 20)
     dataset = on_teachers(build_source(spec, total, Ledger()), SleepingTeacher, timers, config)
     dataset.context.execution_options = execution_options(config)
-    name = f"{teachers}-teachers"
+    name = f"{pool[0]}-{pool[1]}-teachers"
     count_payload(dataset, output.resolve(), name)
     (shard,) = dataset.streaming_split(1)
     student: Any = SleepingStudent.remote()  # type: ignore[attr-defined]
     records = ray.get(student.consume.remote(shard, timers.student_s))
     ray.kill(student)
     counts = json.loads(payload_path(output, name, "scheduler").read_text())
-    places = {tuple(timing.actor.split("/")[:2]) for record in records for timing in record.taught}
-    assert {part for part, _ in places} == {"teacher"}, "teachers run where their labels say"
-    return window_of(records, warm_up), counts | {"rows": len(records), "nodes": len(places)}
+    actors = {tuple(timing.actor.split("/")) for record in records for timing in record.taught}
+    assert {part for part, *_ in actors} == {"teacher"}, "teachers run where their labels say"
+    places = {node for _, node, _ in actors}
+    return window_of(records, warm_up), counts | {"rows": len(records), "nodes": len(places), "used": len(actors)}
 
 
 def _expected(timers: Timers, teachers: int) -> float:
@@ -220,10 +219,11 @@ def _expected(timers: Timers, teachers: int) -> float:
     return min(teachers / timers.teacher_s, 1 / timers.student_s)
 
 
-def _row(teachers: int, timers: Timers, window: Window, counts: Tree) -> Tree:
-    made = window.micro_batches / window.seconds
+def _row(pool: tuple[int, int], timers: Timers, window: Window, counts: Tree) -> Tree:
+    made, teachers = window.micro_batches / window.seconds, pool[1]
     return {
-        "teachers": teachers, "micro_batches_s": made, "expected": _expected(timers, teachers),
+        "fewest": pool[0], "teachers": teachers, "teachers_used": counts["used"],
+        "micro_batches_s": made, "expected": _expected(timers, teachers),
         "share": made / _expected(timers, teachers), "binds": _binds(timers, teachers),
         "wait_fraction": window.wait_s / window.seconds, "bytes_s": window.num_bytes / window.seconds,
         "scheduler_s": counts["cpu_s"] / counts["rows"], "payload_bytes": counts["num_bytes"],
