@@ -121,7 +121,7 @@ def taught(planned: TrainRun, batches: list[TokenBatch]) -> list[pa.Table]:
     rows = [wire.table_of([batch]) for batch in batches]
     for spec in planned.worker.teachers:
         teacher = Teacher(spec)
-        rows = [made for row in rows for made in teacher(row)]
+        rows = [made for row in rows for made in teacher(row)]  # one row in, one row out
     return rows
 
 

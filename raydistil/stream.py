@@ -59,7 +59,7 @@ def on_teachers(source: Dataset, actor: type, spec: Any, cluster: ClusterConfig)
     taught: Dataset = source.map_batches(
         actor,
         fn_constructor_args=(spec,),
-        batch_size=1 if cluster.teacher_gpus else None,
+        batch_size=MICRO_BATCHES_PER_BLOCK if cluster.teacher_gpus else None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=fewest, max_size=most, max_tasks_in_flight_per_actor=3),
         num_cpus=cluster.teacher_cpus,

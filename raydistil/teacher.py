@@ -20,6 +20,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+GROUP_S = 0.05
+
+
+def grouped(rows: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """What of `rows` comes within `GROUP_S` as one table.
+
+    Each table costs the one process that schedules the stream a few milliseconds: a fast teacher's must be few. A slow
+    one's leave it one by one, so that the student need not wait for a whole block.
+    """
+    made, since = list[pa.Table](), time.monotonic()
+    for row in rows:
+        made.append(row)
+        if time.monotonic() - since >= GROUP_S:
+            yield pa.concat_tables(made)
+            made, since = [], time.monotonic()
+    if made:
+        yield pa.concat_tables(made)
+
+
 class Teacher:
     """One loaded teacher. Rows of the tables are micro-batches (see `wire`)."""
 
@@ -38,14 +57,13 @@ class Teacher:
         self.name = uuid4().hex
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        """One table a micro-batch, so that the student need not wait for a whole block."""
-        for number in range(table.num_rows):
-            row = table.slice(number, 1)
-            batch = batch_of(row)
-            started = time.time()
-            columns = self.targets(batch)
-            timing = TeacherTiming(self.name, started, time.time(), batch.num_tokens)
-            yield with_targets(row, columns, timing)
+        return grouped(self._taught(table.slice(number, 1)) for number in range(table.num_rows))
+
+    def _taught(self, row: pa.Table) -> pa.Table:
+        batch = batch_of(row)
+        started = time.time()
+        columns = self.targets(batch)
+        return with_targets(row, columns, TeacherTiming(self.name, started, time.time(), batch.num_tokens))
 
     def targets(self, batch: TokenBatch) -> dict[str, bytes]:
         """The wire columns of one micro-batch."""

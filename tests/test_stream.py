@@ -2,15 +2,17 @@
 
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 import torch
 from ray.data import DataContext
 from sources import class_source, mlm_source, streamed
 
-from raydistil import pace, wire
+from raydistil import pace, teacher, wire
 from raydistil.config import ClusterConfig
 from raydistil.config.loss import LossConfig
 from raydistil.config.targets import TargetsConfig
@@ -110,3 +112,18 @@ def test_past_the_end_micro_batches_hold_nothing(tiny_teacher: str, tmp_path: Pa
     source = mlm_source(tmp_path, tiny_teacher)
     batch = MicroBatches(source).make(source.manifest.num_micro_batches + missing)
     assert batch.num_rows == 0
+
+
+def test_a_fast_teacher_s_micro_batches_leave_it_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows take 20 ms each on a clock of its own, but for one that takes longer than a group."""
+    now = 100.0
+
+    def rows() -> Iterator[pa.Table]:
+        nonlocal now
+        for number, seconds in enumerate((0.02, 0.02, 0.02, 0.3, 0.02)):
+            now += seconds
+            yield pa.table({"n": [number]})
+
+    monkeypatch.setattr(teacher, "time", SimpleNamespace(monotonic=lambda: now))
+    assert [table["n"].to_pylist() for table in teacher.grouped(rows())] == [[0, 1, 2], [3], [4]]
+    assert list(teacher.grouped([])) == []

@@ -37,6 +37,7 @@ from raydistil.payload import count_payload, payload_path
 from raydistil.prepare import Say, make_store
 from raydistil.specs import SourceSpec
 from raydistil.stream import PREFETCH, build_source, execution_options, on_teachers
+from raydistil.teacher import grouped
 from raydistil.tokens import TokenStore
 from raydistil.trace import Record
 from raydistil.types import TeacherTiming
@@ -76,11 +77,13 @@ class SleepingTeacher:
         self._states = np.random.default_rng(0).bytes(spec.num_bytes)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        for number in range(table.num_rows):
-            row, started = table.slice(number, 1), time.time()
-            time.sleep(self._spec.teacher_s)
-            timing = TeacherTiming(self._name, started, time.time(), batch_of(row).num_tokens)
-            yield with_targets(row, {"states": self._states, "soft_labels": b""}, timing)
+        return grouped(self._taught(table.slice(number, 1)) for number in range(table.num_rows))
+
+    def _taught(self, row: pa.Table) -> pa.Table:
+        started = time.time()
+        time.sleep(self._spec.teacher_s)
+        timing = TeacherTiming(self._name, started, time.time(), batch_of(row).num_tokens)
+        return with_targets(row, {"states": self._states, "soft_labels": b""}, timing)
 
 
 @ray.remote(num_cpus=1, label_selector={PART: "student"})
