@@ -15,7 +15,7 @@ from rows import complaint, fingerprint, jsonl, read, texts
 from raydistil.config import CorpusConfig
 from raydistil.corpus import open_corpus
 from raydistil.corpus.split import split_of, with_shared_label
-from raydistil.errors import ConfigError
+from raydistil.errors import ConfigError, DataError
 from raydistil.types import TextRow
 
 # ---- files
@@ -348,3 +348,13 @@ def test_a_data_set_without_training_rows(tmp_path: Path, hub_cache: None) -> No
     folder.mkdir()
     jsonl(folder / "test.jsonl", {"text": "a"})
     assert complaint(folder) == f"{folder}: expected rows in a split named train, found {{'test': 1}}"
+
+
+@pytest.mark.parametrize("label", [1.5, None])
+def test_a_label_after_a_first_row_without_one_is_named(tmp_path: Path, label: float | None) -> None:
+    """Where a teacher could do without: the others would be left out in silence."""
+    path = jsonl(tmp_path / "x.jsonl", {"text": "one"}, {"text": "two", "score": label})
+    opened = open_corpus(CorpusConfig(source=str(path)), True, True, needed=False)
+    with pytest.raises(DataError, match=r"x.jsonl:2: expected no label, as in the first row, found the column 'score'"):
+        list(opened.rows())
+    assert [row.label for row in read(path)] == [None, None]

@@ -49,6 +49,7 @@ class Columns:
     label: str | None
     no_label: int | None = None  # a class number that stands for none, beside null and an empty cell
     numbers: bool = field(default=False, repr=False)  # not in the fingerprint: token stores tell them apart
+    absent: tuple[str, ...] = field(default=(), repr=False)  # that the first row lacks, so that no later one may have
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,18 +241,24 @@ def _choose_columns(
     """The configured columns, else guessed ones with a note for each guess."""
     text, text_note = _choose(config.text_column, TEXT_COLUMNS, first, where, "text")
     label, label_note = _choose_label(config, first, where, wanted)
-    return Columns(text, label, numbers=wanted.numbers), tuple(note for note in (text_note, label_note) if note)
+    absent = _known(wanted) if wanted.any and label is None else ()
+    notes = tuple(note for note in (text_note, label_note) if note)
+    return Columns(text, label, numbers=wanted.numbers, absent=absent), notes
 
 
 def _choose_label(
     config: CorpusConfig, first: dict[str, Any], where: str, wanted: _Labels
 ) -> tuple[str | None, str | None]:
-    known = NUMBER_COLUMNS if wanted.numbers else LABEL_COLUMNS
+    known = _known(wanted)
     if not wanted.any:
         return None, None
     if not wanted.needed and config.label_column is None and not any(name in first for name in known):
         return None, "no label column: the teacher alone labels the texts (corpus.label_column names one)"
     return _choose(config.label_column, known, first, where, "label")
+
+
+def _known(wanted: _Labels) -> tuple[str, ...]:
+    return NUMBER_COLUMNS if wanted.numbers else LABEL_COLUMNS
 
 
 def _choose(
@@ -277,10 +284,20 @@ def _to_rows(
         if caps.full:
             return
         text = _text(_cell(record, columns.text, where, "text"), columns.text, where)
-        label = None if columns.label is None else _label(record, columns, where)
+        label = _no_label(record, columns, where) if columns.label is None else _label(record, columns, where)
         if caps.open(label):
             caps.count(label)
             yield TextRow(text, label, where, split or split_of(text, config))
+
+
+def _no_label(record: dict[str, Any], columns: Columns, where: str) -> None:
+    """Raise DataError for a label after a first row that has no column of them."""
+    for name in columns.absent:
+        if name in record:
+            raise DataError(
+                f"{where}: expected no label, as in the first row, found the column {name!r}: give every row one (null "
+                f"where there is none), or name it with corpus.label_column"
+            )
 
 
 def _cell(record: dict[str, Any], column: str, where: str, role: str) -> Any:
