@@ -284,13 +284,13 @@ def _to_rows(
         if caps.full:
             return
         text = _text(_cell(record, columns.text, where, "text"), columns.text, where)
-        label = _no_label(record, columns, where) if columns.label is None else _label(record, columns, where)
+        label = _label(record, columns, where)
         if caps.open(label):
             caps.count(label)
             yield TextRow(text, label, where, split or split_of(text, config))
 
 
-def _no_label(record: dict[str, Any], columns: Columns, where: str) -> None:
+def _refuse_label(record: dict[str, Any], columns: Columns, where: str) -> None:
     """Raise DataError for a label after a first row that has no column of them."""
     for name in columns.absent:
         if name in record:
@@ -321,7 +321,9 @@ def _text(value: Any, column: str, where: str) -> str:
 
 def _label(record: dict[str, Any], columns: Columns, where: str) -> str | None:
     """The class or the number, or None for a row that has none: only a teacher can say what it is."""
-    assert columns.label is not None
+    if columns.label is None:
+        _refuse_label(record, columns, where)
+        return None
     value = _cell(record, columns.label, where, "label")
     if columns.numbers:
         return None if value is None or value == "" else _number(value, columns.label, where)
