@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import psutil
 
-from raydistil.config import ClusterConfig
+from raydistil.config.cluster import ClusterConfig
 from raydistil.errors import PlanError
 from raydistil.plan import Need, Node, check_fits, check_placed, local_cpus
 

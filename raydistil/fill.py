@@ -18,7 +18,7 @@ from raydistil.cache.columns import table_of
 from raydistil.cache.files import write_shard
 from raydistil.cache.layout import Shard, path_of
 from raydistil.cache.sizes import Sizes
-from raydistil.config import ClusterConfig
+from raydistil.config.cluster import ClusterConfig
 from raydistil.errors import StorageError, unwrapped
 from raydistil.source import MicroBatches
 from raydistil.specs import CacheSpec, SourceSpec, TeacherSpec

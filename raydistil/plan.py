@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 
-from raydistil.config import ClusterConfig
+from raydistil.config.cluster import ClusterConfig
 from raydistil.errors import PlanError
 
 READ_CPUS = 0.25  # a task that reads and masks tokens

@@ -6,7 +6,8 @@ Kept apart from the parts themselves, so that a process that only passes them on
 from dataclasses import dataclass
 from pathlib import Path
 
-from raydistil.config import ClusterConfig, EvaluateConfig, MaskingConfig
+from raydistil.config import EvaluateConfig, MaskingConfig
+from raydistil.config.cluster import ClusterConfig
 from raydistil.config.loss import LossConfig
 from raydistil.config.targets import AugmentConfig, TargetsConfig
 from raydistil.config.train import TrainConfig

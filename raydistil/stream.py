@@ -15,7 +15,7 @@ import ray.data
 import ray.train
 from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionOptions, ExecutionResources
 
-from raydistil.config import ClusterConfig
+from raydistil.config.cluster import ClusterConfig
 from raydistil.manifest import Ledger
 from raydistil.pace import Paced
 from raydistil.plan import READ_CPUS

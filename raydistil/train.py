@@ -17,7 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from raydistil import rundir
 from raydistil.checkpoint import MODEL, latest_ledger
-from raydistil.config import ClusterConfig
+from raydistil.config.cluster import ClusterConfig
 from raydistil.errors import Interrupted, StorageError, unwrapped
 from raydistil.payload import count_payload, counted
 from raydistil.report import LiveLine, Progress, Store

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from conftest import sentences, write_jsonl
 
-from raydistil.config import ClusterConfig, CorpusConfig, MaskingConfig, TokensConfig
+from raydistil.config import CorpusConfig, MaskingConfig, TokensConfig
+from raydistil.config.cluster import ClusterConfig
 from raydistil.corpus import open_corpus
 from raydistil.manifest import Ledger, Manifest
 from raydistil.models import load_tokenizer

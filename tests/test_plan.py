@@ -5,7 +5,7 @@ import os
 import pytest
 
 from raydistil import plan
-from raydistil.config import ClusterConfig
+from raydistil.config.cluster import ClusterConfig
 from raydistil.errors import PlanError
 from raydistil.plan import Node, check_fits, check_placed, cores, local_cpus, matches, need_of, threads
 

@@ -13,7 +13,7 @@ from ray.data import DataContext
 from sources import class_source, mlm_source, streamed
 
 from raydistil import pace, teacher, wire
-from raydistil.config import ClusterConfig
+from raydistil.config.cluster import ClusterConfig
 from raydistil.config.loss import LossConfig
 from raydistil.config.targets import TargetsConfig
 from raydistil.manifest import Ledger

@@ -30,7 +30,8 @@ from raydistil.bench.paper import Costs, Machines, outlook
 from raydistil.bench.roofline import forward_flops
 from raydistil.bench.stream import LENGTH, MINILM
 from raydistil.bench.window import Window, window_of
-from raydistil.config import ClusterConfig, config_of
+from raydistil.config import config_of
+from raydistil.config.cluster import ClusterConfig
 from raydistil.manifest import Ledger, Manifest
 from raydistil.models import num_parameters
 from raydistil.payload import count_payload, payload_path

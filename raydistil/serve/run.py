@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from raydistil import rundir
 from raydistil.cluster import address_of, connected
-from raydistil.config import ClusterConfig
+from raydistil.config.cluster import ClusterConfig
 from raydistil.errors import ModelError, PlanError, RaydistilError, StorageError
 from raydistil.serve.schema import ROUTES, Source
 from raydistil.types import Task
