@@ -112,17 +112,18 @@ def _plan(config: Config) -> list[str]:
 
 
 def _probed(config: Config, rows: list[TextRow]) -> Iterator[str]:
-    """What a few steps here promise of the (first) distillation; nothing where no teacher speaks."""
+    """What a few steps here promise of the first distillation, without a general one; nothing without a teacher."""
     found = probe(config, ROWS_READ)
-    if found is None or config.distill is None:
+    if found is None:
         return
     teachers, students = config.cluster.teachers[1], config.cluster.students
-    verdict, seconds = found.verdict(teachers, students), config.distill.epochs * _amount(config, rows)[0]
-    seconds /= found.tok_s(teachers, students)
+    verdict, first = found.verdict(teachers, students), config.trainings()[0]
+    seconds = first.epochs * _amount(config, rows)[0] / found.tok_s(teachers, students)
     yield (
         f"{found.steps} steps here: a teacher {found.teacher_tok_s / 1000:.1f}k tok/s, a student "
         f"{found.student_tok_s / 1000:.1f}k tok/s, {found.bytes_per_token:,.0f} bytes/token; {teachers} of the one and "
-        f"{students} of the other, as fast as these, would take {seconds / 60:,.0f} min, {verdict}: {advice(verdict)}"
+        f"{students} of the other, as fast as these, would take {seconds / 60:,.1f} min for {first.epochs} epochs; "
+        f"{verdict}: {advice(verdict)}"
     )
 
 

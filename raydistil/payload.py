@@ -1,6 +1,8 @@
 """How much of the data itself passes through a process that should meet references and counters alone.
 
 Ray has no such counter. Whatever a process fetches, its own objects too, is unpacked in one place, and that is watched.
+Not seen: blocks under Ray's limit for small objects (100 kB), which stay inside its replies to their owner, the process
+that schedules; nobody there unpacks them.
 """
 
 import json

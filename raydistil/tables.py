@@ -107,6 +107,9 @@ def show_stream(result: dict[str, Any]) -> None:
     line = f"published loop, float32: {result['reference_tok_s']:,.0f} tok/s; the stream is "
     line += f"{result['ratio_vs_reference']:.2f}x as fast, {result['ratio_vs_reference_same_dtype']:.2f}x in float32"
     console.print(line, markup=False, highlight=False)
+    if not result["honest_windows"]:
+        warning = "in a window the teacher's rows and the student's differ by over 5 %: raise --texts and --warm-up"
+        console.print(warning, markup=False, highlight=False)
 
 
 STREAM_ROWS = (

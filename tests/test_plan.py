@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from pydantic import ValidationError
 
 from raydistil import plan
 from raydistil.config.cluster import ClusterConfig
@@ -54,6 +55,12 @@ def test_the_largest_node_must_hold_the_widest_worker() -> None:
 )  # fmt: skip
 def test_which_nodes_a_selector_means(selector: dict[str, str], expected: bool) -> None:
     assert matches(selector, {"pool": "a", "zone": "1"}) is expected
+
+
+@pytest.mark.parametrize("value", ["", "in(a", "in()", "a b", "!!a", "a,b"])
+def test_a_selector_that_ray_would_not_read_is_refused(value: str) -> None:
+    with pytest.raises(ValidationError, match=r"teacher_label_selector\.pool"):
+        ClusterConfig(teacher_label_selector={"pool": value})
 
 
 def test_the_labelled_nodes_must_hold_who_asks_for_them() -> None:

@@ -62,7 +62,7 @@ def test_a_teacher_that_ran_ahead_shows_in_the_balance() -> None:
 
 
 def test_a_stream_that_is_too_short_for_a_window() -> None:
-    with pytest.raises(ConfigError, match="raise --texts"):
+    with pytest.raises(ConfigError, match="raise --texts or --seconds"):
         window_of([record(index, index + 3.0, 1.0) for index in range(10)], 2)
 
 

