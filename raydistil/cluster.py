@@ -21,10 +21,12 @@ from raydistil.plan import Need, Node, check_fits, check_placed, local_cpus
 # glibc gives large blocks back to the system and faults in fresh pages for the next step's: kept, in one arena.
 ENVIRONMENT = {
     "RAY_worker_niceness": "0",
+    "RAY_prestart_worker_first_driver": "0",
     "RAY_DATA_MAX_FORMAT_THREADPOOL_NUM_WORKERS": "1",
     "RAY_DATA_DEFAULT_COLLATE_FN_THREADPOOL_MAX_WORKERS": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
@@ -92,6 +94,8 @@ def address_of(config: ClusterConfig) -> str | None:
 def _start(config: ClusterConfig, address: str | None, mark: str) -> None:
     import ray
 
+    from raydistil import warm
+
     os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
     if address is not None:
         try:
@@ -104,7 +108,9 @@ def _start(config: ClusterConfig, address: str | None, mark: str) -> None:
         ray.init(
             address="local", num_cpus=local_cpus(), object_store_memory=config.object_store_bytes,
             include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
+            runtime_env={"env_vars": dict(ENVIRONMENT), "worker_process_setup_hook": warm.HOOK},
         )  # fmt: skip
+    warm.with_cluster()
 
 
 @contextmanager
@@ -124,11 +130,14 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def check_before_start(config: ClusterConfig, needs: list[Need]) -> None:
-    """Raise PlanError where a cluster that would be started here cannot hold one of `needs`."""
+    """Raise PlanError where the cluster that is there, or would be started here, cannot hold one of `needs`."""
     import ray
     import torch
 
-    if ray.is_initialized() or address_of(config) is not None:
+    if ray.is_initialized():
+        _check(needs)
+        return
+    if address_of(config) is not None:
         return
     for need in needs:
         check_fits(need, local_cpus(), torch.cuda.device_count(), local_cpus())

@@ -22,8 +22,10 @@ from raydistil.plan import READ_CPUS
 from raydistil.source import ManifestSource
 from raydistil.specs import SourceSpec, TeacherSpec
 from raydistil.teacher import Teacher
+from raydistil.warm import environment
 
 MICRO_BATCHES_PER_BLOCK = 4
+BLOCK_BYTES = 64 << 10  # from here on a block is passed on, and a larger one split: states leave the teacher at once
 PREFETCH = 2  # micro-batches a student worker holds ready
 MOST_BLOCKS = 20_000  # read tasks are made up front, so a long run gets longer blocks
 
@@ -48,8 +50,9 @@ def build_source(spec: SourceSpec, total: int, ledger: Ledger) -> Dataset:
     missing = ledger.missing(total)
     blocks = max(1, min(MOST_BLOCKS, missing // MICRO_BATCHES_PER_BLOCK))
     source: Dataset = ray.data.read_datasource(
-        ManifestSource(spec, total, ledger), num_cpus=READ_CPUS, override_num_blocks=blocks, concurrency=1
-    )
+        ManifestSource(spec, total, ledger), num_cpus=READ_CPUS, override_num_blocks=blocks, concurrency=1,
+        runtime_env=environment("reader"),
+    )  # fmt: skip
     return source
 
 
@@ -59,13 +62,14 @@ def on_teachers(source: Dataset, actor: type, spec: Any, cluster: ClusterConfig)
     taught: Dataset = source.map_batches(
         actor,
         fn_constructor_args=(spec,),
-        batch_size=MICRO_BATCHES_PER_BLOCK if cluster.teacher_gpus else None,
+        batch_size=MICRO_BATCHES_PER_BLOCK,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=fewest, max_size=most, max_tasks_in_flight_per_actor=3),
         num_cpus=cluster.teacher_cpus,
         num_gpus=cluster.teacher_gpus or None,
         label_selector=cluster.teacher_label_selector or None,
         udf_modifying_row_count=False,
+        runtime_env=environment("teacher"),
     )
     return taught
 
@@ -76,7 +80,7 @@ def configure_data() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.target_max_block_size = 8 << 20
+    context.target_max_block_size = BLOCK_BYTES
     context.execution_no_progress_timeout_s = -1  # a student that evaluates or compiles for long is no failure
     context.enable_fallback_to_arrow_object_ext_type = False
     context.max_consecutive_actor_init_deaths = 3

@@ -15,7 +15,7 @@ import ray
 from ray.train import CheckpointConfig, DataConfig, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from raydistil import rundir
+from raydistil import rundir, warm
 from raydistil.checkpoint import MODEL, latest_ledger
 from raydistil.config.cluster import ClusterConfig
 from raydistil.errors import Interrupted, StorageError, unwrapped
@@ -34,6 +34,7 @@ def train(run: TrainRun, target: Path) -> TrainSummary:
 
     Raises Interrupted after a Ctrl-C, with a checkpoint saved.
     """
+    warm.with_training(run.cluster, 0 if run.source.caches else len(run.worker.teachers))
     progress: Any = Progress.remote()  # type: ignore[attr-defined]
     trainer = _trainer(run, progress)
     live = LiveLine(run.stage, run.run_dir / "metrics.jsonl")

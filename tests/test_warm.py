@@ -1,0 +1,56 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+# On a cluster of its own: the one that tests share has been there all along.
+SCRIPT = """
+import json, os, sys, time
+import psutil, ray
+from raydistil import warm
+from raydistil.cluster import connected
+from raydistil.config.cluster import ClusterConfig
+
+class Asked:
+    def __call__(self):
+        return os.getpid(), all(module in sys.modules for module in warm.MODULES["teacher"])
+
+def own():
+    return os.getpid()
+
+def idle(role):
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "ray::IDLE" in process.cmdline()[0] and process.environ().get("RAYDISTIL_ROLE") == role:
+                found.append(process.pid)
+        except (psutil.Error, IndexError):
+            pass
+    return found
+
+def pids(role, count):
+    while len(found := idle(role)) < count:
+        time.sleep(0.1)
+    return found
+
+with connected(ClusterConfig()):
+    warm.with_training(ClusterConfig(), 1)
+    teachers, readers = pids("teacher", 1), pids("reader", 1)
+    options = {"num_cpus": 1, "runtime_env": warm.environment("teacher")}
+    first, second = (ray.remote(Asked).options(**options).remote() for _ in range(2))
+    asked = ray.get([first.__call__.remote(), second.__call__.remote()])
+    read = ray.remote(own).options(num_cpus=0.25, runtime_env=warm.environment("reader"))
+    print(json.dumps({"teachers": teachers, "readers": readers, "asked": asked, "read": ray.get(read.remote())}))
+"""
+
+
+@pytest.mark.slow
+def test_a_teacher_and_a_reader_find_a_process_that_has_imported_what_they_need() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["readers"] == [seen["read"]]
+    assert len(seen["teachers"]) == 1, "no more processes than teachers"
+    given = [imported for pid, imported in seen["asked"] if pid in seen["teachers"]]
+    assert given == [True], "one of the two actors was given the process that was made for it"
