@@ -110,8 +110,8 @@ def changed(key: str) -> dict[str, Any]:
         del flat["student.layers"]
     _, scheduled, rest = key.partition("distill.loss.schedule.")
     term = rest.partition(".")[0]
-    if scheduled and term == "cosine":
-        flat["distill.loss.cosine"] = 1.0
-    elif scheduled and term not in ("kd", "task"):
+    if scheduled and term in ("task", "cosine"):
+        flat[f"distill.loss.{term}"] = 1.0
+    elif scheduled and term != "kd":
         flat[f"distill.loss.{term}.weight"] = 1.0  # a schedule of a term that is left out is refused
     return flat

@@ -355,7 +355,7 @@ def test_explain_tells_every_origin(tmp_path: Path) -> None:
     assert origins["distill.epochs"] == (9, "--set")
     assert origins["finetune.deepspeed.c"] == (2, "--set")
     assert origins["distill.deepspeed.a.b"] == (1, "file")
-    assert origins["distill.loss.temperature"] == (1.0, "recipe")
+    assert origins["distill.loss.temperature"] == (8.0, "recipe")
     assert origins["finetune.epochs"] == (3, "file")
     assert origins["finetune.lr"] == (5e-5, "default")
     assert origins["cluster.students"] == (1, "default")

@@ -32,7 +32,7 @@ def test_the_file_wins_key_by_key() -> None:
     config = config_of(tree)
     assert config.distill is not None
     assert (config.distill.epochs, config.distill.lr) == (2, CLASSIFICATION["distill"]["lr"])
-    assert (config.distill.loss.cosine, config.distill.loss.kd) == (1, 5)
+    assert (config.distill.loss.cosine, config.distill.loss.kd) == (1, CLASSIFICATION["distill"]["loss"]["kd"])
     assert config.distill.loss.weights()["hidden"] == 0
 
 
@@ -42,9 +42,9 @@ def test_an_assistant_has_the_recipe_below_a_loss_of_its_own() -> None:
     config = config_of({**BASE, "task": "classification", "distill": distill, "assistants": [own, {"num_layers": 3}]})
     first, second, last = (train.loss for train in config.trainings())
     assert first.hidden is not None and last.hidden is not None
-    assert (first.kd, first.task, first.cosine, first.temperature) == (1, 0.5, 0, 1)
+    assert (first.kd, first.task, first.cosine, first.temperature) == (1, 0, 0, 8)
     assert (first.hidden.layers, first.hidden.weight) == (((6, 4),), 1)
-    assert (last.hidden.weight, last.task, last.kd) == (3, 0.25, 5) and second == last
+    assert (last.hidden.weight, last.task, last.kd) == (3, 0.25, 1 / 64) and second == last
     assert [one.rule for one in config.assistants] == ["first", "first"]
 
 

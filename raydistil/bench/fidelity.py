@@ -53,7 +53,7 @@ def _ablation(name: str, loss: Tree, targets: Tree | None = None, kept: bool = T
     """Soft labels and hard ones alone but for what is named: no general distillation before (which a student of every
     other layer needs less), no variants of texts, half of the recipe's epochs. Such rows differ from each other in what
     is named, and are compared with each other."""
-    plain = {"kd": 5.0, "task": 0.5, "cosine": 0.0, "hidden": {"weight": 0.0}}
+    plain = {"kd": 5.0, "temperature": 1.0, "task": 0.5, "cosine": 0.0, "hidden": {"weight": 0.0}}
     distill = {"epochs": 3, "loss": plain | loss, "augment": {"keep": 1.0}, "general": {"epochs": 0}}
     return Row(name, 3, {"rule": "every_other"}, distill, targets or {}, kept)
 

@@ -6,9 +6,10 @@ from raydistil.types import Task
 
 Tree = dict[str, Any]
 
-# Task distillation of texts made anew in every epoch. A student of the first layers as they were before the fine-tuning
+# Task distillation, of texts made anew in every epoch. A student of the first layers as they were before fine-tuning
 # (which follow on each other as they always did) first learns what the checkpoint's layers did from there on; then,
-# below the fine-tuned head, soft labels and hidden states.
+# below the fine-tuned head, hidden states lead and soft labels, whose T^2 its weight takes back, follow; labels add
+# nothing to what the teacher made of them.
 CLASSIFICATION: Tree = {
     "student": {"start": "checkpoint", "rule": "first"},
     "distill": {
@@ -16,7 +17,7 @@ CLASSIFICATION: Tree = {
         "lr": 3e-4,
         "warmup_share": 0.1,
         "dropout": 0.0,
-        "loss": {"kd": 5.0, "temperature": 1.0, "task": 0.5, "cosine": 0.0, "hidden": {"weight": 1.0}},
+        "loss": {"kd": 1 / 64, "temperature": 8.0, "task": 0.0, "cosine": 0.0, "hidden": {"weight": 1.0}},
         "augment": {},
         "general": {"epochs": 6},
     },

@@ -35,7 +35,7 @@ class TargetsConfig(Section):
 class AugmentConfig(Section):
     """Variants of labelled texts that only the teacher labels; a text that stays as it was keeps its label."""
 
-    keep: Share = 0.25
+    keep: Share = 0.6
     """Share of the rows that stay as they are."""
     join: Share = 0.35
     """Of the others, the share that become parts of two texts in a row."""
