@@ -70,16 +70,10 @@ def _emit(work: Callable[[], Result], as_json: bool, table: Callable[[Result], N
 @_json
 def run(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """The whole chain, as the configuration has it."""
-
-    def chain() -> Result:
-        from raydistil import pipeline
-
-        return pipeline.run_all(loaded, _say)
-
-    from raydistil import tables
+    from raydistil import pipeline, tables
 
     loaded = load_config(config, list(overrides))
-    _emit(lambda: _on_ray(loaded, chain), as_json, tables.show_report)
+    _emit(lambda: pipeline.run_all(loaded, _say), as_json, tables.show_report)
 
 
 @app.command()
@@ -106,29 +100,9 @@ def doctor(as_json: bool) -> None:
 
 
 def _stage(config: Config, name: str, as_json: bool) -> None:
-    def stage() -> Result:
-        from raydistil import pipeline
+    from raydistil import pipeline, tables
 
-        return pipeline.run_stage(config, name, _say)
-
-    from raydistil import tables
-
-    _emit(stage if name == "export" else lambda: _on_ray(config, stage), as_json, tables.show_report)
-
-
-def _on_ray(config: Config, work: Callable[[], Result]) -> Result:
-    """`work` beside Ray, which starts while the libraries of the models are imported."""
-    import threading
-
-    from raydistil.cluster import connected
-
-    threading.Thread(target=_import_models, daemon=True).start()
-    with connected(config.cluster):
-        return work()
-
-
-def _import_models() -> None:
-    import raydistil.models  # noqa: F401
+    _emit(lambda: pipeline.run_stage(config, name, _say), as_json, tables.show_report)
 
 
 @app.command()

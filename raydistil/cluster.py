@@ -130,14 +130,11 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def check_before_start(config: ClusterConfig, needs: list[Need]) -> None:
-    """Raise PlanError where the cluster that is there, or would be started here, cannot hold one of `needs`."""
+    """Raise PlanError where a cluster that would be started here cannot hold one of `needs`."""
     import ray
     import torch
 
-    if ray.is_initialized():
-        _check(needs)
-        return
-    if address_of(config) is not None:
+    if ray.is_initialized() or address_of(config) is not None:
         return
     for need in needs:
         check_fits(need, local_cpus(), torch.cuda.device_count(), local_cpus())
