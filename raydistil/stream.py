@@ -69,7 +69,7 @@ def on_teachers(source: Dataset, actor: type, spec: Any, cluster: ClusterConfig)
         num_gpus=cluster.teacher_gpus or None,
         label_selector=cluster.teacher_label_selector or None,
         udf_modifying_row_count=False,
-        runtime_env=environment("teacher"),
+        runtime_env={} if cluster.teacher_gpus else environment("teacher"),
     )
     return taught
 

@@ -94,7 +94,7 @@ def test_layers_are_those_of_the_model_before(
 def test_a_chain_ends_in_the_student(ray_cluster: None, tiny_teacher: str, corpus_file: Path, tmp_path: Path) -> None:
     """Every kind of loss on the way, a narrower student with projections at its end."""
     loss = {
-        "hidden": {}, "pkd": {}, "minilm": {"relation_heads": 4}, "triplet": {"guided": False}, "contrastive": {},
+        "task": 0.5, "hidden": {}, "pkd": {}, "minilm": {"relation_heads": 4}, "triplet": {"guided": False}, "contrastive": {},
         "schedule": {"task": {"linear": [0.5, 1.0]}},
     }  # fmt: skip
     chosen = config(
