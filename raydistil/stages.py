@@ -126,7 +126,7 @@ def _worker(run: Prepared, training: Training, manifest: Manifest) -> WorkerSpec
 
 
 def _turns(run: Prepared, training: Training, head: bool, shared: int, teacher_threads: int) -> Turns:
-    """Threads of a student that has `shared` of them beside its teachers; those alone where none is at work meanwhile."""
+    """Of a student that has `shared` threads beside its teachers, and keeps them where no teacher is at work."""
     config, link = run.config, training.link
     if link is None or link.train.targets.cache is not None:
         return Turns(shared, shared, 1.0)

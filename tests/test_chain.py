@@ -94,8 +94,8 @@ def test_layers_are_those_of_the_model_before(
 def test_a_chain_ends_in_the_student(ray_cluster: None, tiny_teacher: str, corpus_file: Path, tmp_path: Path) -> None:
     """Every kind of loss on the way, a narrower student with projections at its end."""
     loss = {
-        "task": 0.5, "hidden": {}, "pkd": {}, "minilm": {"relation_heads": 4}, "triplet": {"guided": False}, "contrastive": {},
-        "schedule": {"task": {"linear": [0.5, 1.0]}},
+        "task": 0.5, "hidden": {}, "pkd": {}, "minilm": {"relation_heads": 4}, "triplet": {"guided": False},
+        "contrastive": {}, "schedule": {"task": {"linear": [0.5, 1.0]}},
     }  # fmt: skip
     chosen = config(
         tmp_path, tiny_teacher, corpus_file, student={"num_layers": 1, "hidden_size": 16, "ffn_size": 32},
