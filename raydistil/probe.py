@@ -163,7 +163,7 @@ def _timed(planned: TrainRun, batches: list[TokenBatch]) -> Probe:
     timings = [wire.timings_of(row, wire.batch_of(row).num_tokens) for row in counted]
     slowest = max(sum(timing.ended_s - timing.started_s for timing in pool) for pool in zip(*timings, strict=True))
     tokens = sum(pool[0].tokens for pool in timings)
-    torch.set_num_threads(planned.worker.turns.shared)
+    torch.set_num_threads(planned.worker.threads)
     student = StudentOnly(planned, rows)
     student.rate(WARM_UP)
     num_bytes = sum(row.nbytes for row in counted)

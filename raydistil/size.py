@@ -54,13 +54,6 @@ def describe_model(model: PreTrainedModel, length: int) -> ModelSize:
     )
 
 
-def forward_flops(model: PreTrainedModel, length: int, compared: float) -> float:
-    """A token's, of a language model whose head is applied at a share `compared` of the tokens."""
-    bare: Any = model.base_model
-    whole, layers = (describe_model(part, length).flops_per_token for part in (model, bare))
-    return layers + compared * (whole - layers)
-
-
 class _Embeddings(nn.Module):
     """The tables of a model, so that shared ones count once."""
 

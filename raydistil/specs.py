@@ -3,7 +3,6 @@
 Kept apart from the parts themselves, so that a process that only passes them on need not import torch.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,20 +65,6 @@ class TeacherSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Turns:
-    """Threads of a student (see `turns`)."""
-
-    shared: int  # while the teachers have theirs
-    alone: int
-    share: float  # of its micro-batches in which it takes `shared` of them
-
-    def threads(self, number: int) -> int:
-        """In its micro-batch number `number`."""
-        theirs = math.floor((number + 1) * self.share) > math.floor(number * self.share)
-        return self.shared if theirs else self.alone
-
-
-@dataclass(frozen=True, slots=True)
 class WorkerSpec:
     """What a student worker trains, and how. Every worker gets the same one."""
 
@@ -95,7 +80,7 @@ class WorkerSpec:
     train: TrainConfig
     loss: LossConfig
     seed: int
-    turns: Turns
+    threads: int
     num_slots: int  # micro-batches of the run, with empty ones that make it a multiple of a step's
     per_epoch: int
     traced: tuple[Path, str] | None = None  # (run's directory, stage) of the trace of every micro-batch; None: no trace

@@ -17,10 +17,9 @@ from raydistil.manifest import Manifest
 from raydistil.models import resolve, shape_of
 from raydistil.plan import threads
 from raydistil.prepare import Prepared
-from raydistil.specs import CacheSpec, SourceSpec, TeacherSpec, TrainRun, Turns, WorkerSpec
+from raydistil.specs import CacheSpec, SourceSpec, TeacherSpec, TrainRun, WorkerSpec
 from raydistil.tally import advice
 from raydistil.targets import makes_logits, targets_spec
-from raydistil.turns import teachers_work, turns
 from raydistil.types import labels_texts
 
 
@@ -109,7 +108,7 @@ def _worker(run: Prepared, training: Training, manifest: Manifest) -> WorkerSpec
     """What every student worker is given; the teachers with it."""
     config, loss, link = run.config, training.loss, training.link
     cached = link is not None and link.train.targets.cache is not None
-    shared, teacher_threads = threads(config.cluster, len(link.teachers) if link else 0, cached)
+    student_threads, teacher_threads = threads(config.cluster, len(link.teachers) if link else 0, cached)
     student = shape_of(training.init, "student.model")
     teacher = student if link is None else shape_of(link.teacher, "teacher.model")
     head = link is not None and makes_logits(link.train.targets, loss, config.task)
@@ -119,19 +118,10 @@ def _worker(run: Prepared, training: Training, manifest: Manifest) -> WorkerSpec
         teachers=() if link is None else tuple(_teachers(run, link, layers, teacher_threads)),
         weights=() if link is None else link.weights, frozen_teacher=head or bool(layers.attention_layers[0]),
         teacher_width=teacher.hidden_size, layers=layers, labels=run.labels, train=training.config, loss=loss,
-        seed=training.seed, turns=_turns(run, training, head, shared, teacher_threads), per_epoch=manifest.per_epoch,
+        seed=training.seed, threads=student_threads, per_epoch=manifest.per_epoch,
         num_slots=training.slots or num_slots(run, manifest, training.config),
         traced=(run.run_dir.resolve(), training.stage) if config.cluster.trace else None,
     )  # fmt: skip
-
-
-def _turns(run: Prepared, training: Training, head: bool, shared: int, teacher_threads: int) -> Turns:
-    """Of a student that has `shared` threads beside its teachers, and keeps them where no teacher is at work."""
-    config, link = run.config, training.link
-    if link is None or link.train.targets.cache is not None:
-        return Turns(shared, shared, 1.0)
-    busy = teacher_threads * config.cluster.teachers[0] * len(link.teachers)
-    return turns(config.cluster, shared, busy, teachers_work(config, link, training.init, head))
 
 
 def _teachers(run: Prepared, link: Link, layers: LayerPlan, threads: int) -> Iterator[TeacherSpec]:

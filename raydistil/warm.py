@@ -38,9 +38,7 @@ def environment(role: Role) -> dict[str, dict[str, str]]:
 
 
 def preload() -> None:
-    """Import what the role of this process needs, behind whatever else wants the cores. There a teacher stays."""
-    if os.environ.get(_ROLE) == "teacher":
-        os.nice(BEHIND)  # it shares the cores with the student: see `turns`
+    """Import what the role of this process needs, behind whatever else wants the cores."""
     for role, modules in MODULES.items():
         if os.environ.get(_ROLE) == role:
             thread = threading.Thread(target=_import, args=(modules,))

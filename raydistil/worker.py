@@ -40,7 +40,7 @@ class StudentWorker:
         context = ray.train.get_context()
         self._rank, self._world = context.get_world_rank(), context.get_world_size()
         self._num_steps = spec.num_slots // (self._world * spec.train.accumulation)
-        torch.set_num_threads(spec.turns.alone)
+        torch.set_num_threads(spec.threads)
         torch.manual_seed(spec.seed)
         self._rows = rows
         self._engine = self._make_engine()
@@ -93,7 +93,6 @@ class StudentWorker:
         if row is None:
             raise RuntimeError(f"the stream ended after {len(self._consumed)} micro-batches of this worker's share")
         batch = wire.batch_of(row)
-        torch.set_num_threads(self._spec.turns.threads(batch.index // self._world))
         said = [
             decode_targets(teacher.targets, columns, batch.num_tokens, self._device)
             for teacher, columns in zip(self._spec.teachers, wire.targets_of(row), strict=True)

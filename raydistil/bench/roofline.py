@@ -2,11 +2,13 @@
 
 import statistics
 import time
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from raydistil.models import DTYPES, load_model
-from raydistil.size import forward_flops
+from raydistil.size import describe_model
 from raydistil.specs import TrainRun
 from raydistil.types import Precision
 
@@ -36,3 +38,10 @@ def needed_flops(planned: TrainRun, length: int, compared: float) -> float:
     models = (planned.worker.teachers[0].model, planned.worker.init)
     teacher, student = (forward_flops(load_model(model, planned.worker.task), length, compared) for model in models)
     return teacher + 3 * student
+
+
+def forward_flops(model: PreTrainedModel, length: int, compared: float) -> float:
+    """A token's, of a language model whose head is applied at a share `compared` of the tokens."""
+    bare: Any = model.base_model
+    whole, layers = (describe_model(part, length).flops_per_token for part in (model, bare))
+    return layers + compared * (whole - layers)

@@ -29,7 +29,7 @@ class ClusterConfig(Section):
     student_cpus: Annotated[float, Field(gt=0)] = 1
     student_gpus: Annotated[float, Field(ge=0)] = 0
     student_threads: Positive | None = None
-    """Threads of torch; None: by turns its share of the cores, beside the teachers', and all of them."""
+    """Threads of torch; None: the cores, shared out between teachers and students."""
     teachers: FewestMost = (1, 1)
     """Fewest and most teacher actors."""
     teacher_cpus: Annotated[float, Field(gt=0)] = 1
