@@ -17,7 +17,8 @@ from raydistil.plan import Need, Node, check_fits, check_placed, local_cpus
 
 # For every Ray process this run starts. Ray Data sizes its thread pools for large machines unless told; Ray runs its
 # workers at niceness 15, where anything else on the machine starves a training that waits for its own threads; and Ray
-# Train looks every two seconds whether a training is over.
+# Train looks every two seconds whether a training is over, and starts an actor that watches for preemptions, of which
+# nothing here wants to know. Idle workers that Ray starts beforehand have an environment that no actor asks for.
 # glibc gives large blocks back to the system and faults in fresh pages for the next step's: kept, in one arena.
 ENVIRONMENT = {
     "RAY_worker_niceness": "0",
@@ -96,7 +97,7 @@ def _start(config: ClusterConfig, address: str | None, mark: str) -> None:
 
     from raydistil import warm
 
-    os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
+    os.environ.update(_environment())
     if address is not None:
         try:
             ray.init(address, runtime_env={"env_vars": ENVIRONMENT}, log_to_driver=False, logging_level=logging.ERROR)
@@ -108,9 +109,14 @@ def _start(config: ClusterConfig, address: str | None, mark: str) -> None:
         ray.init(
             address="local", num_cpus=local_cpus(), object_store_memory=config.object_store_bytes,
             include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
-            runtime_env={"env_vars": dict(ENVIRONMENT), "worker_process_setup_hook": warm.HOOK},
+            runtime_env={"env_vars": _environment(), "worker_process_setup_hook": warm.HOOK},
         )  # fmt: skip
     warm.with_cluster()
+
+
+def _environment() -> dict[str, str]:
+    """`ENVIRONMENT`, where the user's own says nothing else."""
+    return {key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()}
 
 
 @contextmanager

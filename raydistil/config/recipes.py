@@ -8,8 +8,8 @@ Tree = dict[str, Any]
 
 # Task distillation, of texts made anew in every epoch. A student of the first layers as they were before fine-tuning
 # (which follow on each other as they always did) first learns what the checkpoint's layers did from there on; then,
-# below the fine-tuned head, hidden states lead and soft labels, whose T^2 its weight takes back, follow; labels add
-# nothing to what the teacher made of them.
+# below the fine-tuned head, hidden states lead and soft labels, whose T^2 their weight takes back, follow. Labels are
+# left out: what the teacher made of them is in the others.
 CLASSIFICATION: Tree = {
     "student": {"start": "checkpoint", "rule": "first"},
     "distill": {
