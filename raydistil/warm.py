@@ -70,7 +70,8 @@ def with_cluster() -> None:
 
 def with_training(config: ClusterConfig, pools: int) -> None:
     """Start processes for the smallest `pools` of teachers."""
-    if not pools or config.teacher_gpus or ray.get_runtime_context().runtime_env.get("worker_process_setup_hook") != HOOK:
+    hook = ray.get_runtime_context().runtime_env.get("worker_process_setup_hook")
+    if not pools or config.teacher_gpus or hook != HOOK:
         return
     actor: Any = ray.remote(num_cpus=0)(_Nothing)
     nothings = [actor.options(runtime_env=environment("teacher")).remote() for _ in range(pools * config.teachers[0])]
