@@ -100,7 +100,7 @@ def _examples(config: Config, rows: list[TextRow]) -> list[dict[str, Any]]:
 def _plan(config: Config) -> list[str]:
     """How the run would be laid out here."""
     pools = 1 + len(config.ensemble) if config.distill else 0
-    student_threads, teacher_threads = threads(config.cluster, pools, _caches(config))
+    planned = threads(config.cluster, pools, _caches(config), address_of(config.cluster) is not None)
     where = address_of(config.cluster) or f"a local cluster of {local_cpus()} logical CPUs on {cores()} cores"
     lines = [f"on {where}, {torch.cuda.device_count()} GPUs"]
     lines += [need.arithmetic() for need in needs(config)]
@@ -108,7 +108,8 @@ def _plan(config: Config) -> list[str]:
         lines.append(
             "vocabulary: cut down to that of the training texts when the run starts; sizes here are of the whole"
         )
-    return [*lines, f"threads: {student_threads} for a student, {teacher_threads} for a teacher"]
+    behind = ", which takes what students leave of the same cores" if planned.shared else ""
+    return [*lines, f"threads: {planned.student} for a student, {planned.teacher} for a teacher{behind}"]
 
 
 def _probed(config: Config, rows: list[TextRow]) -> Iterator[str]:
@@ -123,7 +124,7 @@ def _probed(config: Config, rows: list[TextRow]) -> Iterator[str]:
         f"{found.steps} steps here: a teacher {found.teacher_tok_s / 1000:.1f}k tok/s, a student "
         f"{found.student_tok_s / 1000:.1f}k tok/s, {found.bytes_per_token:,.0f} bytes/token; {teachers} of the one and "
         f"{students} of the other, as fast as these, would take {seconds / 60:,.1f} min for {first.epochs} epochs; "
-        f"{verdict}: {advice(verdict)}"
+        f"{verdict}: {advice(verdict, found.shared)}"
     )
 
 

@@ -73,10 +73,10 @@ class Filler:
         """The file of one shard; returns its tokens."""
         cache, step = self._spec.cache, self._spec.source.manifest.micro_batch_size
         tables, tokens, classes = [], 0, 0
-        for first in range(shard.first, shard.end, step):
-            rows = np.arange(first, min(first + step, shard.end))
-            batch = self._source.visit(shard.bucket, rows, shard.variant)
-            table, classes = table_of(cache.targets, batch, rows, self._teacher.targets(batch))
+        parts = [np.arange(first, min(first + step, shard.end)) for first in range(shard.first, shard.end, step)]
+        batches = [self._source.visit(shard.bucket, rows, shard.variant) for rows in parts]
+        for rows, batch, columns in zip(parts, batches, self._teacher.each(batches), strict=True):
+            table, classes = table_of(cache.targets, batch, rows, columns)
             tables.append(table)
             tokens += batch.num_tokens
         metadata = {"fingerprint": cache.fingerprint, "shard": shard.name, "classes": classes}

@@ -112,15 +112,29 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def threads(cluster: ClusterConfig, pools: int, cached: bool = False) -> tuple[int, int]:
-    """(threads of a student, threads of a teacher): as configured, else the cores shared out evenly.
+@dataclass(frozen=True, slots=True)
+class Threads:
+    """Of torch, in a student and in a teacher."""
 
-    `cached`: the teachers are through before the students start, one pool after the other, and a core is left to what
-    reads their targets: threads that wait for one that cannot run are slower than fewer of them.
+    student: int
+    teacher: int
+    shared: bool  # whether both are after the same cores, where the teachers get what the students leave
+
+
+def threads(cluster: ClusterConfig, pools: int, cached: bool = False, joined: bool = False) -> Threads:
+    """As configured, else by the cores there are.
+
+    On a machine of our own students may use all cores, and so may the teachers, behind them: a half each would leave
+    the faster one's idle. `joined`: the cluster is another's, and its nodes have other work and perhaps other cores:
+    those here are shared out evenly, as are those that start a GPU's work. `cached`: the teachers are through before
+    the students start, one pool after the other, and a core is left to what reads their targets: threads that wait for
+    one that cannot run are slower than fewer of them.
     """
-    teachers = cluster.teachers[0] * pools
-    student = teacher = max(1, cores() // (cluster.students + teachers))
+    students, teachers = cluster.students, cluster.teachers[0] * pools
+    apart = joined or cached or not teachers or cluster.teacher_gpus > 0
+    even = cores() // (students + teachers)
+    student, teacher = (even, even) if apart else (cores() // students, cores() // teachers)
     if cached:
-        student = max(1, (cores() - 1) // cluster.students)
-        teacher = max(1, cores() // cluster.teachers[0])
-    return cluster.student_threads or student, cluster.teacher_threads or teacher
+        student, teacher = (cores() - 1) // students, cores() // cluster.teachers[0]
+    chosen = cluster.student_threads or max(1, student), cluster.teacher_threads or max(1, teacher)
+    return Threads(*chosen, not apart and students * chosen[0] + teachers * chosen[1] > cores())

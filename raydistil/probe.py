@@ -32,7 +32,7 @@ from raydistil.student import save_model
 from raydistil.tally import BUSY, WAITS, Verdict
 from raydistil.targets import decode_targets
 from raydistil.teacher import Teacher
-from raydistil.types import TokenBatch
+from raydistil.types import TeacherTiming, TokenBatch
 from raydistil.worker import make_distiller
 
 STEPS = 20
@@ -47,16 +47,20 @@ class Probe:
     teacher_tok_s: float
     student_tok_s: float
     bytes_per_token: float  # over the wire
+    shared: bool  # whether teachers and students have the same cores, each of them all while it is timed
 
     def verdict(self, teachers: int, students: int) -> Verdict:
         """With so many of them, each as fast as the one here."""
+        if self.shared:
+            return "balanced"
         share = self.student_tok_s * students / (self.teacher_tok_s * teachers)  # of the teachers' time
         if share > 1 / (1 - WAITS):
             return "teacher-bound"
         return "student-bound" if share < BUSY else "balanced"
 
     def tok_s(self, teachers: int, students: int) -> float:
-        return min(self.teacher_tok_s * teachers, self.student_tok_s * students)
+        taught, trained = self.teacher_tok_s * teachers, self.student_tok_s * students
+        return 1 / (1 / taught + 1 / trained) if self.shared else min(taught, trained)
 
 
 class Loop(ABC):
@@ -118,11 +122,10 @@ class StudentOnly(Loop):
 
 def taught(planned: TrainRun, batches: list[TokenBatch]) -> list[pa.Table]:
     """`batches` with the targets of every teacher, a row of `wire` each."""
-    rows = [wire.table_of([batch]) for batch in batches]
+    table = wire.table_of(batches)
     for spec in planned.worker.teachers:
-        teacher = Teacher(spec)
-        rows = [made for row in rows for made in teacher(row)]  # one row in, one row out
-    return rows
+        table = pa.concat_tables(Teacher(spec)(table))
+    return [table.slice(number, 1) for number in range(table.num_rows)]
 
 
 def probe(config: Config, max_rows: int) -> Probe | None:
@@ -161,10 +164,16 @@ def _timed(planned: TrainRun, batches: list[TokenBatch]) -> Probe:
     rows = taught(planned, batches)
     counted = rows[WARM_UP:] or rows
     timings = [wire.timings_of(row, wire.batch_of(row).num_tokens) for row in counted]
-    slowest = max(sum(timing.ended_s - timing.started_s for timing in pool) for pool in zip(*timings, strict=True))
-    tokens = sum(pool[0].tokens for pool in timings)
-    torch.set_num_threads(planned.worker.threads)
+    slowest = max(_span(pool) for pool in zip(*timings, strict=True))
+    tokens = sum(taught[0].tokens for taught in timings)
+    worker = planned.worker
+    torch.set_num_threads(worker.threads)
     student = StudentOnly(planned, rows)
     student.rate(WARM_UP)
     num_bytes = sum(row.nbytes for row in counted)
-    return Probe(len(counted), tokens / slowest, student.rate(len(counted)), num_bytes / tokens)
+    return Probe(len(counted), tokens / slowest, student.rate(len(counted)), num_bytes / tokens, worker.shares_cores)
+
+
+def _span(timings: tuple[TeacherTiming, ...]) -> float:
+    """Seconds from the first start to the last end."""
+    return max(timing.ended_s for timing in timings) - min(timing.started_s for timing in timings)

@@ -87,11 +87,12 @@ def _after(intervals: list[Interval], cut: float) -> list[Interval]:
 class Meter:
     """Where the time of one student worker goes. Rank 0's is pushed to the progress actor."""
 
-    def __init__(self, rank: int, progress: "ActorHandle[Any]", num_steps: int, first_step: int) -> None:
+    def __init__(self, rank: int, progress: "ActorHandle[Any]", num_steps: int, first_step: int, shared: bool) -> None:
         self._rank = rank
         self._progress = progress
         self._num_steps = num_steps
         self._first_step = first_step
+        self._shared = shared  # cores, see `Tally.verdict`
         self._began = self._pushed = time.time()
         self._first_row: float | None = None  # when work began: before it, the teacher was loading
         self._overlap = Overlap()
@@ -123,7 +124,7 @@ class Meter:
             wait_share=recent.wait_s / elapsed,
             eta_s=(now - (self._first_row or now)) / max(1, step - self._first_step) * (self._num_steps - step),
             queue_depth=recent.queue_depth(elapsed), bytes_per_token=recent.num_bytes / max(1, recent.tokens),
-            verdict=self._all.verdict(now - (self._first_row or now)),
+            verdict=self._all.verdict(now - (self._first_row or now), self._shared),
         )  # fmt: skip
         self._pushed, self._recent = now, Tally()
         self._reply = self._progress.push.remote(asdict(metrics))
@@ -143,7 +144,7 @@ class Meter:
             student_busy_s=done.student_busy_s, teacher_busy_s=done.teacher_busy_s,
             overlap_s=self._overlap.total(), teacher_builds=len(done.teachers),
             wire_bytes=done.num_bytes, final_losses=self._losses, interrupted=interrupted,
-            verdict=done.verdict(now - (self._first_row or now)), peak_store_bytes=0,
+            verdict=done.verdict(now - (self._first_row or now), self._shared), peak_store_bytes=0,
         )  # fmt: skip
 
 

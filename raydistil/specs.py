@@ -62,6 +62,7 @@ class TeacherSpec:
     precision: Precision
     threads: int
     targets: TargetsSpec
+    behind: bool = False  # whether its threads take what others leave of the cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,11 @@ class WorkerSpec:
     num_slots: int  # micro-batches of the run, with empty ones that make it a multiple of a step's
     per_epoch: int
     traced: tuple[Path, str] | None = None  # (run's directory, stage) of the trace of every micro-batch; None: no trace
+
+    @property
+    def shares_cores(self) -> bool:
+        """Whether the teachers work behind the students, on the same cores."""
+        return any(teacher.behind for teacher in self.teachers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,14 @@ from raydistil import rundir
 from raydistil.cache.inputs import inputs_of
 from raydistil.cache.sizes import cache_spec, sizes_of
 from raydistil.chain import Link
+from raydistil.cluster import address_of
 from raydistil.config.loss import LossConfig
 from raydistil.config.targets import variants_of
 from raydistil.config.train import TrainConfig
 from raydistil.layers import LayerPlan, plan_layers
 from raydistil.manifest import Manifest
 from raydistil.models import resolve, shape_of
-from raydistil.plan import threads
+from raydistil.plan import Threads, threads
 from raydistil.prepare import Prepared
 from raydistil.specs import CacheSpec, SourceSpec, TeacherSpec, TrainRun, WorkerSpec
 from raydistil.tally import advice
@@ -62,7 +63,7 @@ def train_stage(run: Prepared, training: Training) -> None:
     summary = train(planned, target)
     figures = asdict(summary) | {"rows": planned.source.manifest.num_rows, "lr": training.config.lr}
     rundir.write_summary(run.run_dir, stage, figures)
-    run.say(_describe(stage, summary, kept=bool(planned.source.caches)))
+    run.say(_describe(stage, summary, bool(planned.source.caches), planned.worker.shares_cores))
 
 
 def train_run(run: Prepared, training: Training) -> TrainRun:
@@ -108,23 +109,24 @@ def _worker(run: Prepared, training: Training, manifest: Manifest) -> WorkerSpec
     """What every student worker is given; the teachers with it."""
     config, loss, link = run.config, training.loss, training.link
     cached = link is not None and link.train.targets.cache is not None
-    student_threads, teacher_threads = threads(config.cluster, len(link.teachers) if link else 0, cached)
+    joined = address_of(config.cluster) is not None
+    planned = threads(config.cluster, len(link.teachers) if link else 0, cached, joined)
     student = shape_of(training.init, "student.model")
     teacher = student if link is None else shape_of(link.teacher, "teacher.model")
     head = link is not None and makes_logits(link.train.targets, loss, config.task)
     layers = plan_layers(loss, config.task, head, teacher.num_hidden_layers, student.num_hidden_layers)
     return WorkerSpec(
         task=config.task, init=training.init, tokenizer=resolve(config.teacher.model),
-        teachers=() if link is None else tuple(_teachers(run, link, layers, teacher_threads)),
+        teachers=() if link is None else tuple(_teachers(run, link, layers, planned)),
         weights=() if link is None else link.weights, frozen_teacher=head or bool(layers.attention_layers[0]),
         teacher_width=teacher.hidden_size, layers=layers, labels=run.labels, train=training.config, loss=loss,
-        seed=training.seed, threads=student_threads, per_epoch=manifest.per_epoch,
+        seed=training.seed, threads=planned.student, per_epoch=manifest.per_epoch,
         num_slots=training.slots or num_slots(run, manifest, training.config),
         traced=(run.run_dir.resolve(), training.stage) if config.cluster.trace else None,
     )  # fmt: skip
 
 
-def _teachers(run: Prepared, link: Link, layers: LayerPlan, threads: int) -> Iterator[TeacherSpec]:
+def _teachers(run: Prepared, link: Link, layers: LayerPlan, planned: Threads) -> Iterator[TeacherSpec]:
     """The first one with hidden states, those beside it with soft labels alone; none that would have nothing to say."""
     config, loss = run.config, link.train.loss
     if not (layers.teacher_states or loss.kd):
@@ -132,10 +134,12 @@ def _teachers(run: Prepared, link: Link, layers: LayerPlan, threads: int) -> Ite
     wanted = targets_spec(link.train.targets, loss, config.task, layers, config.seed)
     for number, model in enumerate(link.teachers):
         asked = wanted if number == 0 else replace(wanted, states=(), soft_labels=True)
-        yield TeacherSpec(model, config.task, config.teacher.precision, threads, asked)
+        yield TeacherSpec(
+            model, config.task, config.teacher.precision, planned.teacher, asked, behind=planned.shared
+        )  # fmt: skip
 
 
-def _describe(stage: str, summary: Any, kept: bool) -> str:
+def _describe(stage: str, summary: Any, kept: bool, shared: bool) -> str:
     text = f"{stage}: {summary.steps} steps, {summary.tokens:,} tokens in {summary.wall_s:.0f} s"
     if summary.teacher_builds:
         both = summary.overlap_s / max(summary.student_busy_s, 1e-9)
@@ -148,5 +152,5 @@ def _describe(stage: str, summary: Any, kept: bool) -> str:
     if kept or summary.teacher_builds:
         text += f", {summary.wire_bytes / max(1, summary.tokens):,.0f} bytes/token"
     if summary.verdict:
-        text += f"; {summary.verdict}: {advice(summary.verdict)}"
+        text += f"; {summary.verdict}: {advice(summary.verdict, shared)}"
     return text

@@ -20,9 +20,10 @@ class Tally:
     wait_s: float = 0.0  # the student waited for targets
     first_wait_s: float = 0.0  # for the first ones: the teachers were loading
     student_busy_s: float = 0.0
-    teacher_busy_s: float = 0.0  # of all teachers
+    teacher_busy_s: float = 0.0  # of all lanes
     teacher_tokens: float = 0.0  # by all of an ensemble: each its share
     queued_s: float = 0.0  # from the last teacher's end to the student's start
+    lanes: set[str] = field(default_factory=set)  # threads of all teachers
     teachers: set[str] = field(default_factory=set)
 
     def add(self, record: Record) -> None:
@@ -34,7 +35,8 @@ class Tally:
         self.wait_s += record.started_s - record.asked_s
         self.student_busy_s += record.ended_s - record.started_s
         for timing in record.taught:
-            self.teachers.add(timing.actor)
+            self.lanes.add(timing.lane)
+            self.teachers.add(timing.teacher)
             self.teacher_busy_s += timing.ended_s - timing.started_s
             self.teacher_tokens += timing.tokens / len(record.taught)
         if record.taught:
@@ -43,24 +45,29 @@ class Tally:
     @property
     def teacher_tok_s(self) -> float:
         """Tokens a second that the teachers make while they work, all of them together; 0 without any."""
-        return self.teacher_tokens / self.teacher_busy_s * len(self.teachers) if self.teacher_busy_s else 0.0
+        return self.teacher_tokens / self.teacher_busy_s * len(self.lanes) if self.teacher_busy_s else 0.0
 
     def queue_depth(self, seconds: float) -> float:
         """Micro-batches that lay ready on average (Little's law: their time in the queue, over the time there was)."""
         return self.queued_s / seconds
 
-    def verdict(self, seconds: float) -> Verdict | None:
-        """Of the `seconds` since the first targets were there; None without teachers."""
-        if not self.teachers:
+    def verdict(self, seconds: float, shared: bool) -> Verdict | None:
+        """Of the `seconds` since the first targets were there; None without teachers.
+
+        `shared`: teachers and students have the same cores. Where a student waits, its cores are at the teachers' work.
+        """
+        if not self.lanes:
             return None
-        if self.wait_s - self.first_wait_s > WAITS * seconds:
+        if not shared and self.wait_s - self.first_wait_s > WAITS * seconds:
             return "teacher-bound"
-        idle = self.teacher_busy_s < BUSY * seconds * len(self.teachers)
+        idle = self.teacher_busy_s < BUSY * seconds * len(self.lanes)
         return "student-bound" if idle else "balanced"
 
 
-def advice(verdict: Verdict) -> str:
+def advice(verdict: Verdict, shared: bool) -> str:
     """The knob to turn."""
+    if shared:
+        return "teachers and students have the same cores in turn: more cores, or a machine for each, would speed it up"
     return {
         "teacher-bound": "more cluster.teachers (or teacher_threads), or teacher.precision bfloat16, would speed it up",
         "student-bound": "more cluster.students or student_threads would speed it up; the teachers have time to spare",

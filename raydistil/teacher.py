@@ -3,8 +3,12 @@
 Importing this module is cheap: the processes that only plan the stream meet the class, the actors alone need torch.
 """
 
+import os
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -39,15 +43,21 @@ def grouped(rows: Iterable[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(made)
 
 
+LANES = 4  # most micro-batches at once
+
+
 class Teacher:
-    """One loaded teacher. Rows of the tables are micro-batches (see `wire`)."""
+    """One loaded teacher. Rows of the tables are micro-batches (see `wire`).
+
+    On a CPU it works on several micro-batches at once, each with few threads: they need not wait for each other, as the
+    threads of one product do, and what comes out is the same whatever the number of cores.
+    """
 
     def __init__(self, spec: TeacherSpec) -> None:
         import torch
 
         from raydistil.models import HeadedEncoder, load_model
 
-        torch.set_num_threads(spec.threads)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = HeadedEncoder(load_model(spec.model, spec.task), spec.task, spec.precision)
         self._model = model.eval().to(self._device)
@@ -55,18 +65,25 @@ class Teacher:
         self._states = tuple({*spec.targets.states, *((self._model.num_layers,) if head else ())})
         self._spec = spec
         self.name = uuid4().hex
+        lanes = num_lanes(spec.threads) if self._device.type == "cpu" else 1
+        self._lanes = ThreadPoolExecutor(lanes, initializer=enter_lane, initargs=(spec.threads // lanes, spec.behind))
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        return grouped(self._taught(table.slice(number, 1)) for number in range(table.num_rows))
+        return grouped(self._lanes.map(self._taught, [table.slice(number, 1) for number in range(table.num_rows)]))
 
     def _taught(self, row: pa.Table) -> pa.Table:
         batch = batch_of(row)
         started = time.time()
         columns = self.targets(batch)
-        return with_targets(row, columns, TeacherTiming(self.name, started, time.time(), batch.num_tokens))
+        lane = f"{self.name}.{threading.get_ident()}"
+        return with_targets(row, columns, TeacherTiming(lane, started, time.time(), batch.num_tokens))
+
+    def each(self, batches: Iterable[TokenBatch]) -> Iterator[dict[str, bytes]]:
+        """The `targets` of several micro-batches, in their order."""
+        return self._lanes.map(self.targets, batches)
 
     def targets(self, batch: TokenBatch) -> dict[str, bytes]:
-        """The wire columns of one micro-batch."""
+        """The wire columns of one micro-batch, made in this thread."""
         import torch
 
         from raydistil.models import on_device, positions_on
@@ -82,3 +99,18 @@ class Teacher:
                 compared_ND = states[self._model.num_layers][torch.from_numpy(at_T).to(device)]
                 parts = map(self._model.vocabulary_logits, compared_ND.split(PLACES_AT_ONCE))
             return encode_targets(wanted, visits_N, states, parts)
+
+
+def num_lanes(threads: int) -> int:
+    """The most lanes that leave none of so many threads without one."""
+    return max(lanes for lanes in range(1, LANES + 1) if threads % lanes == 0)
+
+
+def enter_lane(threads: int, behind: bool) -> None:
+    """Make this thread one of a teacher's. `behind`: in the scheduler's idle class, where there is one."""
+    import torch
+
+    torch.set_num_threads(threads)
+    if behind and hasattr(os, "SCHED_IDLE"):
+        with suppress(OSError):  # a sandbox may not have it
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))

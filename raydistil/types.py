@@ -67,10 +67,15 @@ class TokenBatch:
 class TeacherTiming:
     """When a teacher worked on a micro-batch, in seconds of the wall clock."""
 
-    actor: str  # unique for each construction of a teacher, so a rebuilt one shows
+    lane: str  # which thread of a teacher: its name, which no other construction of a teacher has, and the thread's
     started_s: float
     ended_s: float
     tokens: int
+
+    @property
+    def teacher(self) -> str:
+        """Unique for each construction, so that a rebuilt one shows."""
+        return self.lane.partition(".")[0]
 
 
 @dataclass(frozen=True, slots=True)

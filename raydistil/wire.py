@@ -100,7 +100,7 @@ def _bytes(row: pa.Table, name: str) -> pa.Buffer:
 def with_targets(row: pa.Table, columns: dict[str, bytes], timing: TeacherTiming | None) -> pa.Table:
     """`row` with what the next teacher made of it. `timing` None: not now, but before the run."""
     timing = timing or TeacherTiming("", 0.0, 0.0, 0)
-    added = {**columns, "teacher": timing.actor, "started_s": timing.started_s, "ended_s": timing.ended_s}
+    added = {**columns, "teacher": timing.lane, "started_s": timing.started_s, "ended_s": timing.ended_s}
     arrays = [pa.array([added[name]], kind) for name, kind in TARGETS.items()]
     fields = _fields(num_teachers(row))
     return pa.Table.from_arrays([*row.columns, *arrays], schema=pa.schema([*row.schema, *fields]))
@@ -123,6 +123,6 @@ def timings_of(row: pa.Table, tokens: int) -> list[TeacherTiming]:
     """When teachers worked on this micro-batch; of those that did in this run."""
     found = []
     for number in range(num_teachers(row)):
-        actor, started, ended = (row[f"{name}_{number}"][0].as_py() for name in ("teacher", "started_s", "ended_s"))
-        found += [TeacherTiming(actor, started, ended, tokens)] if actor else []
+        lane, started, ended = (row[f"{name}_{number}"][0].as_py() for name in ("teacher", "started_s", "ended_s"))
+        found += [TeacherTiming(lane, started, ended, tokens)] if lane else []
     return found

@@ -48,7 +48,9 @@ class StudentWorker:
         checkpoint = ray.train.get_checkpoint()
         self._ledger = Ledger() if checkpoint is None else load_state(checkpoint, self._engine)
         self._consumed: list[int] = []
-        self._meter = Meter(self._rank, progress, self._num_steps, self._engine.global_steps)
+        self._meter = Meter(
+            self._rank, progress, self._num_steps, self._engine.global_steps, shared=spec.shares_cores
+        )  # fmt: skip
         self._trace = Trace(spec.traced and trace_path(*spec.traced, self._rank))
         self._finite = torch.ones((), dtype=torch.bool, device=self._device)
 

@@ -111,7 +111,7 @@ def test_each_teacher_speaks_once_of_every_micro_batch(
     second = teacher_of(classifiers[1], "classification", (), True)
     rows = streamed(source, (first, second))
     assert len(rows) == source.manifest.num_micro_batches
-    names = {tuple(timing.actor for timing in wire.timings_of(row, 1)) for row in rows}
+    names = {tuple(timing.teacher for timing in wire.timings_of(row, 1)) for row in rows}
     assert len(names) == 1  # one actor a pool, built once
     assert len(set(*names)) == 2
     loss = LossConfig(temperature=3.0)

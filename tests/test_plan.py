@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from raydistil import plan
 from raydistil.config.cluster import ClusterConfig
 from raydistil.errors import PlanError
-from raydistil.plan import Node, check_fits, check_placed, cores, local_cpus, matches, need_of, threads
+from raydistil.plan import Node, Threads, check_fits, check_placed, cores, local_cpus, matches, need_of, threads
 
 CLUSTER = ClusterConfig(students=2, student_cpus=3, teachers=(2, 5), teacher_cpus=0.5, student_gpus=1, teacher_gpus=0.5)
 ARITHMETIC = "CPUs: 2 students x 3 + 2 teachers x 0.5 + 0.25 to read = 7.25; GPUs: 2 x 1 + 2 x 0.5 = 3"
@@ -77,32 +77,51 @@ def test_the_labelled_nodes_must_hold_who_asks_for_them() -> None:
 @pytest.mark.parametrize(
     ("number", "cluster", "pools", "expected"),
     [
-        (8, ClusterConfig(), 1, (4, 4)),
-        (8, ClusterConfig(), 0, (8, 8)),
-        (8, ClusterConfig(students=2, teachers=(1, 6)), 1, (2, 2)),
-        (2, ClusterConfig(students=2, teachers=(3, 3)), 1, (1, 1)),
-        (8, ClusterConfig(student_threads=7), 1, (7, 4)),
-        (8, ClusterConfig(teacher_threads=1), 1, (4, 1)),
+        (8, ClusterConfig(), 1, Threads(8, 8, shared=True)),
+        (8, ClusterConfig(), 0, Threads(8, 8, shared=False)),
+        (8, ClusterConfig(students=2, teachers=(1, 6)), 1, Threads(4, 8, shared=True)),
+        (8, ClusterConfig(teachers=(2, 6)), 2, Threads(8, 2, shared=True)),
+        (2, ClusterConfig(students=2, teachers=(3, 3)), 1, Threads(1, 1, shared=True)),
+        (8, ClusterConfig(student_threads=7), 1, Threads(7, 8, shared=True)),
+        (8, ClusterConfig(student_threads=4, teacher_threads=4), 1, Threads(4, 4, shared=False)),
+        (8, ClusterConfig(teacher_gpus=1), 1, Threads(4, 4, shared=False)),
+        (1, ClusterConfig(), 1, Threads(1, 1, shared=True)),
     ],
 )
-def test_threads_are_the_cores_shared_out(
-    monkeypatch: pytest.MonkeyPatch, number: int, cluster: ClusterConfig, pools: int, expected: tuple[int, int]
+def test_both_sides_may_use_every_core_of_a_machine_of_our_own(
+    monkeypatch: pytest.MonkeyPatch, number: int, cluster: ClusterConfig, pools: int, expected: Threads
 ) -> None:
     monkeypatch.setattr(plan, "cores", lambda: number)
     assert threads(cluster, pools) == expected
 
 
 @pytest.mark.parametrize(
+    ("cluster", "pools", "expected"),
+    [
+        (ClusterConfig(), 1, Threads(4, 4, shared=False)),
+        (ClusterConfig(students=2, teachers=(1, 6)), 1, Threads(2, 2, shared=False)),
+        (ClusterConfig(students=9), 1, Threads(1, 1, shared=False)),
+        (ClusterConfig(student_threads=7), 1, Threads(7, 4, shared=False)),
+    ],
+)
+def test_on_a_cluster_that_others_use_the_cores_are_shared_out(
+    monkeypatch: pytest.MonkeyPatch, cluster: ClusterConfig, pools: int, expected: Threads
+) -> None:
+    monkeypatch.setattr(plan, "cores", lambda: 8)
+    assert threads(cluster, pools, joined=True) == expected
+
+
+@pytest.mark.parametrize(
     ("number", "cluster", "expected"),
     [
-        (8, ClusterConfig(), (7, 8)),
-        (8, ClusterConfig(students=2, teachers=(2, 6)), (3, 4)),
-        (1, ClusterConfig(), (1, 1)),
-        (8, ClusterConfig(student_threads=8), (8, 8)),
+        (8, ClusterConfig(), Threads(7, 8, shared=False)),
+        (8, ClusterConfig(students=2, teachers=(2, 6)), Threads(3, 4, shared=False)),
+        (1, ClusterConfig(), Threads(1, 1, shared=False)),
+        (8, ClusterConfig(student_threads=8), Threads(8, 8, shared=False)),
     ],
 )
 def test_a_core_is_left_to_what_reads_kept_targets(
-    monkeypatch: pytest.MonkeyPatch, number: int, cluster: ClusterConfig, expected: tuple[int, int]
+    monkeypatch: pytest.MonkeyPatch, number: int, cluster: ClusterConfig, expected: Threads
 ) -> None:
     monkeypatch.setattr(plan, "cores", lambda: number)
     assert threads(cluster, 1, cached=True) == threads(cluster, 3, cached=True) == expected

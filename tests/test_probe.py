@@ -13,9 +13,15 @@ from raydistil.probe import Probe, probe
     [(1, 1, "student-bound"), (1, 2, "balanced"), (1, 3, "teacher-bound"), (2, 3, "student-bound")],
 )
 def test_the_verdict_is_that_of_the_rates_together(teachers: int, students: int, expected: str) -> None:
-    found = Probe(steps=20, teacher_tok_s=2000.0, student_tok_s=1000.0, bytes_per_token=776.0)
+    found = Probe(steps=20, teacher_tok_s=2000.0, student_tok_s=1000.0, bytes_per_token=776.0, shared=False)
     assert found.verdict(teachers, students) == expected
     assert found.tok_s(teachers, students) == min(2000.0 * teachers, 1000.0 * students)
+
+
+def test_on_the_same_cores_one_works_after_the_other() -> None:
+    found = Probe(steps=20, teacher_tok_s=3000.0, student_tok_s=1500.0, bytes_per_token=776.0, shared=True)
+    assert found.verdict(1, 1) == "balanced"
+    assert found.tok_s(1, 1) == pytest.approx(1000.0)
 
 
 @pytest.mark.parametrize("task", ["classification", "mlm"])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raydistil.report import Interval, LiveLine, Meter, Overlap, format_step, overlap
-from raydistil.tally import Tally
+from raydistil.tally import Tally, advice
 from raydistil.trace import Record
 from raydistil.types import StepMetrics, TeacherTiming
 
@@ -64,7 +64,7 @@ def test_overlap_in_pieces_is_overlap_at_once(steps: list[tuple[float, float, fl
 
 
 def test_the_meter_adds_up_what_a_worker_did() -> None:
-    meter = Meter(1, None, num_steps=2, first_step=0)  # type: ignore[arg-type]  # only rank 0 reports on the way
+    meter = Meter(1, None, num_steps=2, first_step=0, shared=False)  # type: ignore[arg-type]  # only rank 0 reports on the way
     meter.micro_step(Record(1, 0, 2, 100, 1000, 0.0, 1.0, 3.0, (TeacherTiming("a", 0.5, 2.0, 100),)))
     meter.micro_step(Record(2, 1, 2, 50, 500, 3.0, 3.5, 5.0, (TeacherTiming("b", 1.5, 4.0, 50),)))
     meter.step(1, 0.5, {}, 1e-3)
@@ -82,9 +82,9 @@ def tally(wait: float, taught: float) -> Tally:
     Before the first one the student waits for a teacher that loads.
     """
     found = Tally()
-    found.add(Record(1, 0, 2, 0, 0, -60.0, 0.0, 0.0, (TeacherTiming("a", 0.0, 0.0, 0),)))
+    found.add(Record(1, 0, 2, 0, 0, -60.0, 0.0, 0.0, (TeacherTiming("a.0", 0.0, 0.0, 0),)))
     for start in range(4):
-        timing = TeacherTiming("a", start - taught - 2.0, start - 2.0, 100)
+        timing = TeacherTiming("a.0", start - taught - 2.0, start - 2.0, 100)
         found.add(Record(start + 1, start, 2, 100, 1000, start, start + wait, start + 1.0, (timing,)))
     return found
 
@@ -94,8 +94,23 @@ def tally(wait: float, taught: float) -> Tally:
     [(0.5, 1.0, "teacher-bound"), (0.0, 0.5, "student-bound"), (0.04, 0.9, "balanced")],
 )
 def test_who_holds_the_stream_up(wait: float, taught: float, expected: str) -> None:
-    assert tally(wait, taught).verdict(4.0) == expected
-    assert Tally().verdict(4.0) is None
+    assert tally(wait, taught).verdict(4.0, shared=False) == expected
+    assert Tally().verdict(4.0, shared=False) is None
+
+
+def test_on_the_same_cores_no_one_waits_for_a_teacher_that_is_too_slow() -> None:
+    assert tally(0.5, 1.0).verdict(4.0, shared=True) == "balanced"
+    assert tally(0.0, 0.5).verdict(4.0, shared=True) == "student-bound"
+    assert "more cluster.teachers" in advice("teacher-bound", shared=False)
+    assert "the same cores" in advice("balanced", shared=True)
+
+
+def test_a_teacher_of_two_lanes_is_one_that_is_twice_as_fast() -> None:
+    found = Tally()
+    for start in range(4):
+        timing = TeacherTiming(f"a.{start % 2}", start / 2, start / 2 + 1.0, 100)
+        found.add(Record(start + 1, start, 2, 100, 1000, start, start, start + 1.0, (timing,)))
+    assert (found.teachers, found.teacher_tok_s) == ({"a"}, 200.0)
 
 
 def test_rates_and_what_lies_ready() -> None:

@@ -77,7 +77,7 @@ def test_a_traced_run(ray_cluster: None, tiny_teacher: str, corpus_file: Path, t
     assert summary is not None
     assert Counter(one.index for one in records) == Counter(range(summary["micro_batches"]))
     assert [one.step for one in records] == list(range(1, summary["steps"] + 1))
-    assert len({timing.actor for one in records for timing in one.taught}) == summary["teacher_builds"] == 1
+    assert len({timing.teacher for one in records for timing in one.taught}) == summary["teacher_builds"] == 1
     busy = [(one.started_s, one.ended_s) for one in records]
     assert overlap(busy, [(timing.started_s, timing.ended_s) for one in records for timing in one.taught]) > 0
     assert sum(one.num_bytes for one in records) == summary["wire_bytes"]

@@ -213,7 +213,7 @@ def _measured(output: Path, source: SourceSpec, timers: Timers, pool: tuple[int,
     records = ray.get(student.consume.remote(shard, timers.student_s))
     ray.kill(student)
     counts = json.loads(kept.read_text())
-    actors = {tuple(timing.actor.split("/")) for record in records for timing in record.taught}
+    actors = {tuple(timing.lane.split("/")) for record in records for timing in record.taught}
     assert {part for part, *_ in actors} == {"teacher"}, "teachers run where their labels say"
     places = {node for _, node, _ in actors}
     return window_of(records, warm_up), counts | {"rows": len(records), "nodes": len(places), "used": len(actors)}

@@ -29,12 +29,14 @@ class ClusterConfig(Section):
     student_cpus: Annotated[float, Field(gt=0)] = 1
     student_gpus: Annotated[float, Field(ge=0)] = 0
     student_threads: Positive | None = None
-    """Threads of torch; None: the cores, shared out between teachers and students."""
+    """Threads of torch. None: on a machine of our own every core, with teachers behind, who take what is left; on a
+    cluster that is joined, the cores, shared out between teachers and students."""
     teachers: FewestMost = (1, 1)
     """Fewest and most teacher actors."""
     teacher_cpus: Annotated[float, Field(gt=0)] = 1
     teacher_gpus: Annotated[float, Field(ge=0)] = 0
     teacher_threads: Positive | None = None
+    """Of each teacher; None: as above."""
     student_label_selector: dict[str, Labels] = Field(default_factory=dict)
     """Labels of the nodes the students may run on, as Ray has them: `{"ray.io/accelerator-type" = "H100"}`; a value may
     be `!v`, `in(v, w)` or `!in(v, w)`. Empty: any node."""
