@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raydistil.plan import cores
+from raydistil.processor import BFLOAT16, flags, multiplies_bfloat16
 from raydistil.storage import cache_dir
 
 PACKAGES = ("ray", "torch", "transformers", "deepspeed", "datasets", "pyarrow")
@@ -50,20 +51,14 @@ def _package(name: str) -> Finding:
 def _processor() -> Finding:
     import torch
 
-    count = cores()
-    fast = ", ".join(name for name in ("avx2", "avx512_bf16", "amx_bf16") if name in _flags()) or "plain"
+    count, has = cores(), flags()
+    fast = ", ".join(name for name in ("avx2", *sorted(BFLOAT16)) if name in has) or "plain"
     found = f"{count} cores ({fast}), torch would use {torch.get_num_threads()} threads"
     if count == 1:
         return Finding("processor", "warn", found, "teacher and student will share one core")
+    if has and not multiplies_bfloat16(has) and not torch.cuda.is_available():
+        return Finding("processor", "ok", found, "bfloat16 is emulated here: leave precision at float32")
     return Finding("processor", "ok", found)
-
-
-def _flags() -> set[str]:
-    path = Path("/proc/cpuinfo")
-    if not path.exists():
-        return set()
-    lines = (line for line in path.read_text().splitlines() if line.startswith("flags"))
-    return set(next(lines, "").split())
 
 
 def _memory() -> Finding:

@@ -11,6 +11,11 @@ from conftest import sentences
 from raydistil.bench.fidelity import DEFAULTS, ROWS, bench_fidelity, config_for
 from raydistil.bench.losses import bench_losses
 from raydistil.errors import DataError
+from raydistil.processor import flags, multiplies_bfloat16
+
+emulated = pytest.mark.skipif(
+    not multiplies_bfloat16(flags()), reason="bfloat16 is emulated on this processor: it would take half an hour"
+)
 
 
 def write_splits(folder: Path) -> Path:
@@ -20,6 +25,7 @@ def write_splits(folder: Path) -> Path:
     return folder
 
 
+@emulated
 @pytest.mark.slow
 def test_losses_agree_and_the_chunked_pass_takes_a_third_of_the_memory(one_thread: None) -> None:
     result = bench_losses((384,), 2048, 30522, 1, 1, lambda line: None)
@@ -51,6 +57,7 @@ def test_scale_on_nodes_of_its_own(tmp_path: Path) -> None:
     assert all(row["teachers"] + row["students"] == row["gpus"] for row in result["paper"])
 
 
+@emulated
 @pytest.mark.slow
 def test_the_stream_beside_its_loops(tmp_path: Path) -> None:
     """The structure of it: one teacher, no data through the driver, little in the store, like numbers of rows."""
