@@ -124,14 +124,14 @@ class Threads:
 def threads(cluster: ClusterConfig, pools: int, cached: bool = False, joined: bool = False) -> Threads:
     """As configured, else by the cores there are.
 
-    On a machine of our own students may use all cores, and so may the teachers, behind them: a half each would leave
-    the faster one's idle. `joined`: the cluster is another's, and its nodes have other work and perhaps other cores:
-    those here are shared out evenly, as are those that start a GPU's work. `cached`: the teachers are through before
-    the students start, one pool after the other, and a core is left to what reads their targets: threads that wait for
-    one that cannot run are slower than fewer of them.
+    On a machine of our own students may use all cores, and so may the teachers, behind them: with a half each, the
+    faster one's would be idle in part. `joined`: the cluster is another's, and its nodes have other work and perhaps
+    other cores: those here are shared out evenly, as are those that start a GPU's work. `cached`: the teachers are
+    through before the students start, one pool after the other, and a core is left to what reads their targets:
+    threads that wait for one that cannot run are slower than fewer of them.
     """
     students, teachers = cluster.students, cluster.teachers[0] * pools
-    apart = joined or cached or not teachers or cluster.teacher_gpus > 0
+    apart = joined or cached or not teachers or cluster.teacher_gpus + cluster.student_gpus > 0
     even = cores() // (students + teachers)
     student, teacher = (even, even) if apart else (cores() // students, cores() // teachers)
     if cached:

@@ -165,7 +165,7 @@ def _timed(planned: TrainRun, batches: list[TokenBatch]) -> Probe:
     counted = rows[WARM_UP:] or rows
     timings = [wire.timings_of(row, wire.batch_of(row).num_tokens) for row in counted]
     slowest = max(_span(pool) for pool in zip(*timings, strict=True))
-    tokens = sum(taught[0].tokens for taught in timings)
+    tokens = sum(said[0].tokens for said in timings)
     worker = planned.worker
     torch.set_num_threads(worker.threads)
     student = StudentOnly(planned, rows)

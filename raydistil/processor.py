@@ -1,6 +1,8 @@
-"""What the processor says it can do."""
+"""Which products this machine is fast at."""
 
 from pathlib import Path
+
+from raydistil.types import Precision
 
 BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one is Arm's
 
@@ -14,5 +16,14 @@ def flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
 
 
 def multiplies_bfloat16(found: set[str]) -> bool:
-    """Whether it has instructions for it. Without them products take several times as long as in float32."""
+    """Whether it has instructions for it. Without them products are emulated, and slower than those of float32."""
     return not BFLOAT16.isdisjoint(found)
+
+
+def fast_precision() -> Precision:
+    """bfloat16 where the GPU, or without one the processor, has instructions for it, else float32."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "bfloat16" if multiplies_bfloat16(flags()) else "float32"

@@ -21,10 +21,10 @@ from raydistil.pace import Paced
 from raydistil.plan import READ_CPUS
 from raydistil.source import ManifestSource
 from raydistil.specs import SourceSpec, TeacherSpec
-from raydistil.teacher import Teacher
+from raydistil.teacher import LANES, Teacher
 from raydistil.warm import environment
 
-MICRO_BATCHES_PER_BLOCK = 4
+MICRO_BATCHES_PER_BLOCK = LANES
 BLOCK_BYTES = 64 << 10  # from here on a block is passed on, and a larger one split: states leave the teacher at once
 PREFETCH = 2  # micro-batches a student worker holds ready
 MOST_BLOCKS = 20_000  # read tasks are made up front, so a long run gets longer blocks

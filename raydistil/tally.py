@@ -69,7 +69,7 @@ def advice(verdict: Verdict, shared: bool) -> str:
     if shared:
         return "teachers and students have the same cores in turn: more cores, or a machine for each, would speed it up"
     return {
-        "teacher-bound": "more cluster.teachers (or teacher_threads), or teacher.precision bfloat16, would speed it up",
+        "teacher-bound": "more cluster.teachers (or teacher_threads), or teacher.precision auto, would speed it up",
         "student-bound": "more cluster.students or student_threads would speed it up; the teachers have time to spare",
         "balanced": "teachers and students are matched",
     }[verdict]

@@ -3,6 +3,7 @@
 Importing this module is cheap: the processes that only plan the stream meet the class, the actors alone need torch.
 """
 
+import math
 import os
 import threading
 import time
@@ -43,14 +44,14 @@ def grouped(rows: Iterable[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(made)
 
 
-LANES = 4  # most micro-batches at once
+LANES = 4  # most micro-batches at once; a block of the stream has as many
 
 
 class Teacher:
     """One loaded teacher. Rows of the tables are micro-batches (see `wire`).
 
     On a CPU it works on several micro-batches at once, each with few threads: they need not wait for each other, as the
-    threads of one product do, and what comes out is the same whatever the number of cores.
+    threads of one product do.
     """
 
     def __init__(self, spec: TeacherSpec) -> None:
@@ -102,8 +103,8 @@ class Teacher:
 
 
 def num_lanes(threads: int) -> int:
-    """The most lanes that leave none of so many threads without one."""
-    return max(lanes for lanes in range(1, LANES + 1) if threads % lanes == 0)
+    """The most that share so many threads, and a block of the stream, without a rest."""
+    return math.gcd(threads, LANES)
 
 
 def enter_lane(threads: int, behind: bool) -> None:

@@ -142,7 +142,7 @@ class TrainSummary:
     wall_s: float
     wait_s: float  # the student waited for targets
     student_busy_s: float
-    teacher_busy_s: float  # summed over the teachers
+    teacher_busy_s: float  # summed over the lanes of all teachers
     overlap_s: float  # a teacher and the student worked at once
     teacher_builds: int  # distinct teachers that were constructed
     wire_bytes: int

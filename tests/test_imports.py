@@ -9,9 +9,9 @@ import pytest
 import raydistil
 
 ORDER = (
-    "errors", "types", "config", "layers", "storage", "corpus", "manifest", "masking", "augment", "documents",
-    "places", "packing", "tokens", "warm", "specs", "models", "size", "codecs", "targets", "ensemble", "wire",
-    "cache", "source", "plan", "processor", "losses", "attention", "distiller", "student", "optim", "teacher", "pace",
+    "errors", "types", "processor", "config", "layers", "storage", "corpus", "manifest", "masking", "augment",
+    "documents", "places", "packing", "tokens", "warm", "specs", "models", "size", "codecs", "targets", "ensemble",
+    "wire", "cache", "source", "plan", "losses", "attention", "distiller", "student", "optim", "teacher", "pace",
     "payload", "stream", "fill", "trace", "tally", "report", "checkpoint", "worker", "cluster", "rundir", "chain",
     "train", "evaluate", "export", "prune", "prepare", "stages", "pipeline", "probe", "check", "doctor", "tables",
     "serve", "bench", "cli", "__main__",

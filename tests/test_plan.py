@@ -85,6 +85,7 @@ def test_the_labelled_nodes_must_hold_who_asks_for_them() -> None:
         (8, ClusterConfig(student_threads=7), 1, Threads(7, 8, shared=True)),
         (8, ClusterConfig(student_threads=4, teacher_threads=4), 1, Threads(4, 4, shared=False)),
         (8, ClusterConfig(teacher_gpus=1), 1, Threads(4, 4, shared=False)),
+        (8, ClusterConfig(student_gpus=1), 1, Threads(4, 4, shared=False)),
         (1, ClusterConfig(), 1, Threads(1, 1, shared=True)),
     ],
 )

@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from raydistil import rundir
 from raydistil.bench import MINILM
 from raydistil.chain import links
@@ -30,7 +28,6 @@ from raydistil.errors import DataError
 from raydistil.pipeline import distill, finetune, lesson, score, teacher_of
 from raydistil.plan import cores
 from raydistil.prepare import Prepared, Say, needs, prepare
-from raydistil.processor import flags, multiplies_bfloat16
 from raydistil.specs import Candidate, EvaluateSpec
 from raydistil.stages import train_stage
 from raydistil.types import Split
@@ -90,9 +87,9 @@ def bench_fidelity(data: Path, output: Path, seeds: int, only_default: bool, say
 def config_for(data: Path, output: Path, row: Row, seed: int) -> Config:
     """MiniLM-L6, two epochs of fine-tuning (a third only makes it surer), then the recipe with what `row` changes.
 
-    Products are in bfloat16 where the machine has them.
+    Products are in bfloat16 where the machine is fast at it.
     """
-    fast = {"precision": "bfloat16" if torch.cuda.is_available() or multiplies_bfloat16(flags()) else "float32"}
+    fast = {"precision": "auto"}
     targets = row.targets | ({"cache": str(output / "targets")} if row.kept else {})
     return config_of({
         "name": f"{_slug(row)}-{seed}", "output_dir": str(output), "seed": seed, "task": "classification",

@@ -2,11 +2,23 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from raydistil.processor import fast_precision
+from raydistil.types import Precision
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _resolved(given: object) -> object:
+    if given not in ("auto", "float32", "bfloat16"):
+        raise ValueError("expected auto, float32 or bfloat16")
+    return fast_precision() if given == "auto" else given
+
+
+FastPrecision = Annotated[Precision, BeforeValidator(_resolved)]
 
 
 class Section(BaseModel):

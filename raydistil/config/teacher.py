@@ -5,9 +5,9 @@ from typing import Annotated
 from pydantic import Field
 
 from raydistil.config.loss import LossConfig
-from raydistil.config.section import Section
+from raydistil.config.section import FastPrecision, Section
 from raydistil.config.targets import TargetsConfig
-from raydistil.types import Precision, Task, labels_texts
+from raydistil.types import Task, labels_texts
 
 EnsembleWeight = Annotated[float, Field(gt=0)]
 
@@ -15,8 +15,8 @@ EnsembleWeight = Annotated[float, Field(gt=0)]
 class TeacherConfig(Section):
     model: str
     """Local directory in hub layout, hub name, or `package:NAME/SUBDIR` for weights shipped in a Python package."""
-    precision: Precision = "float32"
-    """Of the teacher's matrix products, and of those beside it."""
+    precision: FastPrecision = "float32"
+    """Of the teacher's matrix products, and of those beside it; `auto`: bfloat16 where this machine is fast at it."""
     weight: EnsembleWeight = 1.0
     """Its say beside the teachers of `[[ensemble]]`; the weights are scaled to a sum of 1."""
 

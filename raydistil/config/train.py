@@ -5,9 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from raydistil.config.loss import HiddenConfig, LossConfig
-from raydistil.config.section import Beta, Positive, Section, Share
+from raydistil.config.section import Beta, FastPrecision, Positive, Section, Share
 from raydistil.config.targets import AugmentConfig, TargetsConfig
-from raydistil.types import Precision
 
 
 class TrainConfig(Section):
@@ -31,8 +30,8 @@ class TrainConfig(Section):
     freeze_embeddings: bool = False
     """Leave the word embeddings (and a vocabulary head that shares them) as they are: fewer weights to fit to a small
     corpus, and to step."""
-    precision: Precision = "float32"
-    """Of the matrix products; weights and optimizer stay float32."""
+    precision: FastPrecision = "float32"
+    """Of the matrix products, `auto` as for the teacher; weights and optimizer stay float32."""
     checkpoint_every_min: Annotated[float, Field(gt=0)] = 10.0
     zero_stage: Literal[0, 1, 2] = 0
     deepspeed: dict[str, Any] = Field(default_factory=dict)
