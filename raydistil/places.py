@@ -37,6 +37,14 @@ def compared_places(batch: TokenBatch, loss: LossConfig, seed: int) -> Places:
     return Places(at_T, kd_T[at_T], labels_T[at_T])
 
 
+def compared_share(loss: LossConfig, masked: float) -> float:
+    """The share of a language model's tokens that `compared_places` finds, `masked` of them having a label."""
+    kd = {"all": 1.0, "sample": loss.kd_sample, "masked": masked}[loss.kd_positions] if loss.kd else 0.0
+    if loss.kd_positions == "sample" and loss.task:  # each drawn for itself
+        return 1 - (1 - kd) * (1 - masked)
+    return max(kd, masked if loss.task else 0.0)
+
+
 def _kd_positions(batch: TokenBatch, real_BL: NDArray[np.bool_], loss: LossConfig, seed: int) -> NDArray[np.bool_]:
     assert batch.labels_BL is not None
     if loss.kd_positions == "all":

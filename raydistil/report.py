@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import ray
 from ray.actor import ActorHandle
 
-from raydistil.tally import Tally
+from raydistil.tally import Tally, Used
 from raydistil.trace import Record
 from raydistil.types import StepMetrics, TrainSummary
 
@@ -87,12 +87,15 @@ def _after(intervals: list[Interval], cut: float) -> list[Interval]:
 class Meter:
     """Where the time of one student worker goes. Rank 0's is pushed to the progress actor."""
 
-    def __init__(self, rank: int, progress: "ActorHandle[Any]", num_steps: int, first_step: int, shared: bool) -> None:
+    def __init__(
+        self, rank: int, progress: "ActorHandle[Any]", num_steps: int, first_step: int, shared: bool, used: Used
+    ) -> None:
         self._rank = rank
         self._progress = progress
         self._num_steps = num_steps
         self._first_step = first_step
         self._shared = shared  # cores, see `Tally.verdict`
+        self._used = used
         self._began = self._pushed = time.time()
         self._first_row: float | None = None  # when work began: before it, the teacher was loading
         self._overlap = Overlap()
@@ -113,6 +116,8 @@ class Meter:
     def step(self, step: int, epoch: float, losses: "dict[str, Tensor]", lr: float) -> None:
         """One optimizer step is done."""
         self._step = step
+        if self._rank == 0:
+            self._used.measure()  # here and not before: now the teacher has loaded
         now = time.time()
         if self._rank != 0 or (now - self._pushed < PUSH_EVERY_S and step < self._num_steps):
             return
@@ -125,6 +130,7 @@ class Meter:
             eta_s=(now - (self._first_row or now)) / max(1, step - self._first_step) * (self._num_steps - step),
             queue_depth=recent.queue_depth(elapsed), bytes_per_token=recent.num_bytes / max(1, recent.tokens),
             verdict=self._all.verdict(now - (self._first_row or now), self._shared),
+            mfu=self._used.share(recent.tokens, elapsed),
         )  # fmt: skip
         self._pushed, self._recent = now, Tally()
         self._reply = self._progress.push.remote(asdict(metrics))
@@ -138,13 +144,14 @@ class Meter:
 
     def summary(self, interrupted: bool) -> TrainSummary:
         done, now = self._all, time.time()
+        since = now - (self._first_row or now)
         return TrainSummary(
             steps=self._step, micro_batches=done.micro_batches, tokens=done.tokens,
             wall_s=now - self._began, wait_s=done.wait_s,
             student_busy_s=done.student_busy_s, teacher_busy_s=done.teacher_busy_s,
             overlap_s=self._overlap.total(), teacher_builds=len(done.teachers),
             wire_bytes=done.num_bytes, final_losses=self._losses, interrupted=interrupted,
-            verdict=done.verdict(now - (self._first_row or now), self._shared), peak_store_bytes=0,
+            verdict=done.verdict(since, self._shared), mfu=self._used.share(done.tokens, since), peak_store_bytes=0,
         )  # fmt: skip
 
 
@@ -223,6 +230,7 @@ def format_step(metrics: StepMetrics) -> str:
     if metrics.teacher_tok_s:
         parts.append(f"teacher {_rate(metrics.teacher_tok_s)}")
     parts.append(f"wait {metrics.wait_share:.0%}")
+    parts.append(f"MFU {metrics.mfu:.0%}")
     if metrics.verdict:
         parts.append(metrics.verdict)
     parts.append(f"ETA {int(metrics.eta_s) // 60}:{int(metrics.eta_s) % 60:02d}")

@@ -20,7 +20,7 @@ class ModelSize:
     parameters: int
     embedding_parameters: int  # words, positions, token types
     bytes: int  # of the weights as they are stored
-    length: int
+    length: float
     flops_per_token: float
 
     def line(self) -> str:
@@ -31,7 +31,7 @@ class ModelSize:
         )
 
 
-def describe_model(model: PreTrainedModel, length: int) -> ModelSize:
+def describe_model(model: PreTrainedModel, length: float) -> ModelSize:
     """The size of `model`, and its forward FLOPs a token in rows of `length` = L tokens without padding.
 
     A product of [m, k] and [k, n] is 2 m n k: so every matrix of n weights costs 2 n a token, and a layer's attention,
@@ -52,6 +52,13 @@ def describe_model(model: PreTrainedModel, length: int) -> ModelSize:
         length=length,
         flops_per_token=attention + matrices,
     )
+
+
+def forward_flops(model: PreTrainedModel, length: float, compared: float) -> float:
+    """A token's, of a model whose vocabulary head, if it has one, is applied at a share `compared` of the tokens."""
+    bare: Any = model.base_model
+    whole, layers = (describe_model(part, length).flops_per_token for part in (model, bare))
+    return layers + compared * (whole - layers)
 
 
 class _Embeddings(nn.Module):

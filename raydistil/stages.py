@@ -15,9 +15,11 @@ from raydistil.config.targets import variants_of
 from raydistil.config.train import TrainConfig
 from raydistil.layers import LayerPlan, plan_layers
 from raydistil.manifest import Manifest
-from raydistil.models import resolve, shape_of
+from raydistil.models import outline, resolve, shape_of
+from raydistil.places import compared_share
 from raydistil.plan import Threads, threads
 from raydistil.prepare import Prepared
+from raydistil.size import forward_flops
 from raydistil.specs import CacheSpec, SourceSpec, TeacherSpec, TrainRun, WorkerSpec
 from raydistil.tally import advice
 from raydistil.targets import makes_logits, targets_spec
@@ -115,15 +117,34 @@ def _worker(run: Prepared, training: Training, manifest: Manifest) -> WorkerSpec
     teacher = student if link is None else shape_of(link.teacher, "teacher.model")
     head = link is not None and makes_logits(link.train.targets, loss, config.task)
     layers = plan_layers(loss, config.task, head, teacher.num_hidden_layers, student.num_hidden_layers)
+    teachers = () if link is None else tuple(_teachers(run, link, layers, planned))
     return WorkerSpec(
         task=config.task, init=training.init, tokenizer=resolve(config.teacher.model),
-        teachers=() if link is None else tuple(_teachers(run, link, layers, planned)),
+        teachers=teachers,
         weights=() if link is None else link.weights, frozen_teacher=head or bool(layers.attention_layers[0]),
         teacher_width=teacher.hidden_size, layers=layers, labels=run.labels, train=training.config, loss=loss,
         seed=training.seed, threads=planned.student, per_epoch=manifest.per_epoch,
         num_slots=training.slots or num_slots(run, manifest, training.config),
+        flops_per_token=_flops_per_token(run, training, teachers, head and not labels_texts(config.task)),
         traced=(run.run_dir.resolve(), training.stage) if config.cluster.trace else None,
     )  # fmt: skip
+
+
+def _flops_per_token(run: Prepared, training: Training, teachers: tuple[TeacherSpec, ...], head: bool) -> float:
+    """What a real token takes in matrix products where the student is: forward, and twice that backward.
+
+    Of the teachers all where they work on the same cores; else the vocabulary `head` that is used beside the student.
+    """
+    config, counts = run.config, run.store.meta.splits["train"]
+    length, compared = counts.tokens / counts.rows, 1.0
+    if not labels_texts(config.task):
+        compared = compared_share(training.loss, config.masking.share if config.task == "mlm" else 1.0)
+    flops = 3 * forward_flops(outline(training.init, config.task), length, compared)
+    for number, teacher in enumerate(teachers):
+        model = outline(teacher.model, config.task)
+        whole, bare = (forward_flops(model, length, share) for share in (compared, 0.0))
+        flops += whole if teacher.behind else (whole - bare) * (head and number == 0)
+    return flops
 
 
 def _teachers(run: Prepared, link: Link, layers: LayerPlan, planned: Threads) -> Iterator[TeacherSpec]:

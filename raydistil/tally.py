@@ -1,5 +1,6 @@
 """What the micro-batches of a stretch of a run add up to, and who holds the stream up."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -62,6 +63,24 @@ class Tally:
             return "teacher-bound"
         idle = self.teacher_busy_s < BUSY * seconds * len(self.lanes)
         return "student-bound" if idle else "balanced"
+
+
+class Used:
+    """How much of what the machine could do goes into the model: its FLOPs utilisation, MFU (Chowdhery et al. 2022,
+    arXiv:2204.02311, appendix B), the share of a rate of large matrix products."""
+
+    def __init__(self, flops_per_token: float, rate: Callable[[], float]) -> None:
+        """`rate`: measures FLOPs a second."""
+        self._flops_per_token, self._rate = flops_per_token, rate
+        self._peak: float | None = None
+
+    def measure(self) -> None:
+        """Do so, unless it is known."""
+        self._peak = self._peak or self._rate()
+
+    def share(self, tokens: int, seconds: float) -> float:
+        """Of so many real tokens; 0 where nothing was measured yet."""
+        return self._flops_per_token * tokens / (self._peak * seconds) if self._peak and seconds else 0.0
 
 
 def advice(verdict: Verdict, shared: bool) -> str:

@@ -129,6 +129,7 @@ class StepMetrics:
     queue_depth: float  # micro-batches that lay ready for this worker
     bytes_per_token: float  # over the wire
     verdict: str | None  # who holds the stream up, see `tally`; None without a teacher
+    mfu: float  # share of the rate of matrix products that is made use of, see `tally`
     store_bytes: int = 0  # in use of the cluster's object stores, as the driver sees it
 
 
@@ -149,6 +150,7 @@ class TrainSummary:
     final_losses: dict[str, float]
     interrupted: bool
     verdict: str | None  # who held the stream up; None without a teacher
+    mfu: float  # see `StepMetrics`, since the first micro-batch
     peak_store_bytes: int  # most that was in use of the cluster's object stores, as the driver saw it
 
 

@@ -7,6 +7,7 @@ weights of the loss. The dropout of a micro-batch is a function of (seed, index)
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,9 @@ from raydistil.manifest import Ledger, keyed
 from raydistil.models import HeadedEncoder, load_model, made_for_training
 from raydistil.optim import deepspeed_config, linear_schedule, parameter_groups
 from raydistil.report import Meter
+from raydistil.roofline import gemm_rate
 from raydistil.specs import WorkerSpec
+from raydistil.tally import Used
 from raydistil.targets import decode_targets
 from raydistil.trace import Record, Trace, trace_path
 
@@ -49,7 +52,8 @@ class StudentWorker:
         self._ledger = Ledger() if checkpoint is None else load_state(checkpoint, self._engine)
         self._consumed: list[int] = []
         self._meter = Meter(
-            self._rank, progress, self._num_steps, self._engine.global_steps, shared=spec.shares_cores
+            self._rank, progress, self._num_steps, self._engine.global_steps, shared=spec.shares_cores,
+            used=Used(spec.flops_per_token, partial(gemm_rate, spec.train.precision, self._device.type)),
         )  # fmt: skip
         self._trace = Trace(spec.traced and trace_path(*spec.traced, self._rank))
         self._finite = torch.ones((), dtype=torch.bool, device=self._device)

@@ -92,8 +92,10 @@ def complaint(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
 )
 @pytest.mark.parametrize("command", ["check", "run"])
 def test_a_wrong_value_is_named(
-    capfd: pytest.CaptureFixture[str], config: Path, command: str, override: str, expected: str
-) -> None:
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, config: Path, command: str, override: str,
+    expected: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # whatever ran before: as a command finds it
     assert expected in complaint(capfd, command, str(config), "--set", override)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raydistil.report import Interval, LiveLine, Meter, Overlap, format_step, overlap
-from raydistil.tally import Tally, advice
+from raydistil.tally import Tally, Used, advice
 from raydistil.trace import Record
 from raydistil.types import StepMetrics, TeacherTiming
 
@@ -21,7 +21,7 @@ def metrics(step: int = 12, **changes: Any) -> StepMetrics:
     values = {
         "step": step, "num_steps": 480, "epoch": 0.5, "losses": {"loss": 1.2345, "kd": 0.1, "task": 0.9}, "lr": 1e-4,
         "student_tok_s": 3100.0, "teacher_tok_s": 12_000.0, "wait_share": 0.254, "eta_s": 80.9,
-        "queue_depth": 2.5, "bytes_per_token": 776.0, "verdict": "teacher-bound",
+        "queue_depth": 2.5, "bytes_per_token": 776.0, "verdict": "teacher-bound", "mfu": 0.414,
     }  # fmt: skip
     return StepMetrics(**{**values, **changes})
 
@@ -64,7 +64,7 @@ def test_overlap_in_pieces_is_overlap_at_once(steps: list[tuple[float, float, fl
 
 
 def test_the_meter_adds_up_what_a_worker_did() -> None:
-    meter = Meter(1, None, num_steps=2, first_step=0, shared=False)  # type: ignore[arg-type]  # only rank 0 reports on the way
+    meter = Meter(1, None, num_steps=2, first_step=0, shared=False, used=Used(5.0, lambda: 100.0))  # type: ignore[arg-type]  # only rank 0 reports
     meter.micro_step(Record(1, 0, 2, 100, 1000, 0.0, 1.0, 3.0, (TeacherTiming("a", 0.5, 2.0, 100),)))
     meter.micro_step(Record(2, 1, 2, 50, 500, 3.0, 3.5, 5.0, (TeacherTiming("b", 1.5, 4.0, 50),)))
     meter.step(1, 0.5, {}, 1e-3)
@@ -72,8 +72,17 @@ def test_the_meter_adds_up_what_a_worker_did() -> None:
     assert (summary.steps, summary.micro_batches, summary.tokens, summary.wire_bytes) == (1, 2, 150, 1500)
     assert (summary.wait_s, summary.student_busy_s, summary.teacher_busy_s) == (1.5, 3.5, 4.0)
     assert summary.overlap_s == 2.5  # 1 to 3 and 3.5 to 4
-    assert (summary.teacher_builds, summary.interrupted) == (2, True)
+    assert (summary.teacher_builds, summary.interrupted, summary.mfu) == (2, True, 0.0)
     assert not meter.stop_requested()
+
+
+def test_what_is_made_use_of_is_a_share_of_what_was_measured_once() -> None:
+    rates = [100.0, 1.0]
+    used = Used(5.0, lambda: rates.pop(0))
+    assert used.share(30, 2.0) == 0.0
+    for _ in range(2):
+        used.measure()
+    assert used.share(30, 2.0) == 0.75  # 150 FLOPs, of the 200 that two seconds are good for
 
 
 def tally(wait: float, taught: float) -> Tally:
@@ -125,12 +134,12 @@ def test_rates_and_what_lies_ready() -> None:
 
 def test_a_step_on_one_line() -> None:
     expected = "step 12/480 | loss 1.234 (kd 0.100 task 0.900) | student 3.1k tok/s | teacher 12.0k tok/s | wait 25%"
-    assert format_step(metrics()) == f"{expected} | teacher-bound | ETA 1:20"
+    assert format_step(metrics()) == f"{expected} | MFU 41% | teacher-bound | ETA 1:20"
 
 
 def test_a_step_without_teacher_and_with_hours_to_go() -> None:
     line = format_step(metrics(teacher_tok_s=0.0, verdict=None, eta_s=3600.0, losses={"loss": 2.0, "task": 2.0}))
-    assert line == "step 12/480 | loss 2.000 (task 2.000) | student 3.1k tok/s | wait 25% | ETA 60:00"
+    assert line == "step 12/480 | loss 2.000 (task 2.000) | student 3.1k tok/s | wait 25% | MFU 41% | ETA 60:00"
 
 
 def test_a_terminal_has_one_line_that_is_rewritten(tmp_path: Path) -> None:

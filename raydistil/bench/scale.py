@@ -27,7 +27,6 @@ from transformers import BertConfig, BertForMaskedLM, DistilBertConfig, DistilBe
 
 from raydistil.bench import MINILM
 from raydistil.bench.paper import Costs, Machines, outlook
-from raydistil.bench.roofline import forward_flops
 from raydistil.bench.stream import LENGTH
 from raydistil.bench.window import Window, window_of
 from raydistil.config import config_of
@@ -36,6 +35,7 @@ from raydistil.manifest import Ledger, Manifest
 from raydistil.models import num_parameters
 from raydistil.payload import count_payload, payload_path
 from raydistil.prepare import Say, make_store
+from raydistil.size import forward_flops
 from raydistil.specs import SourceSpec
 from raydistil.stream import PREFETCH, build_source, execution_options, on_teachers
 from raydistil.teacher import grouped

@@ -23,17 +23,18 @@ import torch
 from raydistil import rundir
 from raydistil.bench import MINILM
 from raydistil.bench.loops import InProcess, Reference
-from raydistil.bench.roofline import gemm_rate, needed_flops
 from raydistil.bench.window import Window, window_of
 from raydistil.chain import links
 from raydistil.config import Config, config_of, flatten
 from raydistil.errors import ConfigError
-from raydistil.models import load_model, load_tokenizer, resolve
+from raydistil.models import load_model, load_tokenizer, outline, resolve
 from raydistil.payload import payload_path
 from raydistil.pipeline import lesson
 from raydistil.plan import cores
 from raydistil.prepare import Prepared, Say, prepare
 from raydistil.probe import Loop, StudentOnly, taught
+from raydistil.roofline import gemm_rate
+from raydistil.size import forward_flops
 from raydistil.source import MicroBatches
 from raydistil.specs import TrainRun
 from raydistil.stages import train_run
@@ -84,9 +85,7 @@ def bench_stream(setting: Setting, say: Say) -> Tree:
     for number in range(setting.rounds):
         rounds.append({precision: side.round(number) for precision, side in sides.items()})
         say(_line(number, rounds[-1]))
-    planned = sides["float32"].planned
-    assert planned.source.masking is not None
-    return _result(setting, needed_flops(planned, LENGTH, planned.source.masking.share), rounds)
+    return _result(setting, needed_flops(sides["float32"].planned), rounds)
 
 
 def _teacher(setting: Setting) -> str:
@@ -159,6 +158,15 @@ class _Side:
 def _planned(run: Prepared) -> TrainRun:
     (link,) = links(run.config, run.teacher_dirs, run.run_dir)
     return train_run(run, lesson(run, link))
+
+
+def needed_flops(planned: TrainRun) -> float:
+    """FLOPs a token: the teacher forward, the student forward and backward, both heads at the masked tokens alone."""
+    assert planned.source.masking is not None
+    worker, share = planned.worker, planned.source.masking.share
+    models = (outline(model, worker.task) for model in (worker.teachers[0].model, worker.init))
+    teacher, student = (forward_flops(model, LENGTH, share) for model in models)
+    return teacher + 3 * student
 
 
 def _loops(run: Prepared, planned: TrainRun, setting: Setting) -> dict[str, Loop]:

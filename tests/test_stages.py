@@ -1,0 +1,38 @@
+"""What a training is made of before it starts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_pipeline import LANGUAGE_MODEL, config_for, quiet
+
+from raydistil.chain import links
+from raydistil.models import shape_of
+from raydistil.pipeline import lesson
+from raydistil.prepare import prepare
+from raydistil.stages import train_run
+
+MASKED, LENGTH = 0.15, 32
+
+
+def flops(shape: Any, num_layers: int, compared: float) -> float:
+    """Of BERT, forward: four D x D matrices and two D x F ones a layer, its attention, and the head."""
+    width, inner, vocabulary = shape.hidden_size, shape.intermediate_size, shape.vocab_size
+    layer = 2 * (4 * width * width + 2 * width * inner) + 4 * LENGTH * width
+    return num_layers * layer + compared * 2 * (width * width + width * vocabulary)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_teachers_products_count_where_the_student_is(
+    threads: int, tiny_teacher: str, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them on the same cores; on cores of its own, those of its head, which are made beside the student."""
+    monkeypatch.setattr("raydistil.plan.cores", lambda: 2)
+    placed = {"cluster": {"student_threads": threads, "teacher_threads": threads}}
+    run = prepare(config_for(tmp_path, tiny_teacher, corpus_file, **LANGUAGE_MODEL, evaluate=None, **placed), quiet)
+    (link,) = links(run.config, run.teacher_dirs, run.run_dir)
+    worker = train_run(run, lesson(run, link)).worker
+    teacher = shape_of(tiny_teacher, "teacher.model")
+    depth = teacher.num_hidden_layers if threads == 2 else 0
+    expected = 3 * flops(teacher, 2, MASKED) + flops(teacher, depth, MASKED)
+    assert worker.flops_per_token == pytest.approx(expected, rel=0.01)
