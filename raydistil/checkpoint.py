@@ -27,10 +27,13 @@ def save_state(engine: Any, ledger: Ledger, tokenizer: str, summary: TrainSummar
     path = Path(tempfile.mkdtemp(prefix="raydistil-"))
     engine.save_checkpoint(str(path), tag=TAG)
     context = ray.train.get_context()
-    if context.get_world_rank() == 0:
-        from raydistil.student import save_model  # the controller, which reads ledgers only, is spared torch
+    from raydistil.partitioned import gathered  # the controller, which reads ledgers only, is spared torch
+    from raydistil.student import save_model
 
-        save_model(engine.module.model, tokenizer, path / MODEL)
+    with gathered(engine.module.model):
+        if context.get_world_rank() == 0:
+            save_model(engine.module.model, tokenizer, path / MODEL)
+    if context.get_world_rank() == 0:
         (path / STATE).write_text(json.dumps({"ledger": ledger.ranges, "workers": context.get_world_size()}))
     ray.train.report(
         asdict(summary),

@@ -25,6 +25,7 @@ from raydistil.losses import LossOutputs, weights_at
 from raydistil.manifest import Ledger, keyed
 from raydistil.models import HeadedEncoder, load_model, made_for_training
 from raydistil.optim import deepspeed_config, linear_schedule, parameter_groups
+from raydistil.partitioned import announce, own_part
 from raydistil.report import Meter
 from raydistil.roofline import gemm_rate
 from raydistil.specs import WorkerSpec
@@ -67,6 +68,8 @@ class StudentWorker:
             config=deepspeed_config(spec.train),
             dist_init_required=False,
         )
+        if made.zero_optimization_stage() == 3:
+            announce(model)
         if self._world == 1 and not made.zero_optimization():
             made.enable_backward_allreduce = False  # it would copy all gradients twice, to add nothing to them
         return made
@@ -125,7 +128,7 @@ class StudentWorker:
     def _check_finite(self, step: int, weights: bool) -> None:
         """Raise DivergedError for losses, or weights that would be saved, that are no numbers any more."""
         trained = (part for part in self._engine.module.parameters() if weights and part.requires_grad)
-        if not self._finite or not all(part.isfinite().all() for part in trained):
+        if not self._finite or not all(own_part(part).isfinite().all() for part in trained):
             raise DivergedError(
                 f"expected a finite loss, got nan or inf by step {step} of {self._num_steps}: lower lr (it was "
                 f"{self._spec.train.lr:g}), or use precision float32, and give the run another name; the last "

@@ -33,7 +33,7 @@ class TrainConfig(Section):
     precision: FastPrecision = "float32"
     """Of the matrix products, `auto` as for the teacher; weights and optimizer stay float32."""
     checkpoint_every_min: Annotated[float, Field(gt=0)] = 10.0
-    zero_stage: Literal[0, 1, 2] = 0
+    zero_stage: Literal[0, 1, 2, 3] = 0
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Plain DeepSpeed keys, merged over the generated ones; `check` shows the outcome."""
 

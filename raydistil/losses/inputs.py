@@ -6,6 +6,7 @@ batch, or tokens), C classes or vocabulary entries, K entries kept of C, A atten
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,9 +57,8 @@ class LossInputs:
     projected_states: Mapping[int, Tensor] = field(default_factory=dict)  # the student's in the teacher's width
 
 
-@dataclass(frozen=True, slots=True)
-class LossOutputs:
-    """A scalar to minimise, and detached scalars to log."""
+class LossOutputs(NamedTuple):
+    """A scalar to minimise, and detached scalars to log. A tuple, in which DeepSpeed finds the tensors."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
