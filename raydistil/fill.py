@@ -71,7 +71,7 @@ class Filler:
 
     def _write(self, shard: Shard) -> int:
         """The file of one shard; returns its tokens."""
-        cache, step = self._spec.cache, self._spec.source.manifest.micro_batch_size
+        cache, step = self._spec.cache, self._spec.source.manifest.size_of(shard.bucket)
         tables, tokens, classes = [], 0, 0
         parts = [np.arange(first, min(first + step, shard.end)) for first in range(shard.first, shard.end, step)]
         batches = [self._source.visit(shard.bucket, rows, shard.variant) for rows in parts]

@@ -103,7 +103,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """`epochs` visits of the rows of every bucket, `micro_batch_size` at a time.
+    """`epochs` visits of the rows of every bucket, `micro_batch_size` (or its own of `bucket_sizes`) at a time.
 
     The last micro-batch of a bucket may be short. Micro-batches from `num_micro_batches` on (asked for to make the
     number a multiple of the workers') hold nothing.
@@ -113,6 +113,7 @@ class Manifest:
     epochs: int
     micro_batch_size: int
     seed: int
+    bucket_sizes: tuple[int, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -131,6 +132,15 @@ class Manifest:
     def num_micro_batches(self) -> int:
         return self.per_epoch * self.epochs
 
+    @property
+    def mean_rows(self) -> float:
+        """Rows of a micro-batch; of several sizes the mean, by which every row counts as much as any other."""
+        return self.num_rows / self.per_epoch if self.bucket_sizes else self.micro_batch_size
+
+    def size_of(self, bucket: int) -> int:
+        """Rows at a time of a bucket."""
+        return self.bucket_sizes[bucket] if self.bucket_sizes else self.micro_batch_size
+
     def padded_to(self, multiple: int) -> int:
         """`num_micro_batches` rounded up to a multiple of `multiple`."""
         return -(-self.num_micro_batches // multiple) * multiple
@@ -145,19 +155,19 @@ class Manifest:
         ordinal = int(permute(np.array([place]), self.per_epoch, order_key)[0])
         bucket, first = self._locate(ordinal)
         size = self.bucket_rows[bucket]
-        visits = np.arange(first, min(first + self.micro_batch_size, size))
+        visits = np.arange(first, min(first + self.size_of(bucket), size))
         rows = shuffle(visits, size, keyed(self.seed, epoch, bucket))
         offset = epoch * self.num_rows + sum(self.bucket_rows[:bucket])
         return Slot(index, epoch, bucket, rows, offset + visits)
 
     def _bucket_micro_batches(self) -> list[int]:
-        return [-(-rows // self.micro_batch_size) for rows in self.bucket_rows]
+        return [-(-rows // self.size_of(bucket)) for bucket, rows in enumerate(self.bucket_rows)]
 
     def _locate(self, ordinal: int) -> tuple[int, int]:
         """(bucket, first visit) of the `ordinal`-th micro-batch before the order is shuffled."""
         for bucket, count in enumerate(self._bucket_micro_batches()):
             if ordinal < count:
-                return bucket, ordinal * self.micro_batch_size
+                return bucket, ordinal * self.size_of(bucket)
             ordinal -= count
         raise AssertionError("ordinal past the end of the epoch")
 

@@ -13,10 +13,11 @@ from raydistil.config.train import TrainConfig
 def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
     """The DeepSpeed JSON of a run: ours, with the user's keys merged over it.
 
+    How many rows a micro-batch has is nothing to DeepSpeed but a number to multiply.
     `torch_adam`: DeepSpeed's own Adam would be compiled at the first step, which takes minutes and a compiler.
     """
     ours: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "train_micro_batch_size_per_gpu": 1 if train.micro_batch_tokens else train.micro_batch_size,
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": train.clip,
         "optimizer": {

@@ -84,6 +84,7 @@ class WorkerSpec:
     threads: int
     num_slots: int  # micro-batches of the run, with empty ones that make it a multiple of a step's
     per_epoch: int
+    mean_rows: float  # of a micro-batch: one of fewer rows counts for less
     flops_per_token: float  # matrix products that a real token takes on a student worker's cores or GPU, see `stages`
     traced: tuple[Path, str] | None = None  # (run's directory, stage) of the trace of every micro-batch; None: no trace
 

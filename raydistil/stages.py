@@ -30,7 +30,9 @@ def manifest_of(run: Prepared, config: TrainConfig, with_teacher: bool, seed: in
     """All rows where there is a teacher; without one, what has no label cannot be learned from."""
     labelled = labels_texts(run.config.task) and not with_teacher
     rows = run.store.bucket_rows("train", labelled)
-    return Manifest(rows, config.epochs, config.micro_batch_size, seed)
+    budget, lengths = config.micro_batch_tokens, run.store.lengths("train")
+    sizes = tuple(budget // length for length in lengths) if budget else ()
+    return Manifest(rows, config.epochs, config.micro_batch_size, seed, sizes)
 
 
 def num_slots(run: Prepared, manifest: Manifest, config: TrainConfig) -> int:
@@ -124,6 +126,7 @@ def _worker(run: Prepared, training: Training, manifest: Manifest) -> WorkerSpec
         weights=() if link is None else link.weights, frozen_teacher=head or bool(layers.attention_layers[0]),
         teacher_width=teacher.hidden_size, layers=layers, labels=run.labels, train=training.config, loss=loss,
         seed=training.seed, threads=planned.student, per_epoch=manifest.per_epoch,
+        mean_rows=manifest.mean_rows,
         num_slots=training.slots or num_slots(run, manifest, training.config),
         flops_per_token=_flops_per_token(run, training, teachers, head and not labels_texts(config.task)),
         traced=(run.run_dir.resolve(), training.stage) if config.cluster.trace else None,

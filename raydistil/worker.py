@@ -110,7 +110,7 @@ class StudentWorker:
         torch.manual_seed(int(keyed(self._spec.seed, batch.index) >> np.uint64(1)))
         out: LossOutputs = self._engine(batch, targets, weights_at(self._spec.loss, self._progress()))
         self._finite &= out.loss.detach().isfinite()
-        self._engine.backward(out.loss * (batch.num_rows / self._spec.train.micro_batch_size))
+        self._engine.backward(out.loss * (batch.num_rows / self._spec.mean_rows))
         self._engine.step()
         self._consumed.append(batch.index)
         taught = tuple(wire.timings_of(row, batch.num_tokens))

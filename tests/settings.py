@@ -18,8 +18,8 @@ BASE: dict[str, Any] = {
 }
 TRAIN: dict[str, Any] = {
     "epochs": 4, "lr": 1e-3, "warmup_share": 0.5, "betas": [0.5, 0.5], "eps": 1e-6, "weight_decay": 0.5, "clip": 2.0,
-    "micro_batch_size": 5, "accumulation": 2, "precision": "bfloat16", "zero_stage": 2, "dropout": 0.2,
-    "freeze_embeddings": True,
+    "micro_batch_size": 5, "micro_batch_tokens": 999, "accumulation": 2, "precision": "bfloat16", "zero_stage": 2,
+    "dropout": 0.2, "freeze_embeddings": True,
     "deepspeed": {"zero_optimization": {"overlap_comm": True}},
 }  # fmt: skip
 DEFINING: dict[str, Any] = {

@@ -103,6 +103,16 @@ def test_a_typo_of_a_required_key_is_named_before_the_missing_key(tmp_path: Path
         ("distill.betas", [0.9, 1.0], "distill.betas.1: input should be less than 1, got 1.0"),
         ("task", "qa", "task: input should be 'classification', 'regression', 'mlm' or 'clm', got 'qa'"),
         ("tokens.buckets", [128], "tokens.buckets must lie below tokens.length = 128"),
+        (
+            "distill.micro_batch_tokens",
+            127,
+            "distill.micro_batch_tokens: expected at least tokens.length = 128, got 127: raise it, or cut texts",
+        ),
+        (
+            "finetune",
+            {"micro_batch_tokens": 128, "micro_batch_size": 8},
+            "finetune: expected micro_batch_size or micro_batch_tokens, got both: leave one out",
+        ),
         ("student.model", "small", "student: expected either layers, num_layers or a width (of the teacher) or model"),
         ("student.num_layers", 2, "student: expected either layers (a list) or num_layers (how many, chosen by rule)"),
         ("student.rule", "last", "student: rule chooses num_layers layers: set num_layers, or leave rule out"),

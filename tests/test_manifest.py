@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from raydistil.manifest import Ledger, Manifest, keyed, mix, permute, shuffle
 
 KEYS = st.integers(0, 2**64 - 1).map(np.uint64)
+BUCKETS = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 25)), min_size=1, max_size=4)
 MANIFESTS = st.builds(
-    Manifest,
-    bucket_rows=st.lists(st.integers(1, 60), min_size=1, max_size=4).map(tuple),
-    epochs=st.integers(1, 3),
-    micro_batch_size=st.integers(1, 25),
-    seed=st.integers(0, 2**31 - 1),
-)
+    lambda buckets, own, epochs, size, seed: Manifest(
+        tuple(rows for rows, _ in buckets), epochs, size, seed, tuple(size for _, size in buckets) if own else ()
+    ),
+    BUCKETS, st.booleans(), st.integers(1, 3), st.integers(1, 25), st.integers(0, 2**31 - 1),
+)  # fmt: skip
 INDEX_SETS = st.sets(st.integers(0, 60))
 
 
@@ -96,7 +96,7 @@ def test_every_epoch_visits_every_row_exactly_once(manifest: Manifest) -> None:
         for index in range(epoch * manifest.per_epoch, (epoch + 1) * manifest.per_epoch):
             slot = manifest.slot(index)
             assert (slot.index, slot.epoch) == (index, epoch)
-            assert 1 <= len(slot.rows) == len(slot.positions) <= manifest.micro_batch_size
+            assert 1 <= len(slot.rows) == len(slot.positions) <= manifest.size_of(slot.bucket)
             visits += [(slot.bucket, row) for row in slot.rows.tolist()]
         every = [(bucket, row) for bucket, rows in enumerate(manifest.bucket_rows) for row in range(rows)]
         assert sorted(visits) == every
@@ -125,6 +125,21 @@ def test_at_most_one_micro_batch_of_a_bucket_is_short() -> None:
         slot = manifest.slot(index)
         sizes[slot.bucket].append(len(slot.rows))
     assert {bucket: sorted(found) for bucket, found in sizes.items()} == {0: [2, 4, 4], 1: [3], 2: [4, 4]}
+
+
+@given(MANIFESTS)
+def test_every_row_counts_as_much_as_any_other(manifest: Manifest) -> None:
+    """A micro-batch's mean loss is weighed by its rows over these: 1 on average, or where it is full."""
+    if manifest.bucket_sizes:
+        assert manifest.mean_rows * manifest.per_epoch == pytest.approx(manifest.num_rows)
+    else:
+        assert manifest.mean_rows == manifest.micro_batch_size
+
+
+def test_a_bucket_has_a_size_of_its_own() -> None:
+    manifest = Manifest((10, 3, 8), 1, 4, 0, (5, 2, 8))
+    sizes = sorted((slot.bucket, len(slot.rows)) for slot in map(manifest.slot, range(manifest.per_epoch)))
+    assert sizes == [(0, 5), (0, 5), (1, 1), (1, 2), (2, 8)]
 
 
 def orders(seed: int, epochs: int) -> list[list[tuple[int, ...]]]:

@@ -7,12 +7,15 @@ import pytest
 from test_pipeline import LANGUAGE_MODEL, config_for, quiet
 
 from raydistil.chain import links
+from raydistil.config.train import DEFAULT_ROWS
 from raydistil.models import shape_of
 from raydistil.pipeline import lesson
 from raydistil.prepare import prepare
+from raydistil.source import MicroBatches
 from raydistil.stages import train_run
 
 MASKED, LENGTH = 0.15, 32
+BUDGET = 100
 
 
 def flops(shape: Any, num_layers: int, compared: float) -> float:
@@ -20,6 +23,22 @@ def flops(shape: Any, num_layers: int, compared: float) -> float:
     width, inner, vocabulary = shape.hidden_size, shape.intermediate_size, shape.vocab_size
     layer = 2 * (4 * width * width + 2 * width * inner) + 4 * LENGTH * width
     return num_layers * layer + compared * 2 * (width * width + width * vocabulary)
+
+
+def test_a_budget_of_tokens_is_used_up_in_every_bucket(able_classifier: str, corpus_file: Path, tmp_path: Path) -> None:
+    train = {"micro_batch_tokens": BUDGET, "micro_batch_size": DEFAULT_ROWS}
+    run = prepare(
+        config_for(tmp_path, able_classifier, corpus_file, finetune=None, evaluate=None, distill=train), quiet
+    )
+    (link,) = links(run.config, run.teacher_dirs, run.run_dir)
+    planned = train_run(run, lesson(run, link))
+    source, manifest = MicroBatches(planned.source), planned.source.manifest
+    made = [source.make(index).input_ids_BL.shape for index in range(manifest.per_epoch)]
+    full = {length: BUDGET // length for length in run.store.lengths("train")}
+    assert len(full) > 1
+    assert all(rows <= full[length] for rows, length in made)
+    assert sum(rows < full[length] for rows, length in made) <= len(full)
+    assert planned.worker.mean_rows == sum(rows for rows, _ in made) / len(made)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

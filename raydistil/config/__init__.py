@@ -130,6 +130,17 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _micro_batches_hold_a_row(self) -> "Config":
+        for name, train in (("finetune", self.finetune), ("distill", self.distill)):
+            budget = None if train is None else train.micro_batch_tokens
+            if budget is not None and budget < self.tokens.length:
+                raise ValueError(
+                    f"{name}.micro_batch_tokens: expected at least tokens.length = {self.tokens.length}, got {budget}: "
+                    f"raise it, or cut texts shorter"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _augmented_texts_are_labelled(self) -> "Config":
         if not labels_texts(self.task) and self.distill is not None and self.distill.augment is not None:
             raise ValueError(

@@ -2,11 +2,13 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raydistil.config.loss import HiddenConfig, LossConfig
 from raydistil.config.section import Beta, FastPrecision, Positive, Section, Share
 from raydistil.config.targets import AugmentConfig, TargetsConfig
+
+DEFAULT_ROWS = 32
 
 
 class TrainConfig(Section):
@@ -21,8 +23,11 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest norm of the gradient."""
-    micro_batch_size: Positive = 32
+    micro_batch_size: Positive = DEFAULT_ROWS
     """Rows that go through the model at once; fixed for a run."""
+    micro_batch_tokens: Positive | None = None
+    """Tokens, padding included, that go through it at once, in place of a number of rows: short texts many at a time,
+    long ones few, so that every step takes about as long and as much memory."""
     accumulation: Positive = 1
     """Micro-batches per optimizer step and worker."""
     dropout: Share | None = None
@@ -36,6 +41,12 @@ class TrainConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Plain DeepSpeed keys, merged over the generated ones; `check` shows the outcome."""
+
+    @model_validator(mode="after")
+    def _rows_or_tokens(self) -> "TrainConfig":
+        if self.micro_batch_tokens is not None and self.micro_batch_size != DEFAULT_ROWS:
+            raise ValueError("expected micro_batch_size or micro_batch_tokens, got both: leave one out")
+        return self
 
 
 class GeneralConfig(Section):
