@@ -52,7 +52,7 @@ def check(path: Path, overrides: list[str], show: int, probes: bool = False) -> 
         "models": _models(config, rows),
         "data": [*notes, *heads, f"read {len(rows):,} rows without complaint (run reads all)"],
         "plan": [*_plan(config), *_kept(config, rows), *(_probed(config, rows) if probes else ())],
-        "deepspeed": None if config.distill is None else deepspeed_config(config.distill),
+        "deepspeed": None if config.distill is None else deepspeed_config(config.distill, config.distill.accumulation),
     }
 
 

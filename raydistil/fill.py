@@ -22,8 +22,9 @@ from raydistil.config.cluster import ClusterConfig
 from raydistil.errors import StorageError, unwrapped
 from raydistil.source import MicroBatches
 from raydistil.specs import CacheSpec, SourceSpec, TeacherSpec
+from raydistil.steps import MOST_BLOCKS
 from raydistil.storage import free_bytes
-from raydistil.stream import MOST_BLOCKS, configure_data, on_teachers
+from raydistil.stream import configure_data, on_teachers
 from raydistil.teacher import Teacher
 
 SAY_EVERY_S = 10.0

@@ -105,8 +105,8 @@ class Slot:
 class Manifest:
     """`epochs` visits of the rows of every bucket, `micro_batch_size` (or its own of `bucket_sizes`) at a time.
 
-    The last micro-batch of a bucket may be short. Micro-batches from `num_micro_batches` on (asked for to make the
-    number a multiple of the workers') hold nothing.
+    The last micro-batch of a bucket may be short. Micro-batches outside of 0 .. `num_micro_batches` - 1 (asked
+    for to make up a whole optimizer step) hold nothing.
     """
 
     bucket_rows: tuple[int, ...]
@@ -141,13 +141,9 @@ class Manifest:
         """Rows at a time of a bucket."""
         return self.bucket_sizes[bucket] if self.bucket_sizes else self.micro_batch_size
 
-    def padded_to(self, multiple: int) -> int:
-        """`num_micro_batches` rounded up to a multiple of `multiple`."""
-        return -(-self.num_micro_batches // multiple) * multiple
-
     def slot(self, index: int) -> Slot:
-        """The content of micro-batch `index`; empty past the end."""
-        if index >= self.num_micro_batches:
+        """The content of micro-batch `index`; empty where there is none."""
+        if not 0 <= index < self.num_micro_batches:
             none = np.empty(0, np.int64)
             return Slot(index, self.epochs, len(self.bucket_rows) - 1, none, none)
         epoch, place = divmod(index, self.per_epoch)
@@ -197,20 +193,8 @@ class Ledger:
                 joined.append((start, end))
         return Ledger(tuple(joined))
 
-    def missing(self, total: int) -> int:
-        """How many of the indices below `total` are not consumed."""
-        return total - len(self._below(total))
-
-    def select(self, ordinals: Ints, total: int) -> Ints:
-        """The `ordinals`-th (from 0, ascending) of the indices below `total` that are not consumed."""
-        ranges = self._below(total).ranges
-        gap_starts = np.array([0, *(end for _, end in ranges)], np.int64)
-        gap_ends = np.array([*(start for start, _ in ranges), total], np.int64)
-        before = np.concatenate([[0], np.cumsum(gap_ends - gap_starts)])
-        gaps = np.searchsorted(before, ordinals, side="right") - 1
-        selected: Ints = gap_starts[gaps] + ordinals - before[gaps]
-        return selected
-
-    def _below(self, total: int) -> "Ledger":
-        """The part below `total`: more workers may have consumed padding that fewer have no need of."""
-        return Ledger(tuple((start, min(end, total)) for start, end in self.ranges if start < total))
+    def done(self, per_step: int) -> int:
+        """Optimizer steps that are consumed: all micro-batches from the first on, and no part of one."""
+        end = self.ranges[-1][1] if self.ranges else 0
+        assert len(self) == end and end % per_step == 0, f"expected whole steps of {per_step}, got {self.ranges}"
+        return end // per_step

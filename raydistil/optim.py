@@ -9,16 +9,18 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from raydistil.config.train import TrainConfig
 
+Tree = dict[str, Any]
 
-def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
-    """The DeepSpeed JSON of a run: ours, with the user's keys merged over it.
+
+def deepspeed_config(train: TrainConfig, accumulation: int) -> Tree:
+    """The DeepSpeed JSON of a run: ours, with the user's keys merged over it. `accumulation`: on each worker.
 
     How many rows a micro-batch has is nothing to DeepSpeed but a number to multiply.
     `torch_adam`: DeepSpeed's own Adam would be compiled at the first step, which takes minutes and a compiler.
     """
-    ours: dict[str, Any] = {
+    ours: Tree = {
         "train_micro_batch_size_per_gpu": 1 if train.micro_batch_tokens else train.micro_batch_size,
-        "gradient_accumulation_steps": train.accumulation,
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": train.clip,
         "optimizer": {
             "type": "AdamW",
@@ -30,14 +32,15 @@ def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
         "zero_optimization": {"stage": train.zero_stage},
         "steps_per_print": 2**31 - 1,
     }  # fmt: skip
-    return _merged(ours, train.deepspeed)
+    return merged(ours, train.deepspeed)
 
 
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merged(base: Tree, over: Tree) -> Tree:
+    """`base` with the keys of `over` over it, section by section."""
     result = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = _merged(result[key], value) if both else value
+        result[key] = merged(result[key], value) if both else value
     return result
 
 

@@ -23,7 +23,7 @@ from raydistil.models import load_model, resolve
 from raydistil.plan import cores
 from raydistil.prepare import Prepared, Say, needs, prepare
 from raydistil.specs import Candidate, EvaluateSpec, ModelReport
-from raydistil.stages import Training, manifest_of, num_slots, train_stage
+from raydistil.stages import Training, manifest_of, train_stage
 from raydistil.storage import whole_directory
 from raydistil.student import build_student, save_model, take_layers
 from raydistil.types import labels_texts
@@ -80,10 +80,10 @@ def train_baseline(run: Prepared) -> None:
     epochs = math.ceil(distill.epochs * rows / labelled) + 1  # the last of them is cut short
     config = distill.model_copy(update={"lr": _baseline_lr(run.config), "epochs": epochs})
     seed, name = run.config.seed, _no_teacher(run.config)
-    slots = num_slots(run, manifest_of(run, distill, True, seed), distill)
+    count = manifest_of(run, distill, True, seed).num_micro_batches
     *_, last = links(run.config, run.teacher_dirs, run.run_dir)
     init, variants = _student_init(run, last.ungeneral()), variants_of(distill.targets)
-    train_stage(run, Training(name, config, LABELS_ONLY, init, name, seed, slots=slots, variants=variants))
+    train_stage(run, Training(name, config, LABELS_ONLY, init, name, seed, micro_batches=count, variants=variants))
 
 
 def _baseline_lr(config: Config) -> float:

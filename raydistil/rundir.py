@@ -77,6 +77,11 @@ def targets_of(stage: str, number: int) -> str:
     return numbered("targets" if stage == DISTILL else f"{stage}-targets", number)
 
 
+def checkpoints_of(run_dir: Path, stage: str) -> Path:
+    """Where those of a stage are while it is being trained."""
+    return run_dir.resolve() / CHECKPOINTS / stage
+
+
 def write_summary(run_dir: Path, stage: str, figures: dict[str, Any]) -> None:
     write_json(run_dir / f"{stage}.json", figures)
 

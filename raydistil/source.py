@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +14,10 @@ from raydistil import wire
 from raydistil.augment import Words, augment
 from raydistil.cache.read import CachedTargets
 from raydistil.documents import next_tokens, positions_of
-from raydistil.manifest import Ints, Ledger, Slot
+from raydistil.manifest import Ints, Slot
 from raydistil.masking import Vocabulary, mask_tokens, row_keys, uniforms
 from raydistil.specs import SourceSpec
+from raydistil.steps import Steps
 from raydistil.tokens import TokenStore
 from raydistil.types import TokenBatch
 
@@ -49,7 +49,7 @@ class MicroBatches:
         return table
 
     def make(self, index: int) -> TokenBatch:
-        """Micro-batch `index`; past the end of the manifest one that holds a single row of no weight."""
+        """Micro-batch `index`; outside of the manifest one that holds a single row of no weight."""
         slot = self._spec.manifest.slot(index)
         if not len(slot.rows):
             return self._empty(slot)
@@ -94,12 +94,11 @@ class MicroBatches:
 
 
 class ManifestSource(Datasource):
-    """The micro-batches of `spec` that `ledger` does not hold, ascending, as a Ray Data source."""
+    """The micro-batches of `steps`, as a Ray Data source: a task for each block."""
 
-    def __init__(self, spec: SourceSpec, total: int, ledger: Ledger) -> None:
+    def __init__(self, spec: SourceSpec, steps: Steps) -> None:
         self._spec = spec
-        self._total = total
-        self._ledger = ledger
+        self._steps = steps
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -107,13 +106,10 @@ class ManifestSource(Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
-        missing = self._ledger.missing(self._total)
-        edges = np.linspace(0, missing, min(parallelism, missing) + 1, dtype=np.int64)
-        return [self._task(int(first), int(end)) for first, end in pairwise(edges)]
+        return [self._task(indices) for indices in self._steps.blocks()]
 
-    def _task(self, first: int, end: int) -> ReadTask:
-        indices = self._ledger.select(np.arange(first, end), self._total)
-        metadata = BlockMetadata(num_rows=end - first, size_bytes=None, input_files=None, exec_stats=None)
+    def _task(self, indices: Ints) -> ReadTask:
+        metadata = BlockMetadata(num_rows=len(indices), size_bytes=None, input_files=None, exec_stats=None)
         schema = wire.schema_of(len(self._spec.caches))
         return ReadTask(partial(_read, self._spec, indices.tolist()), metadata, schema=schema)
 

@@ -82,7 +82,8 @@ class WorkerSpec:
     loss: LossConfig
     seed: int
     threads: int
-    num_slots: int  # micro-batches of the run, with empty ones that make it a multiple of a step's
+    num_steps: int  # optimizer steps of the run
+    per_step: int  # micro-batches of each, on all workers together
     per_epoch: int
     mean_rows: float  # of a micro-batch: one of fewer rows counts for less
     flops_per_token: float  # matrix products that a real token takes on a student worker's cores or GPU, see `stages`

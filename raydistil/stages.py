@@ -35,9 +35,12 @@ def manifest_of(run: Prepared, config: TrainConfig, with_teacher: bool, seed: in
     return Manifest(rows, config.epochs, config.micro_batch_size, seed, sizes)
 
 
-def num_slots(run: Prepared, manifest: Manifest, config: TrainConfig) -> int:
-    """Micro-batches of a whole training, with empty ones that make it a multiple of a step's."""
-    return manifest.padded_to(run.config.cluster.students * config.accumulation)
+def per_step(run: Prepared, stage: str, config: TrainConfig) -> int:
+    """Micro-batches of an optimizer step: as the file says, or as they were when the stage was begun."""
+    from raydistil.checkpoint import latest_state
+
+    state = latest_state(rundir.checkpoints_of(run.run_dir, stage))
+    return run.config.cluster.students * config.accumulation if state is None else state.per_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ class Training:
     target: str  # directory of its result, below the run's
     seed: int
     link: Link | None = None  # whose teachers speak; None: no teacher
-    slots: int | None = None  # micro-batches; None: every epoch to its end
+    micro_batches: int | None = None  # None: every epoch to its end
     variants: int | None = None  # without a teacher: see SourceSpec
 
 
@@ -119,6 +122,7 @@ def _worker(run: Prepared, training: Training, manifest: Manifest) -> WorkerSpec
     teacher = student if link is None else shape_of(link.teacher, "teacher.model")
     head = link is not None and makes_logits(link.train.targets, loss, config.task)
     layers = plan_layers(loss, config.task, head, teacher.num_hidden_layers, student.num_hidden_layers)
+    together = per_step(run, training.stage, training.config)
     teachers = () if link is None else tuple(_teachers(run, link, layers, planned))
     return WorkerSpec(
         task=config.task, init=training.init, tokenizer=resolve(config.teacher.model),
@@ -127,7 +131,7 @@ def _worker(run: Prepared, training: Training, manifest: Manifest) -> WorkerSpec
         teacher_width=teacher.hidden_size, layers=layers, labels=run.labels, train=training.config, loss=loss,
         seed=training.seed, threads=planned.student, per_epoch=manifest.per_epoch,
         mean_rows=manifest.mean_rows,
-        num_slots=training.slots or num_slots(run, manifest, training.config),
+        num_steps=-(-(training.micro_batches or manifest.num_micro_batches) // together), per_step=together,
         flops_per_token=_flops_per_token(run, training, teachers, head and not labels_texts(config.task)),
         traced=(run.run_dir.resolve(), training.stage) if config.cluster.trace else None,
     )  # fmt: skip

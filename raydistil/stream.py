@@ -16,41 +16,36 @@ import ray.train
 from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionOptions, ExecutionResources
 
 from raydistil.config.cluster import ClusterConfig
-from raydistil.manifest import Ledger
 from raydistil.pace import Paced
 from raydistil.plan import READ_CPUS
 from raydistil.source import ManifestSource
 from raydistil.specs import SourceSpec, TeacherSpec
-from raydistil.teacher import LANES, Teacher
+from raydistil.steps import MICRO_BATCHES_PER_BLOCK, Steps
+from raydistil.teacher import Teacher
 from raydistil.warm import environment
 
-MICRO_BATCHES_PER_BLOCK = LANES
 BLOCK_BYTES = 64 << 10  # from here on a block is passed on, and a larger one split: states leave the teacher at once
+ONE_ROW = 1  # as BLOCK_BYTES: Ray Data deals blocks out in turn, so that with one row each every worker gets its own
 PREFETCH = 2  # micro-batches a student worker holds ready
-MOST_BLOCKS = 20_000  # read tasks are made up front, so a long run gets longer blocks
 
 
-def build_stream(
-    spec: SourceSpec, total: int, ledger: Ledger, teachers: tuple[TeacherSpec, ...], cluster: ClusterConfig
-) -> Dataset:
-    """The data set of micro-batches with the targets of all teachers (see `wire`), in manifest order.
+def build_stream(spec: SourceSpec, steps: Steps, teachers: tuple[TeacherSpec, ...], cluster: ClusterConfig) -> Dataset:
+    """The data set of micro-batches with the targets of all teachers (see `wire`), in the order of `steps`.
 
     Each teacher has a pool of actors of its own. Where `spec` has caches the targets are taken from there, and no
     teacher is built.
     """
-    source = build_source(spec, total, ledger)
+    source = build_source(spec, steps)
     for teacher in () if spec.caches else teachers:
         source = on_teachers(source, Teacher, teacher, cluster)
     return source
 
 
-def build_source(spec: SourceSpec, total: int, ledger: Ledger) -> Dataset:
-    """The micro-batches that `ledger` lacks, without targets but for those of a cache."""
-    configure_data()
-    missing = ledger.missing(total)
-    blocks = max(1, min(MOST_BLOCKS, missing // MICRO_BATCHES_PER_BLOCK))
+def build_source(spec: SourceSpec, steps: Steps) -> Dataset:
+    """The micro-batches of `steps`, without targets but for those of a cache."""
+    configure_data(ONE_ROW if steps.workers > 1 else BLOCK_BYTES)
     source: Dataset = ray.data.read_datasource(
-        ManifestSource(spec, total, ledger), num_cpus=READ_CPUS, override_num_blocks=blocks, concurrency=1,
+        ManifestSource(spec, steps), num_cpus=READ_CPUS, override_num_blocks=len(steps.blocks()), concurrency=1,
         runtime_env=environment("reader"),
     )  # fmt: skip
     return source
@@ -74,13 +69,13 @@ def on_teachers(source: Dataset, actor: type, spec: Any, cluster: ClusterConfig)
     return taught
 
 
-def configure_data() -> None:
+def configure_data(block_bytes: int = BLOCK_BYTES) -> None:
     """Ray Data's settings, for every execution of a run."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # here, since its import sets a level of its own
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.target_max_block_size = BLOCK_BYTES
+    context.target_max_block_size = block_bytes
     context.execution_no_progress_timeout_s = -1  # a student that evaluates or compiles for long is no failure
     context.enable_fallback_to_arrow_object_ext_type = False
     context.max_consecutive_actor_init_deaths = 3

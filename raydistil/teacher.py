@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from raydistil.places import compared_places
 from raydistil.specs import TeacherSpec
+from raydistil.steps import MICRO_BATCHES_PER_BLOCK
 from raydistil.types import TeacherTiming, TokenBatch, labels_texts
 from raydistil.wire import batch_of, with_targets
 
@@ -44,7 +45,7 @@ def grouped(rows: Iterable[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(made)
 
 
-LANES = 4  # most micro-batches at once; a block of the stream has as many
+LANES = MICRO_BATCHES_PER_BLOCK  # most of them at once
 
 
 class Teacher:

@@ -6,7 +6,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,12 +15,13 @@ from ray.train import CheckpointConfig, DataConfig, FailureConfig, Result, RunCo
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raydistil import rundir, warm
-from raydistil.checkpoint import MODEL, latest_ledger
+from raydistil.checkpoint import MODEL, latest_state
 from raydistil.config.cluster import ClusterConfig
 from raydistil.errors import Interrupted, StorageError, unwrapped
 from raydistil.payload import count_payload, counted
 from raydistil.report import LiveLine, Progress, Store
 from raydistil.specs import TrainRun
+from raydistil.steps import Steps
 from raydistil.storage import is_disk_full, whole_directory
 from raydistil.stream import build_stream, execution_options, shard_rows
 from raydistil.types import StepMetrics, TrainSummary
@@ -49,12 +49,12 @@ def train(run: TrainRun, target: Path) -> TrainSummary:
         raise Interrupted(f"{run.stage} stopped after step {summary.steps}; the same command goes on from there")
     with whole_directory(target) as scratch, result.checkpoint.as_directory() as saved:
         shutil.copytree(Path(saved) / MODEL, scratch, dirs_exist_ok=True)
-    shutil.rmtree(_storage(run) / run.stage)
+    shutil.rmtree(_storage(run))
     return summary
 
 
 def _storage(run: TrainRun) -> Path:
-    return run.run_dir.resolve() / rundir.CHECKPOINTS
+    return rundir.checkpoints_of(run.run_dir, run.stage)
 
 
 def _trainer(run: TrainRun, progress: Any) -> TorchTrainer:
@@ -62,8 +62,8 @@ def _trainer(run: TrainRun, progress: Any) -> TorchTrainer:
     return TorchTrainer(
         _work,
         train_loop_config={"spec": run.worker, "progress": progress},
-        datasets={"train": partial(_dataset, run)},
-        dataset_config=DataConfig(execution_options=execution_options(cluster)),
+        datasets={"train": None},  # type: ignore[dict-item]  # see _Dealt
+        dataset_config=_Dealt(run),
         torch_config=TorchConfig(backend="nccl" if cluster.student_gpus else "gloo", timeout_s=1800),
         scaling_config=ScalingConfig(
             num_workers=cluster.students,
@@ -73,7 +73,7 @@ def _trainer(run: TrainRun, progress: Any) -> TorchTrainer:
         ),
         run_config=RunConfig(
             name=run.stage,
-            storage_path=str(_storage(run)),
+            storage_path=str(_storage(run).parent),
             failure_config=FailureConfig(max_failures=0),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
@@ -88,13 +88,23 @@ def _work(config: dict[str, Any]) -> None:
     StudentWorker(config["spec"], config["progress"], rows).run()
 
 
-def _dataset(run: TrainRun) -> ray.data.Dataset:
-    """Called whenever the workers start: what the checkpoint they start from has not consumed."""
-    ledger = latest_ledger(_storage(run) / run.stage)
-    dataset = build_stream(run.source, run.worker.num_slots, ledger, run.worker.teachers, run.cluster)
-    if run.worker.traced:
-        count_payload(dataset, *run.worker.traced)
-    return dataset
+class _Dealt(DataConfig):
+    """The stream, made whenever workers start: what the checkpoint they start from lacks, for as many as there are."""
+
+    def __init__(self, run: TrainRun) -> None:
+        super().__init__(execution_options=execution_options(run.cluster))
+        self._run = run
+
+    def configure(
+        self, datasets: dict[str, Any], world_size: int, worker_handles: Any, worker_node_ids: Any, **rest: Any
+    ) -> list[dict[str, Any]]:
+        run, state = self._run, latest_state(_storage(self._run))
+        steps = Steps(run.worker.per_step, state.steps if state else 0, run.worker.num_steps, world_size)
+        dataset = build_stream(run.source, steps, run.worker.teachers, run.cluster)
+        if run.worker.traced:
+            count_payload(dataset, *run.worker.traced)
+        dataset.context.execution_options = execution_options(run.cluster)
+        return [{"train": share} for share in dataset.streaming_split(world_size, equal=True)]
 
 
 def _resources(cluster: ClusterConfig) -> dict[str, float]:

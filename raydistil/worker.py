@@ -7,7 +7,9 @@ weights of the loss. The dropout of a micro-batch is a function of (seed, index)
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -17,18 +19,20 @@ import torch
 from torch import Tensor
 
 from raydistil import wire
-from raydistil.checkpoint import load_state, save_state
+from raydistil.checkpoint import save_state
 from raydistil.distiller import Distiller
 from raydistil.ensemble import mixed_targets
 from raydistil.errors import DivergedError
 from raydistil.losses import LossOutputs, weights_at
 from raydistil.manifest import Ledger, keyed
 from raydistil.models import HeadedEncoder, load_model, made_for_training
-from raydistil.optim import deepspeed_config, linear_schedule, parameter_groups
+from raydistil.optim import deepspeed_config, linear_schedule, merged, parameter_groups
 from raydistil.partitioned import announce, own_part
 from raydistil.report import Meter
+from raydistil.resume import UNIVERSAL, resumed
 from raydistil.roofline import gemm_rate
 from raydistil.specs import WorkerSpec
+from raydistil.steps import FILLER, Steps
 from raydistil.tally import Used
 from raydistil.targets import decode_targets
 from raydistil.trace import Record, Trace, trace_path
@@ -43,29 +47,34 @@ class StudentWorker:
         self._spec = spec
         context = ray.train.get_context()
         self._rank, self._world = context.get_world_rank(), context.get_world_size()
-        self._num_steps = spec.num_slots // (self._world * spec.train.accumulation)
+        self._steps = Steps(spec.per_step, 0, spec.num_steps, self._world)
         torch.set_num_threads(spec.threads)
         torch.manual_seed(spec.seed)
         self._rows = rows
-        self._engine = self._make_engine()
+        self._ledger = Ledger()
+        config = deepspeed_config(spec.train, self._steps.accumulation)
+        with resumed(ray.train.get_checkpoint(), config["zero_optimization"]["stage"]) as before:
+            self._engine = self._make_engine(merged(config, UNIVERSAL) if before and before.universal else config)
+            if before:
+                before.load(self._engine)
+                self._ledger, self._steps = before.state.ledger, replace(self._steps, first=before.state.steps)
         self._device = torch.device(self._engine.device)
-        checkpoint = ray.train.get_checkpoint()
-        self._ledger = Ledger() if checkpoint is None else load_state(checkpoint, self._engine)
+        self._turns = count()
         self._consumed: list[int] = []
         self._meter = Meter(
-            self._rank, progress, self._num_steps, self._engine.global_steps, shared=spec.shares_cores,
+            self._rank, progress, spec.num_steps, self._steps.first, shared=spec.shares_cores,
             used=Used(spec.flops_per_token, partial(gemm_rate, spec.train.precision, self._device.type)),
         )  # fmt: skip
         self._trace = Trace(spec.traced and trace_path(*spec.traced, self._rank))
         self._finite = torch.ones((), dtype=torch.bool, device=self._device)
 
-    def _make_engine(self) -> Any:
+    def _make_engine(self, config: dict[str, Any]) -> Any:
         spec, model = self._spec, make_distiller(self._spec)
         made, *_ = _deepspeed().initialize(
             model=model,
             model_parameters=parameter_groups(model, spec.train.weight_decay),
-            lr_scheduler=linear_schedule(self._num_steps, spec.train.warmup_share),
-            config=deepspeed_config(spec.train),
+            lr_scheduler=linear_schedule(spec.num_steps, spec.train.warmup_share),
+            config=config,
             dist_init_required=False,
         )
         if made.zero_optimization_stage() == 3:
@@ -77,30 +86,30 @@ class StudentWorker:
     def run(self) -> None:
         """Train on the whole stream, with checkpoints on the way and one at the end."""
         saved = time.monotonic()
-        for step in range(self._engine.global_steps + 1, self._num_steps + 1):
-            outs = [self._micro_step() for _ in range(self._spec.train.accumulation)]
-            epoch = step * self._world * self._spec.train.accumulation / self._spec.per_epoch
+        for step in range(self._steps.first + 1, self._steps.last + 1):
+            outs = [self._micro_step() for _ in range(self._steps.accumulation)]
+            epoch = step * self._spec.per_step / self._spec.per_epoch
             self._meter.step(step, epoch, _mean_metrics(outs), self._engine.get_lr()[0])
             stop = self._agreed(self._meter.stop_requested())
             due = self._agreed(time.monotonic() - saved > 60 * self._spec.train.checkpoint_every_min)
-            saves = stop or due or step == self._num_steps
+            saves = stop or due or step == self._steps.last
             if saves or self._device.type == "cpu" or step % LOOK_EVERY == 0:
                 self._check_finite(step, weights=saves)
             if saves:
-                self._save(interrupted=stop and step < self._num_steps)
+                self._save(interrupted=stop and step < self._steps.last)
                 saved = time.monotonic()
             if stop:
                 return
-        if self._num_steps == 0 or len(self._ledger) != self._spec.num_slots:
-            raise RuntimeError(f"expected {self._spec.num_slots} micro-batches, consumed {len(self._ledger)}")
+        assert self._ledger.done(self._spec.per_step) == self._steps.last
 
-    def _micro_step(self) -> LossOutputs:
-        """Forward, backward and, at the end of an accumulation, the optimizer step on the next micro-batch."""
+    def _micro_step(self) -> tuple[LossOutputs, int]:
+        """Forward, backward and, at the end of an accumulation, the optimizer step on the next micro-batch.
+
+        Returns its losses and the rows they are of.
+        """
         asked = time.time()
-        row, step = next(self._rows, None), self._engine.global_steps + 1
+        row, step = self._next(), self._engine.global_steps + 1
         started = time.time()
-        if row is None:
-            raise RuntimeError(f"the stream ended after {len(self._consumed)} micro-batches of this worker's share")
         batch = wire.batch_of(row)
         said = [
             decode_targets(teacher.targets, columns, batch.num_tokens, self._device)
@@ -110,27 +119,36 @@ class StudentWorker:
         torch.manual_seed(int(keyed(self._spec.seed, batch.index) >> np.uint64(1)))
         out: LossOutputs = self._engine(batch, targets, weights_at(self._spec.loss, self._progress()))
         self._finite &= out.loss.detach().isfinite()
-        self._engine.backward(out.loss * (batch.num_rows / self._spec.mean_rows))
+        self._engine.backward(out.loss * (batch.num_rows / self._spec.mean_rows * self._steps.weight))
         self._engine.step()
-        self._consumed.append(batch.index)
+        self._consumed += [batch.index] if batch.index != FILLER else []
         taught = tuple(wire.timings_of(row, batch.num_tokens))
         figures = (batch.index, batch.num_rows, batch.num_tokens, row.nbytes)
         record = Record(step, *figures, asked, started, time.time(), taught)
         self._meter.micro_step(record)
         self._trace.add(record)
-        return out
+        return out, batch.num_rows
+
+    def _next(self) -> pa.Table:
+        """The next micro-batch of this worker, which no other one may stand for. Raises RuntimeError otherwise."""
+        row, turn = next(self._rows, None), next(self._turns)
+        (expected,) = self._steps.given(self._rank, np.array([turn]))
+        if row is None or row["index"][0].as_py() != expected:
+            got = "the end of the stream" if row is None else f"micro-batch {row['index'][0].as_py()}"
+            raise RuntimeError(f"expected micro-batch {expected} at turn {turn} of worker {self._rank}, got {got}")
+        return row
 
     def _progress(self) -> float:
         """Share of the optimizer steps that are done; 1 in the last one."""
         done: int = self._engine.global_steps
-        return float(min(1.0, done / max(1, self._num_steps - 1)))
+        return float(min(1.0, done / max(1, self._steps.last - 1)))
 
     def _check_finite(self, step: int, weights: bool) -> None:
         """Raise DivergedError for losses, or weights that would be saved, that are no numbers any more."""
         trained = (part for part in self._engine.module.parameters() if weights and part.requires_grad)
         if not self._finite or not all(own_part(part).isfinite().all() for part in trained):
             raise DivergedError(
-                f"expected a finite loss, got nan or inf by step {step} of {self._num_steps}: lower lr (it was "
+                f"expected a finite loss, got nan or inf by step {step} of {self._steps.last}: lower lr (it was "
                 f"{self._spec.train.lr:g}), or use precision float32, and give the run another name; the last "
                 f"checkpoint is as it was"
             )
@@ -146,7 +164,8 @@ class StudentWorker:
     def _save(self, interrupted: bool) -> None:
         self._ledger = self._ledger.adding(self._gathered(self._consumed))
         self._consumed = []
-        save_state(self._engine, self._ledger, self._spec.tokenizer, self._meter.summary(interrupted))
+        summary = self._meter.summary(interrupted)
+        save_state(self._engine, self._ledger, self._spec.per_step, self._spec.tokenizer, summary)
 
     def _gathered(self, indices: list[int]) -> list[int]:
         if self._world == 1:
@@ -180,5 +199,7 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
-def _mean_metrics(outs: list[LossOutputs]) -> dict[str, Tensor]:
-    return {name: torch.stack([out.metrics[name] for out in outs]).mean() for name in outs[0].metrics}
+def _mean_metrics(outs: list[tuple[LossOutputs, int]]) -> dict[str, Tensor]:
+    """Over the micro-batches of rows that count, where there are any."""
+    counted = [out.metrics for out, rows in outs if rows] or [outs[0][0].metrics]
+    return {name: torch.stack([metrics[name] for metrics in counted]).mean() for name in counted[0]}

@@ -7,9 +7,10 @@ from conftest import sentences, write_jsonl
 from raydistil.config import CorpusConfig, MaskingConfig, TokensConfig
 from raydistil.config.cluster import ClusterConfig
 from raydistil.corpus import open_corpus
-from raydistil.manifest import Ledger, Manifest
+from raydistil.manifest import Manifest
 from raydistil.models import load_tokenizer
 from raydistil.specs import SourceSpec, TeacherSpec
+from raydistil.steps import Steps
 from raydistil.stream import build_stream, execution_options
 from raydistil.tokens import TokenStore, build_store
 
@@ -36,11 +37,11 @@ def class_source(folder: Path, teacher: str) -> SourceSpec:
 def streamed(
     source: SourceSpec,
     teachers: tuple[TeacherSpec, ...],
-    ledger: Ledger | None = None,
+    first: int = 0,
     total: int | None = None,
 ) -> list:
-    """The micro-batches of a stream (the first `total` of the manifest) as one-row tables."""
-    total = total or source.manifest.num_micro_batches
-    dataset = build_stream(source, total, ledger or Ledger(), teachers, CLUSTER)
+    """The micro-batches of a stream (`first` to `total` of the manifest) as one-row tables."""
+    steps = Steps(1, first, total or source.manifest.num_micro_batches)
+    dataset = build_stream(source, steps, teachers, CLUSTER)
     dataset.context.execution_options = execution_options(CLUSTER)
     return list(dataset.iter_batches(batch_size=1, batch_format="pyarrow"))

@@ -9,12 +9,12 @@ import pytest
 import raydistil
 
 ORDER = (
-    "errors", "types", "processor", "config", "layers", "storage", "corpus", "manifest", "masking", "augment",
-    "documents", "places", "packing", "tokens", "warm", "specs", "models", "roofline", "size", "codecs", "targets",
-    "ensemble", "wire", "cache", "source", "plan", "losses", "attention", "distiller", "partitioned", "student",
-    "optim", "teacher", "pace", "payload", "stream", "fill", "trace", "tally", "report", "checkpoint", "worker",
-    "cluster", "rundir", "chain", "train", "evaluate", "export", "prune", "prepare", "stages", "pipeline", "probe",
-    "check", "doctor", "tables", "serve", "bench", "cli", "__main__",
+    "errors", "types", "processor", "config", "layers", "storage", "corpus", "manifest", "steps", "masking",
+    "augment", "documents", "places", "packing", "tokens", "warm", "specs", "models", "roofline", "size", "codecs",
+    "targets", "ensemble", "wire", "cache", "source", "plan", "losses", "attention", "distiller", "partitioned",
+    "student", "optim", "teacher", "pace", "payload", "stream", "fill", "trace", "tally", "report", "checkpoint",
+    "resume", "worker", "cluster", "rundir", "chain", "train", "evaluate", "export", "prune", "prepare", "stages",
+    "pipeline", "probe", "check", "doctor", "tables", "serve", "bench", "cli", "__main__",
 )  # fmt: skip
 ROOT = Path(raydistil.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

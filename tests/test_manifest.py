@@ -109,13 +109,11 @@ def test_positions_are_distinct_and_cover_the_run(manifest: Manifest) -> None:
     assert manifest.num_positions == manifest.epochs * manifest.num_rows
 
 
-@given(MANIFESTS, st.integers(0, 50), st.integers(1, 12))
-def test_slots_past_the_end_hold_nothing(manifest: Manifest, beyond: int, workers: int) -> None:
-    slot = manifest.slot(manifest.num_micro_batches + beyond)
-    assert len(slot.rows) == len(slot.positions) == 0
-    padded = manifest.padded_to(workers)
-    assert padded % workers == 0
-    assert 0 <= padded - manifest.num_micro_batches < workers
+@given(MANIFESTS, st.integers(0, 50))
+def test_slots_outside_hold_nothing(manifest: Manifest, beyond: int) -> None:
+    for index in (manifest.num_micro_batches + beyond, -1 - beyond):
+        slot = manifest.slot(index)
+        assert len(slot.rows) == len(slot.positions) == 0
 
 
 def test_at_most_one_micro_batch_of_a_bucket_is_short() -> None:
@@ -172,13 +170,15 @@ def test_a_ledger_is_a_set(first: set[int], second: set[int]) -> None:
     assert ends == sorted(set(ends))  # ascending, disjoint, and joined where they touch
 
 
-@given(INDEX_SETS, st.integers(0, 70))
-def test_what_is_missing_is_the_rest(consumed: set[int], total: int) -> None:
-    ledger = Ledger().adding(consumed)
-    rest = sorted(set(range(total)) - consumed)
-    assert ledger.missing(total) == len(rest)
-    assert ledger.select(np.arange(len(rest)), total).tolist() == rest
-    assert ledger.select(np.arange(len(rest))[::-2], total).tolist() == rest[::-2]
+@given(st.integers(0, 9), st.integers(1, 7))
+def test_whole_steps_are_what_is_done(steps: int, per_step: int) -> None:
+    assert Ledger().adding(range(steps * per_step)).done(per_step) == steps
+
+
+@pytest.mark.parametrize("consumed", [[0, 1, 2], [1, 2], [0, 1, 4, 5]])
+def test_a_step_is_never_done_in_part(consumed: list[int]) -> None:
+    with pytest.raises(AssertionError, match="whole steps of 2"):
+        Ledger().adding(consumed).done(2)
 
 
 @given(INDEX_SETS.filter(bool), st.data())

@@ -66,10 +66,9 @@ def test_the_deepspeed_configuration_says_what_ours_says() -> None:
         weight_decay=0.25,
         clip=2.0,
         micro_batch_size=4,
-        accumulation=3,
         zero_stage=1,
     )
-    assert deepspeed_config(train) == {
+    assert deepspeed_config(train, 3) == {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 3,
         "gradient_clipping": 2.0,
@@ -91,7 +90,7 @@ def test_the_users_keys_are_merged_over_ours() -> None:
         "steps_per_print": 10,
         "wall_clock_breakdown": True,
     }
-    made = deepspeed_config(TrainConfig(zero_stage=2, deepspeed=over))
+    made = deepspeed_config(TrainConfig(zero_stage=2, deepspeed=over), 1)
     assert made["zero_optimization"] == {"stage": 2, "overlap_comm": True}
     assert made["optimizer"]["params"]["eps"] == 1e-6
     assert made["optimizer"]["params"]["torch_adam"] is True
@@ -100,6 +99,6 @@ def test_the_users_keys_are_merged_over_ours() -> None:
 
 
 def test_a_value_of_the_users_can_replace_a_section_of_ours() -> None:
-    made = deepspeed_config(TrainConfig(deepspeed={"optimizer": None}))
+    made = deepspeed_config(TrainConfig(deepspeed={"optimizer": None}), 1)
     assert made["optimizer"] is None
-    assert deepspeed_config(TrainConfig())["optimizer"]["type"] == "AdamW"
+    assert deepspeed_config(TrainConfig(), 1)["optimizer"]["type"] == "AdamW"

@@ -124,7 +124,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     whole = config_for(tmp_path, tiny_teacher, corpus_file, name="whole", **shape)
     broken = config_for(tmp_path, tiny_teacher, corpus_file, name="broken", **shape)
     pipeline.run_all(whole, quiet)
-    _stop_at_step(monkeypatch, 5)
+    stop_at_step(monkeypatch, 5)
     with pytest.raises(Interrupted, match="stopped after step"):
         pipeline.run_all(broken, quiet)
     monkeypatch.undo()
@@ -139,7 +139,7 @@ def rundir_steps(run_dir: Path) -> int:
     return max(step for step, _ in losses(run_dir, "distill"))
 
 
-def _stop_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+def stop_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Ask the run to stop as a Ctrl-C does, once it has shown `step`."""
     from raydistil import train
     from raydistil.report import LiveLine

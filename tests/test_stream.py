@@ -3,23 +3,25 @@
 import logging
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from ray.data import DataContext
-from sources import class_source, mlm_source, streamed
+from ray.data import DataContext, DataIterator
+from sources import CLUSTER, class_source, mlm_source, streamed
 
 from raydistil import pace, teacher, wire
 from raydistil.config.cluster import ClusterConfig
 from raydistil.config.loss import LossConfig
 from raydistil.config.targets import TargetsConfig
-from raydistil.manifest import Ledger
 from raydistil.models import load_model, on_device
 from raydistil.source import MicroBatches
 from raydistil.specs import TargetsSpec, TeacherSpec
+from raydistil.steps import FILLER, Steps
 from raydistil.stream import build_stream, configure_data, execution_options
 from raydistil.targets import decode_targets
 
@@ -37,10 +39,29 @@ def test_every_micro_batch_once_in_order_by_one_teacher(ray_cluster: None, tiny_
 
 def test_consumed_micro_batches_do_not_come_again(ray_cluster: None, tiny_teacher: str, tmp_path: Path) -> None:
     source = mlm_source(tmp_path, tiny_teacher)
-    total = source.manifest.num_micro_batches
-    ledger = Ledger().adding([0, 1, 2, 5, total - 1])
-    rows = streamed(source, (), ledger)
-    assert [row["index"][0].as_py() for row in rows] == [n for n in range(total) if n not in ledger]
+    rows = streamed(source, (), first=5)
+    assert [row["index"][0].as_py() for row in rows] == list(range(5, source.manifest.num_micro_batches))
+
+
+@pytest.mark.parametrize("per_step", [3, 4])
+def test_every_worker_is_dealt_its_own(ray_cluster: None, tiny_teacher: str, tmp_path: Path, per_step: int) -> None:
+    """By a teacher of two lanes, to three workers of which one is slow; they cannot share four evenly."""
+    source = mlm_source(tmp_path, tiny_teacher)
+    steps = Steps(per_step, 2, source.manifest.num_micro_batches // per_step, workers=3)
+    dataset = build_stream(source, steps, (TeacherSpec(tiny_teacher, "mlm", "float32", 2, LAST_STATE),), CLUSTER)
+    dataset.context.execution_options = execution_options(CLUSTER)
+
+    def given(worker: int, share: DataIterator) -> list[int]:
+        found = []
+        for row in share.iter_batches(batch_size=1, batch_format="pyarrow"):
+            time.sleep(0.02 * worker)
+            found.append(row["index"][0].as_py())
+        return found
+
+    with ThreadPoolExecutor(3) as pool:
+        dealt = list(pool.map(given, range(3), dataset.streaming_split(3, equal=True)))
+    assert dealt == [steps.given(worker, np.arange(steps.num_rows // 3)).tolist() for worker in range(3)]
+    assert sorted(n for part in dealt for n in part if n != FILLER) == list(range(2 * per_step, steps.last * per_step))
 
 
 def test_class_targets_are_the_teachers_own(ray_cluster: None, tiny_classifier: str, tmp_path: Path) -> None:
@@ -67,7 +88,7 @@ def test_a_slow_student_bounds_what_the_teacher_makes(ray_cluster: None, tiny_te
     cluster = ClusterConfig(max_bytes_in_flight=bound)
     spec = TeacherSpec(tiny_teacher, "mlm", "float32", 1, ALL_STATES)
     total = source.manifest.num_micro_batches
-    dataset = build_stream(source, total, Ledger(), (spec,), cluster)
+    dataset = build_stream(source, Steps(1, 0, total), (spec,), cluster)
     dataset.context.execution_options = execution_options(cluster)
     rows = iter(dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=1))
     first = next(rows)

@@ -1,34 +1,61 @@
-"""Stages of ZeRO: how the student's state lies on the workers changes nothing of what it learns."""
+"""How many workers there are, and how the student's state lies on them, changes nothing of what it learns."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_pipeline import LANGUAGE_MODEL, TRAIN, config_for, quiet
+from test_pipeline import LANGUAGE_MODEL, TRAIN, config_for, quiet, stop_at_step
+from torch import Tensor
 
 from raydistil import pipeline, rundir
+from raydistil.config import Config
+from raydistil.errors import Interrupted
 from raydistil.models import load_model
 
 # Otherwise weights as small as these are left whole.
 PIECES = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+WORDS = "bert.embeddings.word_embeddings.weight"
+
+
+def trained_by(folder: Path, teacher: str, corpus: Path, name: str, students: int, **train: Any) -> Config:
+    """Steps of two micro-batches, whoever makes them; tied embeddings, whose head the losses use by themselves."""
+    shape: dict[str, Any] = {**LANGUAGE_MODEL, "evaluate": None, "cluster": {"students": students}}
+    distill = {**TRAIN, "epochs": 8, "dropout": 0.0, "accumulation": 2 // students, **train}
+    return config_for(folder, teacher, corpus, name=name, distill=distill, **shape)
+
+
+def weights(config: Config, name: str = rundir.DISTILLED) -> dict[str, Tensor]:
+    return load_model(str(config.run_dir / name), "mlm").state_dict()
+
+
+@pytest.fixture(scope="module")
+def alone(
+    ray_cluster: None, tiny_teacher: str, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Tensor]:
+    """What one worker makes of it without a stop."""
+    config = trained_by(tmp_path_factory.mktemp("alone"), tiny_teacher, corpus_file, "alone", 1)
+    pipeline.run_all(config, quiet)
+    after = weights(config)
+    assert (after[WORDS] - weights(config, "student_init")[WORDS]).abs().max() > 1e-2
+    return after
 
 
 @pytest.mark.slow
-def test_weights_in_pieces_learn_what_whole_ones_do(
-    ray_cluster: None, tiny_teacher: str, corpus_file: Path, tmp_path: Path
-) -> None:
-    """Tied embeddings, whose head the losses use by themselves."""
-    shape: dict[str, Any] = {**LANGUAGE_MODEL, "evaluate": None, "cluster": {"students": 2}}
-    train = {**TRAIN, "epochs": 2, "dropout": 0.0}
-    whole = config_for(tmp_path, tiny_teacher, corpus_file, name="whole", distill=train, **shape)
-    parts = {**train, "zero_stage": 3, "deepspeed": PIECES}
-    pieces = config_for(tmp_path, tiny_teacher, corpus_file, name="pieces", distill=parts, **shape)
-    pipeline.run_all(whole, quiet)
-    pipeline.run_all(pieces, quiet)
-    before = load_model(str(whole.run_dir / "student_init"), "mlm").state_dict()
-    first, second = (load_model(str(c.run_dir / rundir.DISTILLED), "mlm").state_dict() for c in (whole, pieces))
-    for name, weight in first.items():
-        torch.testing.assert_close(second[name], weight, rtol=1e-3, atol=1e-4)
-    words = "bert.embeddings.word_embeddings.weight"
-    assert (first[words] - before[words]).abs().max() > 1e-2
+@pytest.mark.parametrize(("stage", "workers"), [(0, (1, 2)), (2, (2, 1, 2)), (3, (2, 2))])
+def test_workers_come_and_go(
+    alone: dict[str, Tensor], tiny_teacher: str, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    stage: int, workers: tuple[int, ...],
+) -> None:  # fmt: skip
+    """Stopped on the way, and taken up by another number of them."""
+    first, *others = workers
+    config = trained_by(tmp_path, tiny_teacher, corpus_file, "run", first, zero_stage=stage, deepspeed=PIECES)
+    for number, count in enumerate(others):
+        stop_at_step(monkeypatch, 3 + 8 * number)
+        with pytest.raises(Interrupted, match="stopped after step"):
+            pipeline.run_all(config, quiet)
+        monkeypatch.undo()
+        config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"students": count})})
+    pipeline.run_all(config, quiet)
+    for name, weight in weights(config).items():
+        torch.testing.assert_close(weight, alone[name], rtol=1e-2, atol=1e-3)

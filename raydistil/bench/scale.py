@@ -31,12 +31,13 @@ from raydistil.bench.stream import LENGTH
 from raydistil.bench.window import Window, window_of
 from raydistil.config import config_of
 from raydistil.config.cluster import ClusterConfig
-from raydistil.manifest import Ledger, Manifest
+from raydistil.manifest import Manifest
 from raydistil.models import num_parameters
 from raydistil.payload import count_payload, payload_path
 from raydistil.prepare import Say, make_store
 from raydistil.size import forward_flops
 from raydistil.specs import SourceSpec
+from raydistil.steps import Steps
 from raydistil.stream import PREFETCH, build_source, execution_options, on_teachers
 from raydistil.teacher import grouped
 from raydistil.tokens import TokenStore
@@ -202,7 +203,7 @@ def _measured(output: Path, source: SourceSpec, timers: Timers, pool: tuple[int,
     manifest = replace(source.manifest, epochs=-(-total // source.manifest.per_epoch))
     spec = replace(source, manifest=manifest)
     config = ClusterConfig(teachers=pool, teacher_label_selector={PART: "teacher"}, max_bytes_in_flight=64 << 20)
-    dataset = on_teachers(build_source(spec, total, Ledger()), SleepingTeacher, timers, config)
+    dataset = on_teachers(build_source(spec, Steps(1, 0, total)), SleepingTeacher, timers, config)
     dataset.context.execution_options = execution_options(config)
     name = f"{pool[0]}-{pool[1]}-teachers"
     kept = payload_path(output.resolve(), name, "scheduler")

@@ -1,0 +1,67 @@
+"""Training goes on from a checkpoint, on as many workers as there are now."""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+from ray.train import Checkpoint
+
+from raydistil.checkpoint import TAG, State, read_state
+from raydistil.errors import StorageError
+
+# DeepSpeed's own name for weights and moments that have been put together again out of all workers' pieces.
+UNIVERSAL = {"checkpoint": {"load_universal": True}}
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """A checkpoint to go on from. `universal`: for an engine that was made with UNIVERSAL in its configuration."""
+
+    state: State
+    universal: bool
+    folder: Path
+
+    def load(self, engine: Any) -> None:
+        """Put weights, optimizer and schedule back into `engine`."""
+        engine.load_checkpoint(str(self.folder), tag=TAG)
+        assert engine.global_steps == self.state.steps
+
+
+@contextmanager
+def resumed(checkpoint: Checkpoint | None, zero_stage: int) -> Iterator[Resumed | None]:
+    """What to go on from, its files there until the block ends; None at the start of a training.
+
+    Raises StorageError where pieces of another number of workers cannot be put together: never those of stage 3.
+    """
+    if checkpoint is None:
+        yield None
+        return
+    with checkpoint.as_directory() as folder, tempfile.TemporaryDirectory(prefix="raydistil-") as scratch:
+        state, workers = read_state(Path(folder)), ray.train.get_context().get_world_size()
+        if zero_stage == 3 and state.workers != workers:  # their moments do not come out as they were
+            raise StorageError(
+                f"expected the {state.workers} student workers that the weights lie on in pieces (zero_stage 3), got "
+                f"{workers}: set cluster.students={state.workers} to go on, or start anew with --set name=..."
+            )
+        universal = zero_stage > 0 and state.workers != workers
+        if universal:
+            _put_together(Path(folder) / TAG, Path(scratch) / TAG)
+        yield Resumed(state, universal, Path(scratch if universal else folder))
+
+
+def _put_together(pieces: Path, target: Path) -> None:
+    """By DeepSpeed's own converter, which is a program."""
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    folders = ["--input_folder", str(pieces), "--output_folder", str(target)]
+    done = subprocess.run([*command, *folders], capture_output=True, text=True)
+    if done.returncode:
+        raise StorageError(
+            f"expected a checkpoint that another number of workers can go on from, cannot convert {pieces}: "
+            f"{done.stderr.strip().splitlines()[-1]}; use as many cluster.students as before"
+        )
