@@ -6,7 +6,8 @@
     ├── ModelError            a checkpoint, a vocabulary, a layer choice
     ├── PlanError             the run asks for more than the cluster has
     ├── StorageError          a directory of another run, no space left
-    └── DivergedError         a loss that is no number any more
+    ├── DivergedError         a loss that is no number any more
+    └── FailedError           processes that die again and again
 
     Interrupted               exit code 130: stopped by the user, after a checkpoint
 
@@ -45,6 +46,10 @@ class DivergedError(RaydistilError):
     """A training has lost its way; the text names the step."""
 
 
+class FailedError(RaydistilError):
+    """A training that cannot go on; the text says what became of its processes."""
+
+
 class Interrupted(Exception):
     """The user stopped the run; the text says where it can go on from."""
 
@@ -56,6 +61,7 @@ def unwrapped(error: BaseException) -> BaseException:
         cause = getattr(current, "cause", None)
         if isinstance(current, RaydistilError) and cause is None:
             return current
-        inner = [current.__cause__, cause, *getattr(current, "worker_failures", {}).values()]
+        controller = getattr(current, "controller_failure", None)
+        inner = [current.__cause__, cause, controller, *getattr(current, "worker_failures", {}).values()]
         seen += [e for e in inner if isinstance(e, BaseException) and e not in seen]
     return error

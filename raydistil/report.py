@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import ray
 from ray.actor import ActorHandle
 
+from raydistil.errors import FailedError, RaydistilError
 from raydistil.tally import Tally, Used
 from raydistil.trace import Record
 from raydistil.types import StepMetrics, TrainSummary
@@ -159,9 +160,35 @@ class Meter:
 class Progress:
     """Step metrics from rank 0 to the driver, and the driver's wish to stop back."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_failures: int) -> None:
         self._pending: list[dict[str, Any]] = []
         self._stop = False
+        self._max_failures = max_failures
+        self._step, self._starts = -1, 0  # from which step workers started last, and how often from there
+        self._said = ""  # by the last worker that failed
+        self._refused: RaydistilError | None = None
+
+    def start(self, step: int) -> "RaydistilError | None":
+        """Workers start from `step`; answers why they should not."""
+        self._starts = self._starts + 1 if step == self._step else 1
+        self._step = step
+        if self._starts > self._max_failures + 1:
+            self.refuse(FailedError(
+                f"expected a checkpoint within {self._max_failures + 1} starts from step {step}, but the workers died "
+                f"each time ({self._said or 'killed, perhaps for their memory'}): see cluster.max_failures"
+            ))  # fmt: skip
+        return self._refused
+
+    def failed(self, text: str) -> None:
+        """A worker could say why it died."""
+        self._said = text
+
+    def refuse(self, error: "RaydistilError") -> None:
+        """Nothing would mend this: workers that start again should not; the first such error counts."""
+        self._refused = self._refused or error
+
+    def refused(self) -> "RaydistilError | None":
+        return self._refused
 
     def push(self, metrics: dict[str, Any]) -> bool:
         """Keep `metrics` for the driver; answers whether to stop."""

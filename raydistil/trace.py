@@ -25,6 +25,7 @@ class Record:
     started_s: float  # it was there
     ended_s: float  # forward, backward and, where it was the step's last, the optimizer are done
     taught: tuple[TeacherTiming, ...]  # none where its targets were kept before, or it has none
+    began_s: float = 0.0  # when its workers started, the same for all of them: later ones go on from a checkpoint
 
 
 class Trace:
@@ -41,6 +42,17 @@ class Trace:
 
 def trace_path(run_dir: Path, stage: str, rank: int) -> Path:
     return run_dir / f"{stage}-trace-{rank}.jsonl"
+
+
+def history(records: list[Record]) -> list[Record]:
+    """What the last checkpoint stands on: of every step what was done by those who did it last."""
+    first: dict[float, int] = {}
+    for record in records:
+        first[record.began_s] = min(record.step, first.get(record.began_s, record.step))
+    return [
+        record for record in records
+        if not any(began > record.began_s and step <= record.step for began, step in first.items())
+    ]  # fmt: skip
 
 
 def read_trace(run_dir: Path, stage: str) -> list[Record]:

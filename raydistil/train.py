@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,11 +14,12 @@ from typing import Any
 import ray
 from ray.train import CheckpointConfig, DataConfig, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydistil import rundir, warm
 from raydistil.checkpoint import MODEL, latest_state
 from raydistil.config.cluster import ClusterConfig
-from raydistil.errors import Interrupted, StorageError, unwrapped
+from raydistil.errors import Interrupted, RaydistilError, StorageError, unwrapped
 from raydistil.payload import count_payload, counted
 from raydistil.report import LiveLine, Progress, Store
 from raydistil.specs import TrainRun
@@ -35,13 +37,16 @@ def train(run: TrainRun, target: Path) -> TrainSummary:
     Raises Interrupted after a Ctrl-C, with a checkpoint saved.
     """
     warm.with_training(run.cluster, 0 if run.source.caches else len(run.worker.teachers))
-    progress: Any = Progress.remote()  # type: ignore[attr-defined]
+    progress = _progress_of(run)
     trainer = _trainer(run, progress)
     live = LiveLine(run.stage, run.run_dir / "metrics.jsonl")
     store = Store()
     with _stop_on_signal(progress), counted(*run.worker.traced) if run.worker.traced else nullcontext():
         result = _fit(trainer, progress, live, store)
+    refused = ray.get(progress.refused.remote())
     ray.kill(progress)
+    if refused is not None:
+        raise refused
     assert result.metrics is not None and result.checkpoint is not None
     seen = {key: result.metrics[key] for key in TrainSummary.__slots__}
     summary = TrainSummary(**seen | {"peak_store_bytes": store.peak})
@@ -53,6 +58,12 @@ def train(run: TrainRun, target: Path) -> TrainSummary:
     return summary
 
 
+def _progress_of(run: TrainRun) -> Any:
+    """The actor between the workers and this process, on this process's node: it lives as long."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Progress.options(scheduling_strategy=here).remote(run.cluster.max_failures)  # type: ignore[attr-defined]
+
+
 def _storage(run: TrainRun) -> Path:
     return rundir.checkpoints_of(run.run_dir, run.stage)
 
@@ -62,7 +73,7 @@ def _trainer(run: TrainRun, progress: Any) -> TorchTrainer:
     return TorchTrainer(
         _work,
         train_loop_config={"spec": run.worker, "progress": progress},
-        datasets={"train": None},  # type: ignore[dict-item]  # see _Dealt
+        datasets={"train": partial(_starting, _storage(run), progress)},  # see _Dealt
         dataset_config=_Dealt(run),
         torch_config=TorchConfig(backend="nccl" if cluster.student_gpus else "gloo", timeout_s=1800),
         scaling_config=ScalingConfig(
@@ -74,7 +85,7 @@ def _trainer(run: TrainRun, progress: Any) -> TorchTrainer:
         run_config=RunConfig(
             name=run.stage,
             storage_path=str(_storage(run).parent),
-            failure_config=FailureConfig(max_failures=0),
+            failure_config=FailureConfig(max_failures=-1),  # see Progress.start
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )
@@ -85,11 +96,37 @@ def _work(config: dict[str, Any]) -> None:
     rows = shard_rows()
     from raydistil.worker import StudentWorker
 
-    StudentWorker(config["spec"], config["progress"], rows).run()
+    try:
+        StudentWorker(config["spec"], config["progress"], rows).run()
+    except Exception as error:
+        cause = unwrapped(error)
+        if not isinstance(cause, RaydistilError):
+            *_, last = str(cause).strip().splitlines() or [""]
+            ray.get(config["progress"].failed.remote(f"{type(cause).__name__}: {last}"))
+            raise
+        _refuse(cause, config["progress"])
+
+
+def _refuse(error: RaydistilError, progress: Any) -> None:
+    """Tell the driver of what nothing would mend, and end well: so no one starts again."""
+    from torch import distributed
+
+    ray.get(progress.refuse.remote(error))
+    distributed.destroy_process_group()  # the others need not wait for this one
+
+
+def _starting(storage: Path, progress: Any) -> Any:
+    """Called in Ray Train's controller when workers are about to start: from which step. Raises if they should not."""
+    state = latest_state(storage)
+    first = 0 if state is None else state.steps
+    refused = ray.get(progress.start.remote(first))
+    if refused is not None:
+        raise refused
+    return first
 
 
 class _Dealt(DataConfig):
-    """The stream, made whenever workers start: what the checkpoint they start from lacks, for as many as there are."""
+    """The stream, made when it is known how many workers there are: the steps from what `_starting` said."""
 
     def __init__(self, run: TrainRun) -> None:
         super().__init__(execution_options=execution_options(run.cluster))
@@ -98,8 +135,8 @@ class _Dealt(DataConfig):
     def configure(
         self, datasets: dict[str, Any], world_size: int, worker_handles: Any, worker_node_ids: Any, **rest: Any
     ) -> list[dict[str, Any]]:
-        run, state = self._run, latest_state(_storage(self._run))
-        steps = Steps(run.worker.per_step, state.steps if state else 0, run.worker.num_steps, world_size)
+        run = self._run
+        steps = Steps(run.worker.per_step, datasets["train"], run.worker.num_steps, world_size)
         dataset = build_stream(run.source, steps, run.worker.teachers, run.cluster)
         if run.worker.traced:
             count_payload(dataset, *run.worker.traced)

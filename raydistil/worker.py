@@ -54,10 +54,12 @@ class StudentWorker:
         self._ledger = Ledger()
         config = deepspeed_config(spec.train, self._steps.accumulation)
         with resumed(ray.train.get_checkpoint(), config["zero_optimization"]["stage"]) as before:
+            if before:
+                self._ledger, self._steps = before.state.ledger, replace(self._steps, first=before.state.steps)
             self._engine = self._make_engine(merged(config, UNIVERSAL) if before and before.universal else config)
             if before:
                 before.load(self._engine)
-                self._ledger, self._steps = before.state.ledger, replace(self._steps, first=before.state.steps)
+        self._began_s = min(self._gathered([time.time()]))
         self._device = torch.device(self._engine.device)
         self._turns = count()
         self._consumed: list[int] = []
@@ -124,7 +126,7 @@ class StudentWorker:
         self._consumed += [batch.index] if batch.index != FILLER else []
         taught = tuple(wire.timings_of(row, batch.num_tokens))
         figures = (batch.index, batch.num_rows, batch.num_tokens, row.nbytes)
-        record = Record(step, *figures, asked, started, time.time(), taught)
+        record = Record(step, *figures, asked, started, time.time(), taught, self._began_s)
         self._meter.micro_step(record)
         self._trace.add(record)
         return out, batch.num_rows
@@ -146,7 +148,8 @@ class StudentWorker:
     def _check_finite(self, step: int, weights: bool) -> None:
         """Raise DivergedError for losses, or weights that would be saved, that are no numbers any more."""
         trained = (part for part in self._engine.module.parameters() if weights and part.requires_grad)
-        if not self._finite or not all(own_part(part).isfinite().all() for part in trained):
+        finite = bool(self._finite) and all(bool(own_part(part).isfinite().all()) for part in trained)
+        if not all(self._gathered([finite])):
             raise DivergedError(
                 f"expected a finite loss, got nan or inf by step {step} of {self._steps.last}: lower lr (it was "
                 f"{self._spec.train.lr:g}), or use precision float32, and give the run another name; the last "
@@ -167,12 +170,13 @@ class StudentWorker:
         summary = self._meter.summary(interrupted)
         save_state(self._engine, self._ledger, self._spec.per_step, self._spec.tokenizer, summary)
 
-    def _gathered(self, indices: list[int]) -> list[int]:
+    def _gathered(self, own: list[Any]) -> list[Any]:
+        """Those of all workers, rank by rank."""
         if self._world == 1:
-            return indices
-        lists: list[list[int]] = [[] for _ in range(self._world)]
-        torch.distributed.all_gather_object(lists, indices)
-        return [index for part in lists for index in part]
+            return own
+        lists: list[list[Any]] = [[] for _ in range(self._world)]
+        torch.distributed.all_gather_object(lists, own)
+        return [value for part in lists for value in part]
 
 
 def make_distiller(spec: WorkerSpec) -> Distiller:

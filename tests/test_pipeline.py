@@ -9,9 +9,10 @@ import torch
 
 from raydistil import pipeline, rundir
 from raydistil.config import Config, EvaluateConfig
-from raydistil.errors import DivergedError, Interrupted, StorageError
+from raydistil.errors import DivergedError, StorageError
 from raydistil.models import load_model, load_tokenizer
 from raydistil.prepare import make_store
+from raydistil.specs import TrainRun
 from raydistil.tokens import TokenStore
 from raydistil.types import StepMetrics
 
@@ -113,51 +114,25 @@ def test_another_runs_directory_is_refused(finished: tuple[Config, dict[str, Any
     pipeline.prepare(placed, quiet)
 
 
-@pytest.mark.slow
-def test_interrupted_and_resumed_equals_uninterrupted(
-    ray_cluster: None, tiny_teacher: str, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Bit-identical weights, with dropout on: nothing random hangs on how often the run was started."""
-    from safetensors.torch import load_file
-
-    shape: dict[str, Any] = {**LANGUAGE_MODEL, "evaluate": None, "distill": {"epochs": 6, "dropout": 0.1}}
-    whole = config_for(tmp_path, tiny_teacher, corpus_file, name="whole", **shape)
-    broken = config_for(tmp_path, tiny_teacher, corpus_file, name="broken", **shape)
-    pipeline.run_all(whole, quiet)
-    stop_at_step(monkeypatch, 5)
-    with pytest.raises(Interrupted, match="stopped after step"):
-        pipeline.run_all(broken, quiet)
-    monkeypatch.undo()
-    steps_before = rundir_steps(broken.run_dir)
-    pipeline.run_all(broken, quiet)
-    first, second = (load_file(c.run_dir / rundir.STUDENT / "model.safetensors") for c in (whole, broken))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert 5 <= steps_before < rundir_steps(broken.run_dir)
-
-
-def rundir_steps(run_dir: Path) -> int:
-    return max(step for step, _ in losses(run_dir, "distill"))
-
-
 def stop_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Ask the run to stop as a Ctrl-C does, once it has shown `step`."""
     from raydistil import train
     from raydistil.report import LiveLine
 
     actors: list[Any] = []
-    show, make = LiveLine.show, train.Progress.remote
+    show, make = LiveLine.show, train._progress_of
 
     def showing(line: LiveLine, metrics: StepMetrics) -> None:
         show(line, metrics)
         if metrics.step >= step:
             actors[-1].stop.remote()
 
-    def making() -> Any:
-        actors.append(make())
+    def making(run: TrainRun) -> Any:
+        actors.append(make(run))
         return actors[-1]
 
     monkeypatch.setattr(LiveLine, "show", showing)
-    monkeypatch.setattr(train.Progress, "remote", making)
+    monkeypatch.setattr(train, "_progress_of", making)
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydistil.report import Interval, LiveLine, Meter, Overlap, format_step, overlap
+from raydistil.errors import DivergedError, FailedError
+from raydistil.report import Interval, LiveLine, Meter, Overlap, Progress, format_step, overlap
 from raydistil.tally import Tally, Used, advice
 from raydistil.trace import Record
 from raydistil.types import StepMetrics, TeacherTiming
@@ -83,6 +84,23 @@ def test_what_is_made_use_of_is_a_share_of_what_was_measured_once() -> None:
     for _ in range(2):
         used.measure()
     assert used.share(30, 2.0) == 0.75  # 150 FLOPs, of the 200 that two seconds are good for
+
+
+def test_workers_that_die_again_from_the_same_step_are_refused() -> None:
+    progress = Progress.__ray_actor_class__(2)
+    assert [progress.start(step) for step in (0, 0, 0, 7, 7)] == [None] * 5
+    progress.failed("RuntimeError: no memory")
+    assert progress.start(7) is None
+    with pytest.raises(FailedError, match=r"within 3 starts from step 7, .* \(RuntimeError: no memory\)"):
+        raise progress.start(7)
+    assert isinstance(progress.start(8), FailedError)  # it stays so
+
+
+def test_the_first_reason_to_stop_counts() -> None:
+    progress = Progress.__ray_actor_class__(2)
+    for text in ("lower lr", "some other"):
+        progress.refuse(DivergedError(text))
+    assert str(progress.start(0)) == str(progress.refused()) == "lower lr"
 
 
 def tally(wait: float, taught: float) -> Tally:

@@ -12,7 +12,7 @@ from raydistil.bench.window import window_of
 from raydistil.errors import ConfigError
 from raydistil.payload import payload_path
 from raydistil.report import overlap
-from raydistil.trace import Record, Trace, read_trace, trace_path
+from raydistil.trace import Record, Trace, history, read_trace, trace_path
 from raydistil.types import TeacherTiming
 
 
@@ -84,3 +84,17 @@ def test_a_traced_run(ray_cluster: None, tiny_teacher: str, corpus_file: Path, t
     for process in ("driver", "scheduler"):
         counts = json.loads(payload_path(config.run_dir, rundir.DISTILL, process).read_text())
         assert counts["num_bytes"] == 0 < counts["control"]
+
+
+def done(step: int, index: int, began_s: float) -> Record:
+    return Record(step, index, 2, 10, 100, 0.0, 0.0, 0.0, (), began_s)
+
+
+def test_the_history_is_what_the_last_workers_built_upon() -> None:
+    """The first are killed in their third step, the second start from a checkpoint of one step, the third of four."""
+    first = [done(step, step - 1, 1.0) for step in (1, 2, 3)]
+    second = [done(step, step - 1, 2.0) for step in (2, 3, 4, 5)]
+    third = [done(step, step - 1, 3.0) for step in (5, 6)]
+    assert history(first + second + third) == [*first[:1], *second[:3], *third]
+    assert history(first) == first
+    assert history([]) == []

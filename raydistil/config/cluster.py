@@ -44,6 +44,9 @@ class ClusterConfig(Section):
     """Of the nodes the teachers may run on."""
     max_bytes_in_flight: Annotated[int, Field(ge=1 << 20)] = 256 << 20
     """Most bytes of targets that wait in the object store however fast the teacher is."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Times in a row that a student worker, or what feeds it, may die between two checkpoints; the workers start again
+    from the last one. Teachers that die are replaced without a stop."""
     trace: bool = False
     """Write down what every micro-batch was and when it was taught and trained on: STAGE-trace-RANK.jsonl in the run's
     directory, which every worker must then be able to write to."""

@@ -1,0 +1,147 @@
+"""Processes are killed, for real: nothing is lost, nothing is trained on twice, and the weights are the same."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_pipeline import LANGUAGE_MODEL, config_for, quiet
+
+from raydistil import pipeline, rundir
+from raydistil.config import Config
+from raydistil.errors import FailedError
+from raydistil.trace import Record, history, read_trace
+
+STUDENT, TEACHER = "ray::RayTrainWorker", "ray::MapWorker"
+EVERY_MIN = 0.005
+
+
+def killed_config(folder: Path, teacher: str, corpus: Path, name: str, **cluster: Any) -> Config:
+    shape: dict[str, Any] = {**LANGUAGE_MODEL, "evaluate": None, "cluster": {"trace": True, **cluster}}
+    train = {"epochs": 12, "dropout": 0.1, "checkpoint_every_min": EVERY_MIN}
+    return config_for(folder, teacher, corpus, name=name, distill=train, **shape)
+
+
+@contextmanager
+def killing(config: Config, *kills: tuple[str, int]) -> Iterator[list[int]]:
+    """In the background: SIGKILL to one process of a kind as soon as workers that started after the kill before have
+    made a step; yields whom it met."""
+    met: list[int] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        killed_s = 0.0
+        for kind, step in kills:
+            while not over.is_set() and not any(r.step >= step and r.asked_s > killed_s for r in _traced(config)):
+                time.sleep(0.05)
+            met.append(_kill_one(kind, met, over))
+            killed_s = time.time()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield met
+    finally:
+        over.set()
+        thread.join()
+
+
+def _kill_one(kind: str, met: list[int], over: threading.Event) -> int:
+    """One that was not met before, of this process's own cluster."""
+    while not over.is_set():
+        for process in psutil.Process().children(recursive=True):
+            if process.pid not in met and _name(process).startswith(kind):
+                os.kill(process.pid, signal.SIGKILL)
+                return process.pid
+        time.sleep(0.05)
+    return 0
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def _traced(config: Config) -> list[Record]:
+    return read_trace(config.run_dir, rundir.DISTILL)
+
+
+def audited(config: Config) -> list[Record]:
+    """The history, in which every micro-batch of the manifest stands once."""
+    records = history(_traced(config))
+    found = sorted(record.index for record in records if record.num_rows)
+    assert found == list(range(len(found)))
+    assert len(found) == _expected(config)
+    return records
+
+
+def _expected(config: Config) -> int:
+    rows = rundir.read_summary(config.run_dir, rundir.DISTILL)
+    assert rows is not None and config.distill is not None
+    return int(-(-rows["rows"] // config.distill.micro_batch_size) * config.distill.epochs)
+
+
+def weights(config: Config) -> dict[str, torch.Tensor]:
+    return load_file(config.run_dir / rundir.STUDENT / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(
+    ray_cluster: None, tiny_teacher: str, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, torch.Tensor]:
+    """What becomes of it when nobody is killed."""
+    config = killed_config(tmp_path_factory.mktemp("whole"), tiny_teacher, corpus_file, "whole")
+    pipeline.run_all(config, quiet)
+    assert len({record.began_s for record in audited(config)}) == 1
+    return weights(config)
+
+
+@pytest.mark.slow
+def test_one_worker_ends_with_the_same_weights(
+    whole: dict[str, torch.Tensor], tiny_teacher: str, corpus_file: Path, tmp_path: Path
+) -> None:
+    """Whose teacher is killed too, which stops nothing."""
+    config = killed_config(tmp_path, tiny_teacher, corpus_file, "run")
+    with killing(config, (TEACHER, 10), (STUDENT, 40), (TEACHER, 60), (STUDENT, 80)) as met:
+        pipeline.run_all(config, quiet)
+    assert len(met) == 4 and all(met)
+    records = audited(config)
+    assert len({record.began_s for record in _traced(config)}) == 3
+    assert len({timing.teacher for record in _traced(config) for timing in record.taught}) >= 3
+    assert [record.step for record in records] == sorted(record.step for record in records)
+    assert all(torch.equal(weight, whole[name]) for name, weight in weights(config).items())
+
+
+@pytest.mark.slow
+def test_two_workers_of_which_one_is_killed(
+    ray_cluster: None, tiny_teacher: str, corpus_file: Path, tmp_path: Path
+) -> None:
+    config = killed_config(tmp_path, tiny_teacher, corpus_file, "two", students=2)
+    with killing(config, (STUDENT, 20)) as met:
+        pipeline.run_all(config, quiet)
+    assert len(met) == 1 and all(met)
+    by_step: dict[int, set[int]] = {}
+    for record in audited(config):
+        by_step.setdefault(record.step, set()).add(record.index)
+    assert all(indices == {2 * step - 2, 2 * step - 1} for step, indices in by_step.items())
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_again_and_again_is_given_up(
+    ray_cluster: None, tiny_teacher: str, corpus_file: Path, tmp_path: Path
+) -> None:
+    config = killed_config(tmp_path, tiny_teacher, corpus_file, "hopeless", max_failures=1)
+    assert config.distill is not None
+    seldom = config.model_copy(update={"distill": config.distill.model_copy(update={"checkpoint_every_min": 60.0})})
+    with killing(seldom, (STUDENT, 1), (STUDENT, 1)), pytest.raises(FailedError, match="within 2 starts from step 0"):
+        pipeline.run_all(seldom, quiet)
