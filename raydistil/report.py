@@ -160,12 +160,13 @@ class Meter:
 class Progress:
     """Step metrics from rank 0 to the driver, and the driver's wish to stop back."""
 
-    def __init__(self, max_failures: int) -> None:
+    def __init__(self, max_failures: int, log: Path) -> None:
+        """`log`: a file for what workers could say of their deaths."""
         self._pending: list[dict[str, Any]] = []
         self._stop = False
-        self._max_failures = max_failures
+        self._max_failures, self._log = max_failures, log
         self._step, self._starts = -1, 0  # from which step workers started last, and how often from there
-        self._said = ""  # by the last worker that failed
+        self._said = "killed, perhaps for their memory"  # by the last worker that failed
         self._refused: RaydistilError | None = None
 
     def start(self, step: int) -> "RaydistilError | None":
@@ -175,13 +176,15 @@ class Progress:
         if self._starts > self._max_failures + 1:
             self.refuse(FailedError(
                 f"expected a checkpoint within {self._max_failures + 1} starts from step {step}, but the workers died "
-                f"each time ({self._said or 'killed, perhaps for their memory'}): see cluster.max_failures"
+                f"each time ({self._said}): see cluster.max_failures"
             ))  # fmt: skip
         return self._refused
 
     def failed(self, text: str) -> None:
-        """A worker could say why it died."""
-        self._said = text
+        """A worker could say why it died: a traceback."""
+        with self._log.open("a", encoding="utf8") as file:
+            file.write(text)
+        self._said = f"{text.strip().splitlines()[-1]}; the whole of it is in {self._log}"
 
     def refuse(self, error: "RaydistilError") -> None:
         """Nothing would mend this: workers that start again should not; the first such error counts."""

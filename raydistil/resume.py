@@ -61,7 +61,8 @@ def _put_together(pieces: Path, target: Path) -> None:
     folders = ["--input_folder", str(pieces), "--output_folder", str(target)]
     done = subprocess.run([*command, *folders], capture_output=True, text=True)
     if done.returncode:
+        *_, last = done.stderr.strip().splitlines() or ["it says nothing"]
         raise StorageError(
             f"expected a checkpoint that another number of workers can go on from, cannot convert {pieces}: "
-            f"{done.stderr.strip().splitlines()[-1]}; use as many cluster.students as before"
+            f"{last}; use as many cluster.students as before"
         )

@@ -4,6 +4,7 @@ import shutil
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -61,7 +62,8 @@ def train(run: TrainRun, target: Path) -> TrainSummary:
 def _progress_of(run: TrainRun) -> Any:
     """The actor between the workers and this process, on this process's node: it lives as long."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return Progress.options(scheduling_strategy=here).remote(run.cluster.max_failures)  # type: ignore[attr-defined]
+    log = run.run_dir.resolve() / f"{run.stage}-failures.txt"
+    return Progress.options(scheduling_strategy=here).remote(run.cluster.max_failures, log)  # type: ignore[attr-defined]
 
 
 def _storage(run: TrainRun) -> Path:
@@ -99,10 +101,9 @@ def _work(config: dict[str, Any]) -> None:
     try:
         StudentWorker(config["spec"], config["progress"], rows).run()
     except Exception as error:
-        cause = unwrapped(error)
+        cause = _explained(error)
         if not isinstance(cause, RaydistilError):
-            *_, last = str(cause).strip().splitlines() or [""]
-            ray.get(config["progress"].failed.remote(f"{type(cause).__name__}: {last}"))
+            ray.get(config["progress"].failed.remote(traceback.format_exc()))
             raise
         _refuse(cause, config["progress"])
 
@@ -129,7 +130,7 @@ class _Dealt(DataConfig):
     """The stream, made when it is known how many workers there are: the steps from what `_starting` said."""
 
     def __init__(self, run: TrainRun) -> None:
-        super().__init__(execution_options=execution_options(run.cluster))
+        super().__init__()
         self._run = run
 
     def configure(

@@ -145,3 +145,16 @@ def test_a_worker_that_dies_again_and_again_is_given_up(
     seldom = config.model_copy(update={"distill": config.distill.model_copy(update={"checkpoint_every_min": 60.0})})
     with killing(seldom, (STUDENT, 1), (STUDENT, 1)), pytest.raises(FailedError, match="within 2 starts from step 0"):
         pipeline.run_all(seldom, quiet)
+
+
+@pytest.mark.slow
+def test_what_a_worker_could_say_is_kept(
+    ray_cluster: None, tiny_teacher: str, corpus_file: Path, tmp_path: Path
+) -> None:
+    """Of a DeepSpeed that does not take its configuration."""
+    config = killed_config(tmp_path, tiny_teacher, corpus_file, "said", max_failures=0)
+    assert config.distill is not None
+    wrong = config.distill.model_copy(update={"deepspeed": {"optimizer": {"type": "NoSuch"}}})
+    with pytest.raises(FailedError, match=r"within 1 starts from step 0, .*distill-failures.txt"):
+        pipeline.run_all(config.model_copy(update={"distill": wrong}), quiet)
+    assert "Traceback" in (config.run_dir / "distill-failures.txt").read_text()

@@ -86,18 +86,23 @@ def test_what_is_made_use_of_is_a_share_of_what_was_measured_once() -> None:
     assert used.share(30, 2.0) == 0.75  # 150 FLOPs, of the 200 that two seconds are good for
 
 
-def test_workers_that_die_again_from_the_same_step_are_refused() -> None:
-    progress = Progress.__ray_actor_class__(2)
+def test_workers_that_die_again_from_the_same_step_are_refused(tmp_path: Path) -> None:
+    log = tmp_path / "failures.txt"
+    progress = Progress.__ray_actor_class__(2, log)
     assert [progress.start(step) for step in (0, 0, 0, 7, 7)] == [None] * 5
-    progress.failed("RuntimeError: no memory")
+    progress.failed("Traceback:\n  a line\nRuntimeError: no memory\n")
     assert progress.start(7) is None
-    with pytest.raises(FailedError, match=r"within 3 starts from step 7, .* \(RuntimeError: no memory\)"):
+    with pytest.raises(
+        FailedError,
+        match=r"3 starts from step 7, .* \(RuntimeError: no memory; .*failures.txt\)",
+    ):
         raise progress.start(7)
     assert isinstance(progress.start(8), FailedError)  # it stays so
+    assert "a line" in log.read_text()
 
 
-def test_the_first_reason_to_stop_counts() -> None:
-    progress = Progress.__ray_actor_class__(2)
+def test_the_first_reason_to_stop_counts(tmp_path: Path) -> None:
+    progress = Progress.__ray_actor_class__(2, tmp_path / "failures.txt")
     for text in ("lower lr", "some other"):
         progress.refuse(DivergedError(text))
     assert str(progress.start(0)) == str(progress.refused()) == "lower lr"
