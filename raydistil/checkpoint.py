@@ -1,24 +1,30 @@
-"""Checkpoints: DeepSpeed shards of all workers, plain Hugging Face weights and the ledger, committed by Ray Train.
+"""Checkpoints where they lie: complete ones and no others, found, proved whole and removed.
 
-A micro-batch is consumed when the optimizer step that used it is in the checkpoint; the stream of a resumed run is the
-manifest less the ledger (see `resume`).
+One is a directory: DeepSpeed shards of all workers, the plain Hugging Face model, and last of all `state.json`, which
+says what it stands on and what every file's bytes come to. Without that file it is not there. A micro-batch is consumed
+when the optimizer step that used it is in the checkpoint; the stream of a resumed run is the manifest less the ledger.
+No state of a random number generator is among it: what is drawn is a function of (seed, position).
 """
 
+import hashlib
 import json
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import ray.train
-from ray.train import Checkpoint
+from pyarrow import fs
 
+from raydistil.errors import StorageError
 from raydistil.manifest import Ledger
 from raydistil.types import TrainSummary
 
 TAG = "deepspeed"
 MODEL = "model"
 STATE = "state.json"
+CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +34,11 @@ class State:
     ledger: Ledger
     per_step: int  # micro-batches of an optimizer step
     workers: int  # that it was written by
+    mean_loss: float  # since the one before
+    config_hash: str  # of the run, see `config.result_hash`
+    config: dict[str, Any]  # as it was resolved
+    summary: TrainSummary
+    files: dict[str, str]  # SHA-256 by relative path
 
     @property
     def steps(self) -> int:
@@ -35,38 +46,164 @@ class State:
         return self.ledger.done(self.per_step)
 
 
-def save_state(engine: Any, ledger: Ledger, per_step: int, tokenizer: str, summary: TrainSummary) -> None:
-    """Save and report; every worker must call this at the same step."""
-    path = Path(tempfile.mkdtemp(prefix="raydistil-"))
-    engine.save_checkpoint(str(path), tag=TAG)
-    context = ray.train.get_context()
-    from raydistil.partitioned import gathered  # the controller, which reads ledgers only, is spared torch
-    from raydistil.student import save_model
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A complete checkpoint."""
 
-    with gathered(engine.module.model):
-        if context.get_world_rank() == 0:
-            save_model(engine.module.model, tokenizer, path / MODEL)
-    if context.get_world_rank() == 0:
-        (path / STATE).write_text(json.dumps(asdict(State(ledger, per_step, context.get_world_size()))))
-    ray.train.report(
-        asdict(summary),
-        checkpoint=Checkpoint.from_directory(path),
-        checkpoint_dir_name=f"step-{engine.global_steps:09d}",
-        delete_local_checkpoint_after_upload=True,
-    )
+    name: str
+    state: State
 
 
-def latest_state(storage: Path) -> State | None:
-    """Of the checkpoint that Ray Train will resume from; None where there is none."""
-    snapshot = storage / "checkpoint_manager_snapshot.json"
-    if not snapshot.exists():
+@dataclass(frozen=True, slots=True)
+class CheckpointStore:
+    """The checkpoints of one training. `place`: a directory, or an s3:// or gs:// address with what it may need
+    (`s3://bucket/folder?endpoint_override=...`). `below`: the path from there, of the run and the stage."""
+
+    place: str
+    below: str
+
+    def open(self) -> tuple[fs.FileSystem, str]:
+        """The file system, and the directory there."""
+        if "://" not in self.place:
+            return fs.LocalFileSystem(), str(Path(self.place, self.below).resolve())
+        try:
+            filesystem, path = fs.FileSystem.from_uri(self.place)
+        except (OSError, ValueError) as error:
+            raise StorageError(f"expected checkpoints.storage to be a place to write to, got {error}") from error
+        return filesystem, f"{path}/{self.below}"
+
+    @property
+    def local(self) -> Path | None:
+        """The directory, where it is one."""
+        filesystem, path = self.open()
+        return Path(path) if isinstance(filesystem, fs.LocalFileSystem) else None
+
+    def complete(self) -> list[Kept]:
+        """All of them, by their steps."""
+        filesystem, root = self.open()
+        found = filesystem.get_file_info([f"{entry.path}/{STATE}" for entry in _entries(filesystem, root)])
+        names = [Path(info.path).parent.name for info in found if info.is_file]
+        return sorted((Kept(name, self.state(name)) for name in names), key=lambda one: (one.state.steps, one.name))
+
+    def state(self, name: str) -> State:
+        """Of a complete one."""
+        fields = json.loads(self.read(f"{name}/{STATE}") or "")
+        ledger = Ledger(tuple((start, end) for start, end in fields.pop("ledger")["ranges"]))
+        return State(ledger, summary=TrainSummary(**fields.pop("summary")), **fields)
+
+    def newest(self) -> Kept | None:
+        """None where there is none."""
+        return next(reversed(self.complete()), None)
+
+    def newest_whole(self, config_hash: str, say: Callable[[str], object]) -> Kept | None:
+        """The newest one whose files are what they were when it was made; `say` which ones are not.
+
+        Raises StorageError where there are some, but no whole one, or where they are another run's.
+        """
+        kept = self.complete()
+        for one in reversed(kept):
+            if one.state.config_hash != config_hash:
+                raise StorageError(
+                    f"expected checkpoints of this run in {self.place}/{self.below}, got those of another one: choose "
+                    f"another checkpoints.storage or name, or remove them"
+                )
+            damaged = self._damaged(one)
+            if damaged is None:
+                return one
+            say(f"checkpoint {one.name} is damaged ({damaged}): going on from the one before")
+        if kept:
+            raise StorageError(
+                f"expected a whole checkpoint in {self.place}/{self.below}, got damaged ones only, "
+                f"{', '.join(one.name for one in kept)}: remove them to start anew"
+            )
         return None
-    latest = json.loads(snapshot.read_text()).get("latest_checkpoint_result")
-    return None if latest is None else read_state(storage / latest["checkpoint_dir_name"])
+
+    def _damaged(self, kept: Kept) -> str | None:
+        """What is wrong with its files; None: nothing."""
+        filesystem, root = self.open()
+        for relative, digest in kept.state.files.items():
+            try:
+                with filesystem.open_input_stream(f"{root}/{kept.name}/{relative}") as file:
+                    if digest_of(file) != digest:
+                        return f"{relative} is not what was written"
+            except OSError as error:
+                return f"{relative}: {error}"
+        return None
+
+    def commit(self, name: str, state: State) -> None:
+        """The last file of a checkpoint, there as a whole or not at all: with it the checkpoint is."""
+        self.write(f"{name}/{STATE}", json.dumps(asdict(state), default=str).encode())
+
+    def write(self, relative: str, content: bytes) -> None:
+        """A small file, as a whole or not at all."""
+        filesystem, root = self.open()
+        filesystem.create_dir(str(Path(root, relative).parent))
+        with filesystem.open_output_stream(f"{root}/{relative}.part") as file:
+            file.write(content)
+        filesystem.move(f"{root}/{relative}.part", f"{root}/{relative}")
+
+    def read(self, relative: str) -> bytes | None:
+        """None where it is not there."""
+        filesystem, root = self.open()
+        if not filesystem.get_file_info(f"{root}/{relative}").is_file:
+            return None
+        with filesystem.open_input_stream(f"{root}/{relative}") as file:
+            content: bytes = file.read()
+        return content
+
+    @contextmanager
+    def at_hand(self, relative: str) -> Iterator[Path]:
+        """A directory below, as a local one until the block ends."""
+        filesystem, root = self.open()
+        if self.local is not None:
+            yield Path(root, relative)
+            return
+        with tempfile.TemporaryDirectory(prefix="raydistil-") as scratch:
+            fs.copy_files(f"{root}/{relative}", scratch, source_filesystem=filesystem)
+            yield Path(scratch)
+
+    def keep(self, last: int, best: int) -> None:
+        """Remove the others, of the complete ones."""
+        kept = self.complete()
+        by_loss = sorted(kept, key=lambda one: one.state.mean_loss)
+        stay = {one.name for one in (*kept[-last:], *by_loss[:best])}
+        for one in kept:
+            if one.name not in stay:
+                self.remove(one.name)
+
+    def sweep(self) -> None:
+        """Remove what never was complete: nobody may be writing."""
+        filesystem, root = self.open()
+        complete = {one.name for one in self.complete()}
+        for entry in _entries(filesystem, root):
+            if entry.base_name not in complete:
+                filesystem.delete_dir(entry.path)
+
+    def remove(self, name: str) -> None:
+        """First of all from the complete ones, so that it never is one with something missing."""
+        filesystem, root = self.open()
+        if filesystem.get_file_info(f"{root}/{name}/{STATE}").is_file:
+            filesystem.delete_file(f"{root}/{name}/{STATE}")
+        if filesystem.get_file_info(f"{root}/{name}").type == fs.FileType.Directory:
+            filesystem.delete_dir(f"{root}/{name}")
+
+    def remove_all(self) -> None:
+        filesystem, root = self.open()
+        for entry in _entries(filesystem, root):
+            self.remove(entry.base_name)
+        if self.local is not None and self.local.exists():
+            filesystem.delete_dir(root)
 
 
-def read_state(folder: Path) -> State:
-    """Of the checkpoint in `folder`."""
-    fields = json.loads((folder / STATE).read_text())
-    ledger = Ledger(tuple((start, end) for start, end in fields.pop("ledger")["ranges"]))
-    return State(ledger, **fields)
+def _entries(filesystem: fs.FileSystem, root: str) -> list[fs.FileInfo]:
+    """The directories in `root`."""
+    found = filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True))
+    return [entry for entry in found if entry.type == fs.FileType.Directory]
+
+
+def digest_of(file: Any) -> str:
+    """SHA-256 of what is left of an open file, in hexadecimal."""
+    found = hashlib.sha256()
+    while chunk := file.read(CHUNK):
+        found.update(chunk)
+    return found.hexdigest()

@@ -247,7 +247,7 @@ def _guarded(arguments: list[str]) -> int:
         return 2
     except RaydistilError as error:
         _say("error: " + " ".join(str(error).split()))
-        return 2
+        return error.exit_code
     except Interrupted as error:
         _say(f"interrupted: {error}")
         return 130

@@ -5,9 +5,10 @@
     ├── DataError             a file, a row, a label, an encoding
     ├── ModelError            a checkpoint, a vocabulary, a layer choice
     ├── PlanError             the run asks for more than the cluster has
-    ├── StorageError          a directory of another run, no space left
-    ├── DivergedError         a loss that is no number any more
-    └── FailedError           processes that die again and again
+    ├── StorageError          a directory of another run, one that cannot be written to
+    │   └── FullError         exit code 1: no space left
+    ├── DivergedError         exit code 1: a loss that is no number any more
+    └── FailedError           exit code 1: processes that die again and again
 
     Interrupted               exit code 130: stopped by the user, after a checkpoint
 
@@ -17,6 +18,8 @@ Anything else that escapes is a defect or a failure of the machine: exit code 1 
 
 class RaydistilError(Exception):
     """A condition the user can act on; its text is the single line that is shown."""
+
+    exit_code = 2
 
     def __init__(self, text: str) -> None:
         super().__init__(" ".join(line.strip() for line in text.splitlines()))
@@ -42,12 +45,22 @@ class StorageError(RaydistilError):
     """A directory cannot be read or written as the run needs it."""
 
 
+class FullError(StorageError):
+    """No space is left; what was whole before is so still."""
+
+    exit_code = 1
+
+
 class DivergedError(RaydistilError):
     """A training has lost its way; the text names the step."""
+
+    exit_code = 1
 
 
 class FailedError(RaydistilError):
     """A training that cannot go on; the text says what became of its processes."""
+
+    exit_code = 1
 
 
 class Interrupted(Exception):

@@ -44,6 +44,27 @@ def merged(base: Tree, over: Tree) -> Tree:
     return result
 
 
+def leave_out_bad_steps(engine: Any) -> None:
+    """Have a DeepSpeed engine that has whole float32 weights skip a step whose gradient is no number, and count it.
+
+    Those of mixed precision, and of ZeRO, do so by themselves.
+    """
+    if engine.zero_optimization() or not isinstance(engine.optimizer, Optimizer):
+        return
+    optimizer: Any = engine.optimizer
+    step, optimizer.overflow = optimizer.step, False
+
+    def clip() -> None:
+        norm = nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
+        optimizer.overflow = not bool(norm.isfinite())
+
+    def step_or_not() -> None:
+        if not optimizer.overflow:
+            step()
+
+    engine.clip_fp32_gradients, optimizer.step = clip, step_or_not
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; biases and norms (one-dimensional) do not."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 import ray
 from ray.actor import ActorHandle
 
-from raydistil.errors import FailedError, RaydistilError
 from raydistil.tally import Tally, Used
 from raydistil.trace import Record
 from raydistil.types import StepMetrics, TrainSummary
@@ -104,7 +103,6 @@ class Meter:
         self._losses: dict[str, float] = {}
         self._step = first_step
         self._reply: Any = None
-        self._stop = False
 
     def micro_step(self, record: Record) -> None:
         """One micro-batch: asked for, there, trained on."""
@@ -136,14 +134,14 @@ class Meter:
         self._pushed, self._recent = now, Tally()
         self._reply = self._progress.push.remote(asdict(metrics))
 
-    def stop_requested(self) -> bool:
-        """Whether the driver has asked the run to stop, as far as the answers so far say."""
-        if self._reply is not None and ray.wait([self._reply], timeout=0)[0]:
-            self._stop = self._stop or ray.get(self._reply)
-            self._reply = None
-        return self._stop
+    def wish(self) -> int:
+        """The driver's, as far as its answer to what was pushed is there; each is told once."""
+        if self._reply is None or not ray.wait([self._reply], timeout=0)[0]:
+            return 0
+        reply, self._reply = self._reply, None
+        return int(ray.get(reply))
 
-    def summary(self, interrupted: bool) -> TrainSummary:
+    def summary(self, interrupted: bool, skipped_steps: int) -> TrainSummary:
         done, now = self._all, time.time()
         since = now - (self._first_row or now)
         return TrainSummary(
@@ -152,58 +150,9 @@ class Meter:
             student_busy_s=done.student_busy_s, teacher_busy_s=done.teacher_busy_s,
             overlap_s=self._overlap.total(), teacher_builds=len(done.teachers),
             wire_bytes=done.num_bytes, final_losses=self._losses, interrupted=interrupted,
-            verdict=done.verdict(since, self._shared), mfu=self._used.share(done.tokens, since), peak_store_bytes=0,
+            verdict=done.verdict(since, self._shared), mfu=self._used.share(done.tokens, since),
+            skipped_steps=skipped_steps,
         )  # fmt: skip
-
-
-@ray.remote(num_cpus=0)
-class Progress:
-    """Step metrics from rank 0 to the driver, and the driver's wish to stop back."""
-
-    def __init__(self, max_failures: int, log: Path) -> None:
-        """`log`: a file for what workers could say of their deaths."""
-        self._pending: list[dict[str, Any]] = []
-        self._stop = False
-        self._max_failures, self._log = max_failures, log
-        self._step, self._starts = -1, 0  # from which step workers started last, and how often from there
-        self._said = "killed, perhaps for their memory"  # by the last worker that failed
-        self._refused: RaydistilError | None = None
-
-    def start(self, step: int) -> "RaydistilError | None":
-        """Workers start from `step`; answers why they should not."""
-        self._starts = self._starts + 1 if step == self._step else 1
-        self._step = step
-        if self._starts > self._max_failures + 1:
-            self.refuse(FailedError(
-                f"expected a checkpoint within {self._max_failures + 1} starts from step {step}, but the workers died "
-                f"each time ({self._said}): see cluster.max_failures"
-            ))  # fmt: skip
-        return self._refused
-
-    def failed(self, text: str) -> None:
-        """A worker could say why it died: a traceback."""
-        with self._log.open("a", encoding="utf8") as file:
-            file.write(text)
-        self._said = f"{text.strip().splitlines()[-1]}; the whole of it is in {self._log}"
-
-    def refuse(self, error: "RaydistilError") -> None:
-        """Nothing would mend this: workers that start again should not; the first such error counts."""
-        self._refused = self._refused or error
-
-    def refused(self) -> "RaydistilError | None":
-        return self._refused
-
-    def push(self, metrics: dict[str, Any]) -> bool:
-        """Keep `metrics` for the driver; answers whether to stop."""
-        self._pending.append(metrics)
-        return self._stop
-
-    def drain(self) -> list[dict[str, Any]]:
-        pending, self._pending = self._pending, []
-        return pending
-
-    def stop(self) -> None:
-        self._stop = True
 
 
 class Store:
@@ -243,6 +192,12 @@ class LiveLine:
         self._out.write(f"\r\x1b[K{line}" if self._terminal else line + "\n")
         self._out.flush()
         self._open = self._terminal
+
+    def tell(self, news: str) -> None:
+        """A line of its own."""
+        self.close()
+        self._out.write(f"{self._stage}: {news}\n")
+        self._out.flush()
 
     def close(self) -> None:
         """End the live line, so that what follows starts on its own."""

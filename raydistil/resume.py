@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
-from ray.train import Checkpoint
 
-from raydistil.checkpoint import TAG, State, read_state
+from raydistil.checkpoint import TAG, CheckpointStore, State
 from raydistil.errors import StorageError
 
 # DeepSpeed's own name for weights and moments that have been put together again out of all workers' pieces.
@@ -34,16 +33,16 @@ class Resumed:
 
 
 @contextmanager
-def resumed(checkpoint: Checkpoint | None, zero_stage: int) -> Iterator[Resumed | None]:
-    """What to go on from, its files there until the block ends; None at the start of a training.
+def resumed(store: CheckpointStore, name: str | None, zero_stage: int) -> Iterator[Resumed | None]:
+    """What to go on from, its files there until the block ends; None (as `name`) at the start of a training.
 
     Raises StorageError where pieces of another number of workers cannot be put together: never those of stage 3.
     """
-    if checkpoint is None:
+    if name is None:
         yield None
         return
-    with checkpoint.as_directory() as folder, tempfile.TemporaryDirectory(prefix="raydistil-") as scratch:
-        state, workers = read_state(Path(folder)), ray.train.get_context().get_world_size()
+    with store.at_hand(name) as folder, tempfile.TemporaryDirectory(prefix="raydistil-") as scratch:
+        state, workers = store.state(name), ray.train.get_context().get_world_size()
         if zero_stage == 3 and state.workers != workers:  # their moments do not come out as they were
             raise StorageError(
                 f"expected the {state.workers} student workers that the weights lie on in pieces (zero_stage 3), got "
@@ -51,8 +50,8 @@ def resumed(checkpoint: Checkpoint | None, zero_stage: int) -> Iterator[Resumed 
             )
         universal = zero_stage > 0 and state.workers != workers
         if universal:
-            _put_together(Path(folder) / TAG, Path(scratch) / TAG)
-        yield Resumed(state, universal, Path(scratch if universal else folder))
+            _put_together(folder / TAG, Path(scratch) / TAG)
+        yield Resumed(state, universal, Path(scratch) if universal else folder)
 
 
 def _put_together(pieces: Path, target: Path) -> None:

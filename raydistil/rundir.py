@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from raydistil.checkpoint import CheckpointStore
 from raydistil.config import Config, flatten, result_hash, result_part
-from raydistil.errors import StorageError
+from raydistil.errors import FullError, StorageError
 from raydistil.storage import is_disk_full
 
 CONFIG = "config.json"
@@ -16,7 +17,7 @@ DISTILLED = "distilled"
 DISTILL = "distill"  # the stage that makes it
 NO_TEACHER = "no-teacher"  # the same student, trained on the labels alone; its learning rate follows
 STUDENT = "student"  # exported
-CHECKPOINTS = "checkpoints"  # of the stage that is being trained
+CHECKPOINTS = "checkpoints"  # of the stages that are being trained, where they have no place of their own
 
 
 def claim(config: Config, data: str) -> Path:
@@ -55,7 +56,7 @@ def _changes(before: dict[str, Any], config: Config) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomically. Raises StorageError when the disk is full; the previous file is then intact."""
+    """Atomically. Raises FullError when the disk is full; the previous file is then intact."""
     scratch = path.with_suffix(".new")
     try:
         scratch.write_text(json.dumps(value, indent=1, default=str) + "\n")
@@ -63,7 +64,7 @@ def write_json(path: Path, value: Any) -> None:
     except OSError as error:
         scratch.unlink(missing_ok=True)
         if is_disk_full(error):
-            raise StorageError(f"no space left while writing {path}: free some and run again") from error
+            raise FullError(f"no space left while writing {path}: free some and run again") from error
         raise
 
 
@@ -77,9 +78,12 @@ def targets_of(stage: str, number: int) -> str:
     return numbered("targets" if stage == DISTILL else f"{stage}-targets", number)
 
 
-def checkpoints_of(run_dir: Path, stage: str) -> Path:
+def checkpoints_of(config: Config, stage: str) -> CheckpointStore:
     """Where those of a stage are while it is being trained."""
-    return run_dir.resolve() / CHECKPOINTS / stage
+    place = config.checkpoints.storage
+    if place is None:
+        return CheckpointStore(str(config.run_dir.resolve() / CHECKPOINTS), stage)
+    return CheckpointStore(place, f"{config.name}/{stage}")
 
 
 def write_summary(run_dir: Path, stage: str, figures: dict[str, Any]) -> None:

@@ -5,8 +5,11 @@ Kept apart from the parts themselves, so that a process that only passes them on
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from raydistil.checkpoint import CheckpointStore
 from raydistil.config import EvaluateConfig, MaskingConfig
+from raydistil.config.checkpoints import CheckpointsConfig
 from raydistil.config.cluster import ClusterConfig
 from raydistil.config.loss import LossConfig
 from raydistil.config.targets import AugmentConfig, TargetsConfig
@@ -96,12 +99,23 @@ class WorkerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class SaveSpec:
+    """Where a training is saved, when, and as whose."""
+
+    store: CheckpointStore
+    config: CheckpointsConfig
+    run_hash: str  # of what defines the run
+    run_config: dict[str, Any]  # all of it, as it was resolved
+
+
+@dataclass(frozen=True, slots=True)
 class TrainRun:
     """One training run: what flows, who learns from it, and where it is kept."""
 
-    stage: str  # also the directory of its checkpoints
+    stage: str
     source: SourceSpec
     worker: WorkerSpec
+    save: SaveSpec
     cluster: ClusterConfig
     run_dir: Path
 

@@ -10,6 +10,7 @@ from raydistil.cache.inputs import inputs_of
 from raydistil.cache.sizes import cache_spec, sizes_of
 from raydistil.chain import Link
 from raydistil.cluster import address_of
+from raydistil.config import result_hash
 from raydistil.config.loss import LossConfig
 from raydistil.config.targets import variants_of
 from raydistil.config.train import TrainConfig
@@ -20,7 +21,7 @@ from raydistil.places import compared_share
 from raydistil.plan import Threads, threads
 from raydistil.prepare import Prepared
 from raydistil.size import forward_flops
-from raydistil.specs import CacheSpec, SourceSpec, TeacherSpec, TrainRun, WorkerSpec
+from raydistil.specs import CacheSpec, SaveSpec, SourceSpec, TeacherSpec, TrainRun, WorkerSpec
 from raydistil.tally import advice
 from raydistil.targets import makes_logits, targets_spec
 from raydistil.types import labels_texts
@@ -37,10 +38,8 @@ def manifest_of(run: Prepared, config: TrainConfig, with_teacher: bool, seed: in
 
 def per_step(run: Prepared, stage: str, config: TrainConfig) -> int:
     """Micro-batches of an optimizer step: as the file says, or as they were when the stage was begun."""
-    from raydistil.checkpoint import latest_state
-
-    state = latest_state(rundir.checkpoints_of(run.run_dir, stage))
-    return run.config.cluster.students * config.accumulation if state is None else state.per_step
+    kept = rundir.checkpoints_of(run.config, stage).newest()
+    return run.config.cluster.students * config.accumulation if kept is None else kept.state.per_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,7 @@ def train_stage(run: Prepared, training: Training) -> None:
         run.say(f"{stage}: done before, kept in {target}")
         return
     planned = train_run(run, training)
-    summary = train(planned, target)
+    summary = train(planned, target, run.say)
     figures = asdict(summary) | {"rows": planned.source.manifest.num_rows, "lr": training.config.lr}
     rundir.write_summary(run.run_dir, stage, figures)
     run.say(_describe(stage, summary, bool(planned.source.caches), planned.worker.shares_cores))
@@ -78,7 +77,9 @@ def train_run(run: Prepared, training: Training) -> TrainRun:
     manifest = manifest_of(run, training.config, training.link is not None, training.seed)
     worker = _worker(run, training, manifest)
     source = _source(run, training, manifest, worker.teachers)
-    return TrainRun(training.stage, source, worker, run.config.cluster, run.run_dir)
+    store = rundir.checkpoints_of(run.config, training.stage)
+    save = SaveSpec(store, run.config.checkpoints, result_hash(run.config), run.config.model_dump(mode="json"))
+    return TrainRun(training.stage, source, worker, save, run.config.cluster, run.run_dir)
 
 
 def _source(run: Prepared, training: Training, manifest: Manifest, teachers: tuple[TeacherSpec, ...]) -> SourceSpec:

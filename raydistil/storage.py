@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from raydistil.errors import StorageError
+from raydistil.errors import FullError, StorageError
 
 # What safetensors, numpy.save and torch.save say of a full disk, none of which sets errno.
 DISK_FULL = re.compile(r"No space left on device|\d+ requested and \d+ written|unexpected pos \d+ vs \d+")
@@ -28,7 +28,7 @@ def whole_directory(target: Path) -> Iterator[Path]:
     """A scratch directory beside `target` that takes its place when the block ends well.
 
     Whatever stood at `target` before stays untouched until then, and for good if the block raises.
-    Raises StorageError when the disk is full or nothing can be written there.
+    Raises FullError when the disk is full, StorageError where nothing can be written.
     """
     scratch = target.with_name(f".{target.name}.{os.getpid()}")
     try:
@@ -49,7 +49,7 @@ def whole_directory(target: Path) -> Iterator[Path]:
 def whole_file(target: Path) -> Iterator[Path]:
     """A scratch file beside `target` that takes its place when the block ends well.
 
-    Raises StorageError when the disk is full or nothing can be written there.
+    Raises FullError when the disk is full, StorageError where nothing can be written.
     """
     scratch = target.with_name(f".{target.name}.{uuid4().hex}.part")
     try:
@@ -107,7 +107,7 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(next(part for part in (path, *path.parents) if part.exists())).free
 
 
-def _disk_full(target: Path) -> StorageError:
+def _disk_full(target: Path) -> FullError:
     free = free_bytes(target.parent) / 2**20
     kept = "the previous one is intact" if target.exists() else "nothing was left there"
-    return StorageError(f"no space left while writing {target} ({free:.0f} MiB free); {kept}: free some and run again")
+    return FullError(f"no space left while writing {target} ({free:.0f} MiB free); {kept}: free some and run again")

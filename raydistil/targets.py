@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raydistil.codecs.buffers import Readable
+from raydistil.codecs.layout import Readable, joined, parted
 from raydistil.codecs.soft_labels import Logits, Sampled, SoftLabelCodec, TopK
 from raydistil.codecs.states import decode_states, encode_states
 from raydistil.config.loss import LossConfig
@@ -70,23 +70,6 @@ def _encoded(spec: TargetsSpec, keys_N: NDArray[np.uint64], parts: Iterable[Tens
     for part_nC in parts:
         yield codec.encode(part_nC, spec.loss.temperature, keys_N[start : start + len(part_nC)])
         start += len(part_nC)
-
-
-def joined(parts: Iterable[bytes]) -> bytes:
-    """int64 number of parts and the size of each, then the parts, each from a multiple of 8 bytes on."""
-    buffers = list(parts)
-    header = np.array([len(buffers), *map(len, buffers)], np.int64).tobytes()
-    return b"".join([header, *(buffer + bytes(-len(buffer) % 8) for buffer in buffers)])
-
-
-def parted(buffer: Readable) -> Iterator[Readable]:
-    """What `joined` was given, as views."""
-    whole = memoryview(buffer)
-    count = int(np.frombuffer(whole[:8], np.int64)[0])
-    start = 8 * (1 + count)
-    for size in np.frombuffer(whole[8:start], np.int64).tolist():
-        yield whole[start : start + size]
-        start += size + -size % 8
 
 
 def _place_keys(seed: int, visits_N: NDArray[np.int64]) -> NDArray[np.uint64]:

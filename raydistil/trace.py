@@ -5,10 +5,12 @@ micro-batch: what stands in it did happen, whatever killed the worker afterwards
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from raydistil.steps import FILLER
 from raydistil.types import TeacherTiming
 
 
@@ -25,7 +27,8 @@ class Record:
     started_s: float  # it was there
     ended_s: float  # forward, backward and, where it was the step's last, the optimizer are done
     taught: tuple[TeacherTiming, ...]  # none where its targets were kept before, or it has none
-    began_s: float = 0.0  # when its workers started, the same for all of them: later ones go on from a checkpoint
+    began_s: float = 0.0  # when its workers started, the same for all of them
+    from_step: int = 0  # steps that their weights had behind them then, as DeepSpeed has counted
 
 
 class Trace:
@@ -45,14 +48,31 @@ def trace_path(run_dir: Path, stage: str, rank: int) -> Path:
 
 
 def history(records: list[Record]) -> list[Record]:
-    """What the last checkpoint stands on: of every step what was done by those who did it last."""
-    first: dict[float, int] = {}
-    for record in records:
-        first[record.began_s] = min(record.step, first.get(record.began_s, record.step))
+    """What the last checkpoint stands on: of every start what it did before the one that went on instead of it."""
+    starts = {(record.began_s, record.from_step) for record in records}
     return [
         record for record in records
-        if not any(began > record.began_s and step <= record.step for began, step in first.items())
+        if not any(began > record.began_s and record.step > step for began, step in starts)
     ]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """Of the micro-batches of a training: what the trace says became of them."""
+
+    expected: int
+    trained: int
+    lost: list[int]  # never trained on
+    duplicated: list[int]  # more than once
+    repeated: int  # trained on once more, since a kill undid them
+
+
+def audit(records: list[Record], expected: int) -> Audit:
+    """Whether the history that the last checkpoint stands on has each of `expected` micro-batches once."""
+    stand = Counter(record.index for record in history(records) if record.index != FILLER)
+    lost = sorted(set(range(expected)) - set(stand))
+    undone = sum(record.index != FILLER for record in records) - stand.total()
+    return Audit(expected, stand.total(), lost, sorted(index for index, times in stand.items() if times > 1), undone)
 
 
 def read_trace(run_dir: Path, stage: str) -> list[Record]:

@@ -5,58 +5,75 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, DataConfig, FailureConfig, Result, RunConfig, ScalingConfig
+from pyarrow.fs import FileSystem, FileType
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raydistil import rundir, warm
-from raydistil.checkpoint import MODEL, latest_state
+from raydistil import warm
+from raydistil.checkpoint import MODEL, CheckpointStore
 from raydistil.config.cluster import ClusterConfig
-from raydistil.errors import Interrupted, RaydistilError, StorageError, unwrapped
+from raydistil.errors import Interrupted, RaydistilError, unwrapped
 from raydistil.payload import count_payload, counted
-from raydistil.report import LiveLine, Progress, Store
-from raydistil.specs import TrainRun
+from raydistil.progress import Progress, Wish
+from raydistil.report import LiveLine, Store
+from raydistil.specs import SaveSpec, TrainRun
 from raydistil.steps import Steps
-from raydistil.storage import is_disk_full, whole_directory
+from raydistil.storage import whole_directory
 from raydistil.stream import build_stream, execution_options, shard_rows
 from raydistil.types import StepMetrics, TrainSummary
 
 POLL_S = 0.5
+Say = Callable[[str], None]
 
 
-def train(run: TrainRun, target: Path) -> TrainSummary:
+def train(run: TrainRun, target: Path, say: Say) -> TrainSummary:
     """Train to the end, going on from the latest checkpoint if there is one; the model is then at `target`.
 
     Raises Interrupted after a Ctrl-C, with a checkpoint saved.
     """
+    store = run.save.store
+    kept = store.newest_whole(run.save.run_hash, say)
+    if kept is None or kept.state.steps < run.worker.num_steps:
+        summary = _trained(run)
+        kept = store.newest()
+    else:
+        summary = kept.state.summary  # the driver was killed on its way home
+    assert kept is not None
+    with whole_directory(target) as scratch, store.at_hand(f"{kept.name}/{MODEL}") as saved:
+        shutil.copytree(saved, scratch, dirs_exist_ok=True)
+    if not run.save.config.keep_at_end:
+        store.remove_all()
+    return summary
+
+
+def _trained(run: TrainRun) -> TrainSummary:
+    """The training itself, from wherever it stands to its end."""
     warm.with_training(run.cluster, 0 if run.source.caches else len(run.worker.teachers))
     progress = _progress_of(run)
-    trainer = _trainer(run, progress)
     live = LiveLine(run.stage, run.run_dir / "metrics.jsonl")
     store = Store()
     with _stop_on_signal(progress), counted(*run.worker.traced) if run.worker.traced else nullcontext():
-        result = _fit(trainer, progress, live, store)
-    refused = ray.get(progress.refused.remote())
+        _fit(_trainer(run, progress), progress, live, store)
+    summary: TrainSummary | None
+    summary, refused, starts = ray.get(progress.outcome.remote())
     ray.kill(progress)
+    _forget_ray_train(run.save.store)
     if refused is not None:
         raise refused
-    assert result.metrics is not None and result.checkpoint is not None
-    seen = {key: result.metrics[key] for key in TrainSummary.__slots__}
-    summary = TrainSummary(**seen | {"peak_store_bytes": store.peak})
+    assert summary is not None
     if summary.interrupted:
         raise Interrupted(f"{run.stage} stopped after step {summary.steps}; the same command goes on from there")
-    with whole_directory(target) as scratch, result.checkpoint.as_directory() as saved:
-        shutil.copytree(Path(saved) / MODEL, scratch, dirs_exist_ok=True)
-    shutil.rmtree(_storage(run))
-    return summary
+    return replace(summary, peak_store_bytes=store.peak, restarts=starts - 1)
 
 
 def _progress_of(run: TrainRun) -> Any:
@@ -66,16 +83,26 @@ def _progress_of(run: TrainRun) -> Any:
     return Progress.options(scheduling_strategy=here).remote(run.cluster.max_failures, log)  # type: ignore[attr-defined]
 
 
-def _storage(run: TrainRun) -> Path:
-    return rundir.checkpoints_of(run.run_dir, run.stage)
+def _place_for_ray_train(store: CheckpointStore) -> tuple[FileSystem, str]:
+    """Ray Train wants one that all workers write to. The checkpoints are none of its own: it would start from one that
+    it was killed in the middle of writing down, and looks at no digest."""
+    filesystem, path = store.open()
+    return filesystem, f"{path}.ray"
+
+
+def _forget_ray_train(store: CheckpointStore) -> None:
+    filesystem, path = _place_for_ray_train(store)
+    if filesystem.get_file_info(path).type == FileType.Directory:
+        filesystem.delete_dir(path)
 
 
 def _trainer(run: TrainRun, progress: Any) -> TorchTrainer:
     cluster = run.cluster
+    filesystem, path = _place_for_ray_train(run.save.store)
     return TorchTrainer(
         _work,
-        train_loop_config={"spec": run.worker, "progress": progress},
-        datasets={"train": partial(_starting, _storage(run), progress)},  # see _Dealt
+        train_loop_config={"spec": run.worker, "save": run.save, "progress": progress},
+        datasets={"train": partial(_starting, run.save, progress)},  # see _Dealt
         dataset_config=_Dealt(run),
         torch_config=TorchConfig(backend="nccl" if cluster.student_gpus else "gloo", timeout_s=1800),
         scaling_config=ScalingConfig(
@@ -85,10 +112,10 @@ def _trainer(run: TrainRun, progress: Any) -> TorchTrainer:
             label_selector=cluster.student_label_selector or None,  # type: ignore[call-arg]  # it is of Train V2
         ),
         run_config=RunConfig(
-            name=run.stage,
-            storage_path=str(_storage(run).parent),
+            name=Path(path).name,
+            storage_path=str(Path(path).parent),
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=-1),  # see Progress.start
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )
 
@@ -99,9 +126,9 @@ def _work(config: dict[str, Any]) -> None:
     from raydistil.worker import StudentWorker
 
     try:
-        StudentWorker(config["spec"], config["progress"], rows).run()
+        StudentWorker(config["spec"], config["save"], config["progress"], rows).run()
     except Exception as error:
-        cause = _explained(error)
+        cause = unwrapped(error)
         if not isinstance(cause, RaydistilError):
             ray.get(config["progress"].failed.remote(traceback.format_exc()))
             raise
@@ -116,11 +143,12 @@ def _refuse(error: RaydistilError, progress: Any) -> None:
     distributed.destroy_process_group()  # the others need not wait for this one
 
 
-def _starting(storage: Path, progress: Any) -> Any:
+def _starting(save: SaveSpec, progress: Any) -> Any:
     """Called in Ray Train's controller when workers are about to start: from which step. Raises if they should not."""
-    state = latest_state(storage)
-    first = 0 if state is None else state.steps
-    refused = ray.get(progress.start.remote(first))
+    save.store.sweep()
+    kept = save.store.newest_whole(save.run_hash, progress.tell.remote)
+    first, name = (kept.state.steps, kept.name) if kept else (0, None)
+    refused = ray.get(progress.start.remote(first, name))
     if refused is not None:
         raise refused
     return first
@@ -150,40 +178,51 @@ def _resources(cluster: ClusterConfig) -> dict[str, float]:
     return {"CPU": cluster.student_cpus, **gpus}
 
 
-def _fit(trainer: TorchTrainer, progress: Any, live: LiveLine, store: Store) -> Result:
+def _fit(trainer: TorchTrainer, progress: Any, live: LiveLine, store: Store) -> None:
     """`trainer.fit()` in the background, its progress in the foreground."""
     outcome: dict[str, Any] = {}
 
     def fit() -> None:
         try:
-            outcome["result"] = trainer.fit()
+            trainer.fit()
         except BaseException as error:
             outcome["error"] = error
 
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
+    preempted = Preempted(progress)
     try:
         while thread.is_alive():
             thread.join(POLL_S)
+            preempted.look()
             _drain(progress, live, store.look())
     finally:
         live.close()
     if "error" in outcome:
-        raise _explained(outcome["error"]) from outcome["error"]
-    result: Result = outcome["result"]
-    return result
-
-
-def _explained(error: BaseException) -> BaseException:
-    """`error` as the user should meet it."""
-    if is_disk_full(error):
-        return StorageError("no space left while saving a checkpoint; the previous one is intact: free some, run again")
-    return unwrapped(error)
+        raise unwrapped(outcome["error"]) from outcome["error"]
 
 
 def _drain(progress: Any, live: LiveLine, store_bytes: int) -> None:
-    for metrics in ray.get(progress.drain.remote()):
+    all_metrics, news = ray.get(progress.drain.remote())
+    for metrics in all_metrics:
         live.show(StepMetrics(**metrics | {"store_bytes": store_bytes}))
+    for line in news:
+        live.tell(line)
+
+
+class Preempted:
+    """Whether the cluster has been told that a node of it will go: there is time for a checkpoint."""
+
+    def __init__(self, progress: Any) -> None:
+        self._progress = progress
+        self._known: set[str] = set()
+
+    def look(self) -> None:
+        found = set(ray._private.state.state.get_draining_nodes())
+        for node in found - self._known:
+            self._progress.tell.remote(f"node {node[:8]} will go: saving a checkpoint")
+            self._progress.wish.remote(Wish.SAVE)
+        self._known = found
 
 
 @contextmanager
@@ -197,7 +236,7 @@ def _stop_on_signal(progress: Any) -> Iterator[None]:
             raise KeyboardInterrupt
         asked = True
         sys.stderr.write("\nstopping after a checkpoint; Ctrl-C again to stop at once\n")
-        progress.stop.remote()
+        progress.wish.remote(Wish.STOP)
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

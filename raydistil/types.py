@@ -151,7 +151,9 @@ class TrainSummary:
     interrupted: bool
     verdict: str | None  # who held the stream up; None without a teacher
     mfu: float  # see `StepMetrics`, since the first micro-batch
-    peak_store_bytes: int  # most that was in use of the cluster's object stores, as the driver saw it
+    skipped_steps: int  # since the training began, for a loss or a gradient that was no number
+    peak_store_bytes: int = 0  # most that was in use of the cluster's object stores, as the driver saw it
+    restarts: int = 0  # of the workers, since the driver last started
 
 
 @dataclass(frozen=True, slots=True)

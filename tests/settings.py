@@ -19,7 +19,7 @@ BASE: dict[str, Any] = {
 TRAIN: dict[str, Any] = {
     "epochs": 4, "lr": 1e-3, "warmup_share": 0.5, "betas": [0.5, 0.5], "eps": 1e-6, "weight_decay": 0.5, "clip": 2.0,
     "micro_batch_size": 5, "micro_batch_tokens": 999, "accumulation": 2, "precision": "bfloat16", "zero_stage": 2,
-    "dropout": 0.2, "freeze_embeddings": True,
+    "dropout": 0.2, "freeze_embeddings": True, "max_skipped_steps": 0,
     "deepspeed": {"zero_optimization": {"overlap_comm": True}},
 }  # fmt: skip
 DEFINING: dict[str, Any] = {
@@ -62,7 +62,8 @@ DEFINING: dict[str, Any] = {
 }  # fmt: skip
 PLACING: dict[str, Any] = {
     "name": "other", "output_dir": "elsewhere", "distill.targets.cache": "kept",
-    "finetune.checkpoint_every_min": 1.5, "distill.checkpoint_every_min": 1.5,
+    "checkpoints.every_min": 1.5, "checkpoints.every_steps": 7, "checkpoints.keep_last": 1, "checkpoints.keep_best": 1,
+    "checkpoints.keep_at_end": True, "checkpoints.storage": "s3://bucket/folder",
     "evaluate.batch_size": 8, "evaluate.no_teacher_baseline": True, "evaluate.baseline_lr": 0.5,
     "evaluate.latency_length": 8, "evaluate.latency_rounds": 3, "export.license": "Apache-2.0",
     "cluster.address": "auto", "cluster.object_store_bytes": 1 << 30, "cluster.students": 2,

@@ -17,8 +17,9 @@ from test_pipeline import LANGUAGE_MODEL, config_for, quiet
 
 from raydistil import pipeline, rundir
 from raydistil.config import Config
+from raydistil.config.checkpoints import CheckpointsConfig
 from raydistil.errors import FailedError
-from raydistil.trace import Record, history, read_trace
+from raydistil.trace import Record, audit, history, read_trace
 
 STUDENT, TEACHER = "ray::RayTrainWorker", "ray::MapWorker"
 EVERY_MIN = 0.005
@@ -26,8 +27,8 @@ EVERY_MIN = 0.005
 
 def killed_config(folder: Path, teacher: str, corpus: Path, name: str, **cluster: Any) -> Config:
     shape: dict[str, Any] = {**LANGUAGE_MODEL, "evaluate": None, "cluster": {"trace": True, **cluster}}
-    train = {"epochs": 12, "dropout": 0.1, "checkpoint_every_min": EVERY_MIN}
-    return config_for(folder, teacher, corpus, name=name, distill=train, **shape)
+    shape["checkpoints"] = {"every_min": EVERY_MIN}
+    return config_for(folder, teacher, corpus, name=name, distill={"epochs": 12, "dropout": 0.1}, **shape)
 
 
 @contextmanager
@@ -78,11 +79,9 @@ def _traced(config: Config) -> list[Record]:
 
 def audited(config: Config) -> list[Record]:
     """The history, in which every micro-batch of the manifest stands once."""
-    records = history(_traced(config))
-    found = sorted(record.index for record in records if record.num_rows)
-    assert found == list(range(len(found)))
-    assert len(found) == _expected(config)
-    return records
+    found = audit(_traced(config), _expected(config))
+    assert (found.lost, found.duplicated, found.trained) == ([], [], found.expected)
+    return history(_traced(config))
 
 
 def _expected(config: Config) -> int:
@@ -141,8 +140,7 @@ def test_a_worker_that_dies_again_and_again_is_given_up(
     ray_cluster: None, tiny_teacher: str, corpus_file: Path, tmp_path: Path
 ) -> None:
     config = killed_config(tmp_path, tiny_teacher, corpus_file, "hopeless", max_failures=1)
-    assert config.distill is not None
-    seldom = config.model_copy(update={"distill": config.distill.model_copy(update={"checkpoint_every_min": 60.0})})
+    seldom = config.model_copy(update={"checkpoints": CheckpointsConfig()})
     with killing(seldom, (STUDENT, 1), (STUDENT, 1)), pytest.raises(FailedError, match="within 2 starts from step 0"):
         pipeline.run_all(seldom, quiet)
 

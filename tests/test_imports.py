@@ -1,6 +1,8 @@
 """Imports run one way: a module may import those before it in this list, and none after it."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,12 +11,12 @@ import pytest
 import raydistil
 
 ORDER = (
-    "errors", "types", "processor", "config", "layers", "storage", "corpus", "manifest", "steps", "masking",
-    "augment", "documents", "places", "packing", "tokens", "warm", "specs", "models", "roofline", "size", "codecs",
-    "targets", "ensemble", "wire", "cache", "source", "plan", "losses", "attention", "distiller", "partitioned",
-    "student", "optim", "teacher", "pace", "payload", "stream", "fill", "trace", "tally", "report", "checkpoint",
-    "resume", "worker", "cluster", "rundir", "chain", "train", "evaluate", "export", "prune", "prepare", "stages",
-    "pipeline", "probe", "check", "doctor", "tables", "serve", "bench", "cli", "__main__",
+    "errors", "types", "processor", "config", "layers", "storage", "corpus", "manifest", "steps", "checkpoint",
+    "masking", "augment", "documents", "places", "packing", "tokens", "warm", "specs", "models", "roofline", "size",
+    "codecs", "targets", "ensemble", "wire", "cache", "source", "plan", "losses", "attention", "distiller",
+    "partitioned", "student", "optim", "teacher", "pace", "payload", "stream", "fill", "trace", "tally", "progress",
+    "report", "resume", "saving", "worker", "cluster", "rundir", "chain", "train", "evaluate", "export", "prune",
+    "prepare", "stages", "pipeline", "probe", "check", "doctor", "tables", "serve", "bench", "cli", "__main__",
 )  # fmt: skip
 ROOT = Path(raydistil.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
@@ -67,3 +69,11 @@ def test_a_module_imports_only_earlier_ones(path: Path) -> None:
 
 def test_the_package_itself_imports_nothing() -> None:
     assert list(imported(ast.parse((ROOT / "__init__.py").read_text(encoding="utf8")))) == []
+
+
+@pytest.mark.parametrize("module", ["raydistil.source", "raydistil.stream", "raydistil.teacher", "raydistil.progress"])
+def test_processes_that_make_no_tensors_are_spared_torch(module: str) -> None:
+    """Those that read, deal out and count: each would take seconds more to start."""
+    code = f"import sys, {module}; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

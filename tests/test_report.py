@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raydistil.errors import DivergedError, FailedError
-from raydistil.report import Interval, LiveLine, Meter, Overlap, Progress, format_step, overlap
+from raydistil.progress import Progress, Wish
+from raydistil.report import Interval, LiveLine, Meter, Overlap, format_step, overlap
 from raydistil.tally import Tally, Used, advice
 from raydistil.trace import Record
 from raydistil.types import StepMetrics, TeacherTiming
@@ -69,12 +70,12 @@ def test_the_meter_adds_up_what_a_worker_did() -> None:
     meter.micro_step(Record(1, 0, 2, 100, 1000, 0.0, 1.0, 3.0, (TeacherTiming("a", 0.5, 2.0, 100),)))
     meter.micro_step(Record(2, 1, 2, 50, 500, 3.0, 3.5, 5.0, (TeacherTiming("b", 1.5, 4.0, 50),)))
     meter.step(1, 0.5, {}, 1e-3)
-    summary = meter.summary(interrupted=True)
+    summary = meter.summary(interrupted=True, skipped_steps=0)
     assert (summary.steps, summary.micro_batches, summary.tokens, summary.wire_bytes) == (1, 2, 150, 1500)
     assert (summary.wait_s, summary.student_busy_s, summary.teacher_busy_s) == (1.5, 3.5, 4.0)
     assert summary.overlap_s == 2.5  # 1 to 3 and 3.5 to 4
     assert (summary.teacher_builds, summary.interrupted, summary.mfu) == (2, True, 0.0)
-    assert not meter.stop_requested()
+    assert meter.wish() == Wish.NONE
 
 
 def test_what_is_made_use_of_is_a_share_of_what_was_measured_once() -> None:
@@ -86,26 +87,49 @@ def test_what_is_made_use_of_is_a_share_of_what_was_measured_once() -> None:
     assert used.share(30, 2.0) == 0.75  # 150 FLOPs, of the 200 that two seconds are good for
 
 
+def progress(folder: Path) -> Any:
+    return Progress.__ray_actor_class__(2, folder / "failures.txt")
+
+
 def test_workers_that_die_again_from_the_same_step_are_refused(tmp_path: Path) -> None:
-    log = tmp_path / "failures.txt"
-    progress = Progress.__ray_actor_class__(2, log)
-    assert [progress.start(step) for step in (0, 0, 0, 7, 7)] == [None] * 5
-    progress.failed("Traceback:\n  a line\nRuntimeError: no memory\n")
-    assert progress.start(7) is None
-    with pytest.raises(
-        FailedError,
-        match=r"3 starts from step 7, .* \(RuntimeError: no memory; .*failures.txt\)",
-    ):
-        raise progress.start(7)
-    assert isinstance(progress.start(8), FailedError)  # it stays so
-    assert "a line" in log.read_text()
+    actor = progress(tmp_path)
+    assert [actor.start(step, None) for step in (0, 0, 0, 7, 7)] == [None] * 5
+    actor.failed("Traceback:\n  a line\nRuntimeError: no memory\n")
+    assert actor.start(7, "step-7") is None
+    _, news = actor.drain()
+    assert len(news) == 5 and news[0].endswith("(killed, perhaps for their memory): they start again from step 0")
+    assert "(RuntimeError: no memory; the whole of it is in" in news[-1]
+    with pytest.raises(FailedError, match=r"3 starts from step 7, .* \(killed, perhaps for their memory\)"):
+        raise actor.start(7, "step-7")
+    assert isinstance(actor.start(8, "step-8"), FailedError)  # it stays so
+    assert "a line" in (tmp_path / "failures.txt").read_text()
+
+
+def test_all_workers_of_a_start_go_by_one_name_that_no_other_start_has(tmp_path: Path) -> None:
+    actor = progress(tmp_path)
+    actor.start(0, None)
+    (none, first), again = actor.started(), actor.started()
+    actor.start(3, "step-3")
+    kept, second = actor.started()
+    assert (none, kept, again) == (None, "step-3", (None, first))
+    assert first != second
+
+
+def test_a_wish_for_a_checkpoint_is_told_once_and_one_to_stop_stays(tmp_path: Path) -> None:
+    actor = progress(tmp_path)
+    actor.wish(Wish.SAVE)
+    assert [actor.push({}) for _ in range(2)] == [Wish.SAVE, Wish.NONE]
+    actor.wish(Wish.STOP)
+    actor.wish(Wish.SAVE)
+    assert [actor.push({}) for _ in range(2)] == [Wish.STOP, Wish.STOP]
+    assert actor.drain() == ([{}] * 4, [])
 
 
 def test_the_first_reason_to_stop_counts(tmp_path: Path) -> None:
-    progress = Progress.__ray_actor_class__(2, tmp_path / "failures.txt")
+    actor = progress(tmp_path)
     for text in ("lower lr", "some other"):
-        progress.refuse(DivergedError(text))
-    assert str(progress.start(0)) == str(progress.refused()) == "lower lr"
+        actor.refuse(DivergedError(text))
+    assert str(actor.start(0, None)) == str(actor.outcome()[1]) == "lower lr"
 
 
 def tally(wait: float, taught: float) -> Tally:

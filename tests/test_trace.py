@@ -12,7 +12,8 @@ from raydistil.bench.window import window_of
 from raydistil.errors import ConfigError
 from raydistil.payload import payload_path
 from raydistil.report import overlap
-from raydistil.trace import Record, Trace, history, read_trace, trace_path
+from raydistil.steps import FILLER
+from raydistil.trace import Audit, Record, Trace, audit, history, read_trace, trace_path
 from raydistil.types import TeacherTiming
 
 
@@ -86,15 +87,27 @@ def test_a_traced_run(ray_cluster: None, tiny_teacher: str, corpus_file: Path, t
         assert counts["num_bytes"] == 0 < counts["control"]
 
 
-def done(step: int, index: int, began_s: float) -> Record:
-    return Record(step, index, 2, 10, 100, 0.0, 0.0, 0.0, (), began_s)
+def done(step: int, index: int, began_s: float, from_step: int = 0) -> Record:
+    return Record(step, index, 2, 10, 100, 0.0, 0.0, 0.0, (), began_s, from_step)
+
+
+FIRST = [done(step, step - 1, 1.0) for step in (1, 2, 3)]
+SECOND = [done(step, step - 1, 2.0, 1) for step in (2, 3, 4, 5)]
+THIRD = [done(step, step - 1, 3.0, 4) for step in (5, 6)]
 
 
 def test_the_history_is_what_the_last_workers_built_upon() -> None:
     """The first are killed in their third step, the second start from a checkpoint of one step, the third of four."""
-    first = [done(step, step - 1, 1.0) for step in (1, 2, 3)]
-    second = [done(step, step - 1, 2.0) for step in (2, 3, 4, 5)]
-    third = [done(step, step - 1, 3.0) for step in (5, 6)]
-    assert history(first + second + third) == [*first[:1], *second[:3], *third]
-    assert history(first) == first
+    assert history(FIRST + SECOND + THIRD) == [*FIRST[:1], *SECOND[:3], *THIRD]
+    assert history(FIRST) == FIRST
     assert history([]) == []
+    assert audit(FIRST + SECOND + THIRD, 6) == Audit(6, 6, [], [], 3)
+
+
+def test_an_audit_finds_what_is_lost_and_what_is_there_twice() -> None:
+    """Where workers go on from a step that nobody made, too, though the ones before made it after the checkpoint."""
+    assert audit(FIRST + SECOND + THIRD, 7).lost == [6]
+    assert audit(FIRST + [one for one in SECOND if one.step > 2] + THIRD, 6).lost == [1]
+    twice = [done(2, 0, 1.0) if one.step == 2 else one for one in FIRST]
+    assert audit(twice, 3) == Audit(3, 3, [1], [0], 0)
+    assert audit([*FIRST, done(3, FILLER, 1.0)], 3) == Audit(3, 3, [], [], 0)

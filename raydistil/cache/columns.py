@@ -32,11 +32,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from raydistil.codecs.layout import HEADER_BYTES, LOGITS, MANY, SAMPLED, TOPK, WIDE
+from raydistil.codecs.layout import HEADER_BYTES, LOGITS, MANY, SAMPLED, TOPK, WIDE, joined, parted
 from raydistil.manifest import Ints
 from raydistil.places import compared_places
 from raydistil.specs import TargetsSpec
-from raydistil.targets import joined, parted
 from raydistil.types import TokenBatch
 
 Bytes = NDArray[np.uint8]

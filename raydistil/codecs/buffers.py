@@ -1,14 +1,12 @@
 """Tensors as plain bytes and back: one copy off the device, one copy onto it."""
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-Readable = Any  # bytes, memoryview or pyarrow.Buffer: whatever np.frombuffer reads
+from raydistil.codecs.layout import Readable
 
 
 def to_bytes(*tensors: Tensor) -> bytes:

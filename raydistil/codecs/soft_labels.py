@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raydistil.codecs.buffers import Readable, as_array, to_bytes, to_device
-from raydistil.codecs.layout import HEADER_BYTES, LOGITS, MANY, SAMPLED, TOPK, WIDE
+from raydistil.codecs.buffers import as_array, to_bytes, to_device
+from raydistil.codecs.layout import HEADER_BYTES, LOGITS, MANY, SAMPLED, TOPK, WIDE, Readable
 from raydistil.errors import ConfigError, ModelError
 from raydistil.masking import row_keys, uniforms
 from raydistil.types import Sparse

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from raydistil.codecs.buffers import Readable, as_array, to_bytes, to_device
+from raydistil.codecs.buffers import as_array, to_bytes, to_device
+from raydistil.codecs.layout import Readable
 from raydistil.errors import ModelError
 
 StateDtype = Literal["fp16", "bf16", "int8"]

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from raydistil.config.checkpoints import CheckpointsConfig
 from raydistil.config.cluster import ClusterConfig
 from raydistil.config.recipes import over_recipe
 from raydistil.config.section import Positive, Section, Share
@@ -117,6 +118,7 @@ class Config(Section):
     distill: DistillConfig | None = None
     evaluate: EvaluateConfig | None = None
     export: ExportConfig | None = None
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @property
@@ -217,7 +219,7 @@ class Config(Section):
 
 
 # What does not define the result, and so may differ between a run and its continuation.
-PLACEMENT = ("name", "output_dir", "evaluate", "export", "cluster")
+PLACEMENT = ("name", "output_dir", "evaluate", "export", "checkpoints", "cluster")
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:
@@ -347,9 +349,6 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def result_part(config: Config) -> dict[str, Any]:
     """The part of the configuration that defines the result, as plain JSON values."""
     tree: dict[str, Any] = config.model_dump(mode="json")
-    for stage in ("finetune", "distill"):
-        if tree[stage] is not None:
-            del tree[stage]["checkpoint_every_min"]
     if (
         distill := config.distill
     ) is not None:  # where targets are kept defines nothing, how often masks are drawn does

@@ -37,7 +37,9 @@ class TrainConfig(Section):
     corpus, and to step."""
     precision: FastPrecision = "float32"
     """Of the matrix products, `auto` as for the teacher; weights and optimizer stay float32."""
-    checkpoint_every_min: Annotated[float, Field(gt=0)] = 10.0
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 3
+    """Optimizer steps whose loss or gradient is no number (nan, inf): so many are left out and named, one more ends the
+    training."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Plain DeepSpeed keys, merged over the generated ones; `check` shows the outcome."""
