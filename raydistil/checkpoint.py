@@ -8,7 +8,6 @@ No state of a random number generator is among it: what is drawn is a function o
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from pyarrow import fs
 
 from raydistil.errors import StorageError
 from raydistil.manifest import Ledger
+from raydistil.storage import scratch_directory
 from raydistil.types import TrainSummary
 
 TAG = "deepspeed"
@@ -158,9 +158,9 @@ class CheckpointStore:
         if self.local is not None:
             yield Path(root, relative)
             return
-        with tempfile.TemporaryDirectory(prefix="raydistil-") as scratch:
-            fs.copy_files(f"{root}/{relative}", scratch, source_filesystem=filesystem)
-            yield Path(scratch)
+        with scratch_directory() as scratch:
+            fs.copy_files(f"{root}/{relative}", str(scratch), source_filesystem=filesystem)
+            yield scratch
 
     def keep(self, last: int, best: int) -> None:
         """Remove the others, of the complete ones."""

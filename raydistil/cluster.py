@@ -4,16 +4,13 @@ import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from uuid import uuid4
-
-import psutil
+from contextlib import contextmanager
 
 from raydistil.config.cluster import ClusterConfig
 from raydistil.errors import PlanError
 from raydistil.plan import Need, Node, check_fits, check_placed, local_cpus
+from raydistil.processes import MARK, end_leftovers, new_mark, wait_for_the_end
 
 # For every Ray process this run starts. Ray Data sizes its thread pools for large machines unless told; Ray runs its
 # workers at niceness 15, where anything else on the machine starves a training that waits for its own threads; and Ray
@@ -34,8 +31,6 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
-MARK = "RAYDISTIL_CLUSTER"  # in the environment of every process of a cluster that was started here
-END_S = 15.0
 
 
 @contextmanager
@@ -58,33 +53,14 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         yield
         return
     _quiet()
-    mark = uuid4().hex
+    end_leftovers()
+    mark = new_mark()
     try:
         _start(config, address_of(config), mark)
         yield
     finally:
         ray.shutdown()
-        _wait_for_the_end(mark)
-
-
-def _wait_for_the_end(mark: str) -> None:
-    """Ray's workers end a while after it; whatever outlives `END_S` is killed, so that the last line is the last."""
-    deadline = time.monotonic() + END_S
-    while left := [process for process in psutil.process_iter() if _carries(process, mark)]:
-        if time.monotonic() > deadline:
-            for process in left:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-            return
-        time.sleep(0.1)
-
-
-def _carries(process: psutil.Process, mark: str) -> bool:
-    """Whether a process, other than this one, is of the cluster; what has ended and waits to be reaped is not."""
-    try:
-        return process.pid != os.getpid() and bool(process.environ().get(MARK) == mark)
-    except (psutil.Error, OSError):  # another user's, or gone
-        return False
+        wait_for_the_end(mark)
 
 
 def address_of(config: ClusterConfig) -> str | None:

@@ -4,7 +4,6 @@ What is timed is what a run is made of: the actor's own class, with its threads,
 optimizer on targets as they cross the wire. Nothing is kept, and no Ray process is started.
 """
 
-import tempfile
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from raydistil.prepare import Prepared, prepare
 from raydistil.source import MicroBatches
 from raydistil.specs import TrainRun
 from raydistil.stages import train_run
+from raydistil.storage import scratch_directory
 from raydistil.student import save_model
 from raydistil.tally import BUSY, WAITS, Verdict
 from raydistil.targets import decode_targets
@@ -132,8 +132,8 @@ def probe(config: Config, max_rows: int) -> Probe | None:
     """Of the first `max_rows` texts; None where nothing is distilled, or no teacher has anything to say."""
     if config.distill is None:
         return None
-    with tempfile.TemporaryDirectory(prefix="raydistil-") as folder:
-        run = prepare(_small(config, Path(folder), max_rows), lambda line: None)
+    with scratch_directory() as folder:
+        run = prepare(_small(config, folder, max_rows), lambda line: None)
         planned = _planned(run)
         if not planned.worker.teachers:
             return None

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import ray.train
 
 from raydistil.checkpoint import TAG, CheckpointStore, State
 from raydistil.errors import StorageError
+from raydistil.storage import scratch_directory
 
 # DeepSpeed's own name for weights and moments that have been put together again out of all workers' pieces.
 UNIVERSAL = {"checkpoint": {"load_universal": True}}
@@ -41,7 +41,7 @@ def resumed(store: CheckpointStore, name: str | None, zero_stage: int) -> Iterat
     if name is None:
         yield None
         return
-    with store.at_hand(name) as folder, tempfile.TemporaryDirectory(prefix="raydistil-") as scratch:
+    with store.at_hand(name) as folder, scratch_directory() as scratch:
         state, workers = store.state(name), ray.train.get_context().get_world_size()
         if zero_stage == 3 and state.workers != workers:  # their moments do not come out as they were
             raise StorageError(
@@ -50,8 +50,8 @@ def resumed(store: CheckpointStore, name: str | None, zero_stage: int) -> Iterat
             )
         universal = zero_stage > 0 and state.workers != workers
         if universal:
-            _put_together(folder / TAG, Path(scratch) / TAG)
-        yield Resumed(state, universal, Path(scratch) if universal else folder)
+            _put_together(folder / TAG, scratch / TAG)
+        yield Resumed(state, universal, scratch if universal else folder)
 
 
 def _put_together(pieces: Path, target: Path) -> None:

@@ -1,13 +1,16 @@
 """The directory of a run: which run it belongs to, what each stage left there."""
 
+import fcntl
 import json
+import os
+import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from raydistil.checkpoint import CheckpointStore
 from raydistil.config import Config, flatten, result_hash, result_part
-from raydistil.errors import FullError, StorageError
-from raydistil.storage import is_disk_full
+from raydistil.errors import StorageError
+from raydistil.storage import remove_leftovers, whole_file
 
 CONFIG = "config.json"
 REPORT = "report.json"
@@ -17,15 +20,20 @@ DISTILLED = "distilled"
 DISTILL = "distill"  # the stage that makes it
 NO_TEACHER = "no-teacher"  # the same student, trained on the labels alone; its learning rate follows
 STUDENT = "student"  # exported
+LOCK = ".lock"
 CHECKPOINTS = "checkpoints"  # of the stages that are being trained, where they have no place of their own
+
+_held: dict[Path, TextIO] = {}  # locks of this process
 
 
 def claim(config: Config, data: str) -> Path:
     """The run's directory, made if need be. `data` stands for the content of its token store.
 
-    Raises StorageError if it belongs to a run whose result is defined otherwise.
+    Raises StorageError if it belongs to a run whose result is defined otherwise, or if somebody is at work there.
     """
     path = config.run_dir
+    _hold(path)
+    remove_leftovers(path)
     kept = path / CONFIG
     if kept.exists() and _has_results(path):
         before = json.loads(kept.read_text())
@@ -38,6 +46,26 @@ def claim(config: Config, data: str) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     write_json(kept, {"hash": result_hash(config), "data": data, "config": config.model_dump(mode="json")})
     return path
+
+
+def _hold(path: Path) -> None:
+    """Keep others out until this process ends, however it does."""
+    path.mkdir(parents=True, exist_ok=True)
+    if path.resolve() in _held:
+        return
+    file = (path / LOCK).open("a+", encoding="utf8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        raise StorageError(
+            f"expected nobody at work in {path}, but {file.read() or 'somebody'} is: wait for its end, or choose "
+            f"another directory with --set name=..."
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    _held[path.resolve()] = file
 
 
 def _has_results(path: Path) -> bool:
@@ -57,15 +85,8 @@ def _changes(before: dict[str, Any], config: Config) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Atomically. Raises FullError when the disk is full; the previous file is then intact."""
-    scratch = path.with_suffix(".new")
-    try:
+    with whole_file(path) as scratch:
         scratch.write_text(json.dumps(value, indent=1, default=str) + "\n")
-        scratch.replace(path)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        if is_disk_full(error):
-            raise FullError(f"no space left while writing {path}: free some and run again") from error
-        raise
 
 
 def numbered(name: str, number: int) -> str:

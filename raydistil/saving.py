@@ -9,11 +9,10 @@ nobody.
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,11 @@ from raydistil.checkpoint import MODEL, TAG, CheckpointStore, State, digest_of
 from raydistil.config.checkpoints import CheckpointsConfig
 from raydistil.errors import FullError, StorageError
 from raydistil.partitioned import gathered
-from raydistil.storage import is_disk_full
+from raydistil.storage import is_disk_full, scratch_directory
 from raydistil.student import save_model
 
 OTHERS_S = 600.0  # that rank 0 waits for what the others have to bring
 LOOK_S = 0.1
-SCRATCH = "raydistil-"
 
 
 class Saver:
@@ -45,13 +43,14 @@ class Saver:
         """Every worker must call this at the same step. Returns when training may go on; `wait` says how it went."""
         self.wait()
         name = f"step-{engine.global_steps:09d}-{self._start}"
-        with self._cleaning(name):
-            scratch = self._scratch(name)
+        with ExitStack() as making:
+            making.enter_context(self._cleaning(name))
+            scratch = making.enter_context(self._scratch(name))
             engine.save_checkpoint(str(scratch), tag=TAG)
             with gathered(engine.module.model):
                 if self._rank == 0:
                     save_model(engine.module.model, tokenizer, scratch / MODEL)
-        self._pending = self._thread.submit(self._finish, name, scratch, state)
+            self._pending = self._thread.submit(self._finish, making.pop_all(), name, scratch, state)
 
     def look(self) -> None:
         """Raise what the thread met, if it has."""
@@ -74,7 +73,6 @@ class Saver:
             yield
         except Exception as error:
             self._store.remove(name)
-            shutil.rmtree(self._scratch(name), ignore_errors=True)
             if is_disk_full(error):
                 raise FullError(
                     f"no space left for a checkpoint in {self._store.place}; the last one is as it was: free some, and "
@@ -82,19 +80,26 @@ class Saver:
                 ) from error
             raise
 
-    def _scratch(self, name: str) -> Path:
+    @contextmanager
+    def _scratch(self, name: str) -> Iterator[Path]:
         """A directory of this worker's, on the store's own file system if it has one."""
-        root = self._store.local or Path(tempfile.gettempdir())
-        path = root / f"{SCRATCH}{name}.rank-{self._rank}"
-        path.mkdir(parents=True, exist_ok=True)
-        return path
+        local = self._store.local
+        if local is None:
+            with scratch_directory() as path:
+                yield path
+            return
+        path = local / f"{name}.rank-{self._rank}"
+        path.mkdir(parents=True)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
 
-    def _finish(self, name: str, scratch: Path, state: State) -> None:
-        with self._cleaning(name):
+    def _finish(self, making: ExitStack, name: str, scratch: Path, state: State) -> None:
+        with making:
             files = dict(_digests(scratch))
             self._publish(name, scratch, list(files))
             self._store.write(f"{name}/files-{self._rank}.json", json.dumps(files).encode())
-            shutil.rmtree(scratch)
             if self._rank == 0:
                 self._store.commit(name, replace(state, files=self._everyones(name)))
                 self._store.keep(self._config.keep_last, self._config.keep_best)

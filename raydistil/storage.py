@@ -1,18 +1,30 @@
-"""Where files go: the cache, and directories that appear whole or not at all."""
+"""Where files go: the cache, and directories that appear whole or not at all.
+
+What is not whole yet bears the name of the process that makes it, so that whoever comes after one that was killed knows
+what nobody will finish.
+"""
 
 import errno
 import os
 import re
 import shutil
+import socket
+import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
+
+import psutil
 
 from raydistil.errors import FullError, StorageError
 
 # What safetensors, numpy.save and torch.save say of a full disk, none of which sets errno.
 DISK_FULL = re.compile(r"No space left on device|\d+ requested and \d+ written|unexpected pos \d+ vs \d+")
+
+LEFT = re.compile(r"\.(?P<name>.+)\.(?P<kind>new|old)\.(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}")
+ABANDONED_S = 24 * 3600.0  # what another machine's process has not touched for so long
 
 
 def cache_dir() -> Path:
@@ -30,7 +42,7 @@ def whole_directory(target: Path) -> Iterator[Path]:
     Whatever stood at `target` before stays untouched until then, and for good if the block raises.
     Raises FullError when the disk is full, StorageError where nothing can be written.
     """
-    scratch = target.with_name(f".{target.name}.{os.getpid()}")
+    scratch = _beside(target, "new")
     try:
         _make(scratch, target)
         yield scratch
@@ -51,7 +63,7 @@ def whole_file(target: Path) -> Iterator[Path]:
 
     Raises FullError when the disk is full, StorageError where nothing can be written.
     """
-    scratch = target.with_name(f".{target.name}.{uuid4().hex}.part")
+    scratch = _beside(target, "new")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield scratch
@@ -64,9 +76,47 @@ def whole_file(target: Path) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
+@contextmanager
+def scratch_directory() -> Iterator[Path]:
+    """One that is gone when the block ends."""
+    path = _beside(Path(tempfile.gettempdir(), "raydistil"), "new")
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Finish, or else remove, what processes that are no more left in `folder`."""
+    for path in folder.glob(".*") if folder.is_dir() else ():
+        found = LEFT.fullmatch(path.name)
+        if found is None or not _abandoned(path, found["host"], int(found["pid"])):
+            continue
+        target = path.with_name(found["name"])
+        if found["kind"] == "old" and not target.exists():
+            path.rename(target)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _abandoned(path: Path, host: str, pid: int) -> bool:
+    if host == socket.gethostname():
+        return not psutil.pid_exists(pid)
+    with suppress(OSError):
+        return time.time() - path.stat().st_mtime > ABANDONED_S
+    return False
+
+
+def _beside(target: Path, kind: str) -> Path:
+    """A name of this process's alone. `new`: what will be at `target`. `old`: what was."""
+    return target.with_name(f".{target.name}.{kind}.{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}")
+
+
 def _make(scratch: Path, target: Path) -> None:
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
     except OSError as error:
         if is_disk_full(error):
@@ -79,7 +129,7 @@ def _replace(scratch: Path, target: Path) -> None:
     if not target.exists():
         scratch.rename(target)
         return
-    old = target.with_name(f".{target.name}.old.{os.getpid()}")
+    old = _beside(target, "old")
     target.rename(old)
     try:
         scratch.rename(target)

@@ -25,6 +25,7 @@ from raydistil.errors import StorageError
 from raydistil.places import compared_places
 from raydistil.source import MicroBatches
 from raydistil.specs import SourceSpec, TeacherSpec
+from raydistil.storage import ABANDONED_S
 from raydistil.targets import PLACES_AT_ONCE, decode_targets
 from raydistil.teacher import Teacher
 from raydistil.types import Sparse, TokenBatch
@@ -292,10 +293,10 @@ def test_a_file_that_was_vouched_for_is_not_read_again(kept: tuple[SourceSpec, T
 def test_what_a_killed_writer_left_goes_after_a_while(kept: tuple[SourceSpec, TeacherSpec]) -> None:
     source, _ = kept
     assert source.caches
-    fresh, stale = (paths(source)[0].with_name(f".x{n}.part") for n in (1, 2))
+    fresh, stale = (paths(source)[0].with_name(f".x{n}.new.elsewhere-1-0123abcd") for n in (1, 2))
     for path in (fresh, stale):
         path.write_bytes(b"half")
-    os.utime(stale, (time.time() - 7200,) * 2)
+    os.utime(stale, (time.time() - 2 * ABANDONED_S,) * 2)
     assert missing_shards(source.caches[0], print) == []
     assert fresh.exists()
     assert not stale.exists()

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from raydistil.errors import StorageError
-from raydistil.storage import cache_dir, is_disk_full, whole_directory
+from raydistil.storage import LEFT, cache_dir, is_disk_full, remove_leftovers, scratch_directory, whole_directory
 
 SIZE = 4 << 20  # bytes: more than the small disk holds
 
@@ -80,13 +81,39 @@ def test_the_old_directory_is_put_back_when_the_new_one_is_gone(tmp_path: Path) 
     assert files(tmp_path) == {"target/a": "old"}
 
 
-def test_what_a_killed_process_left_is_no_hindrance(tmp_path: Path) -> None:
-    left = tmp_path / f".target.{os.getpid()}"
-    left.mkdir()
-    (left / "half").write_text("half")
-    with whole_directory(tmp_path / "target") as scratch:
-        (scratch / "a").write_text("new")
-    assert files(tmp_path) == {"target/a": "new"}
+DEAD = 2**22 + 1  # above the largest process id
+
+
+def left(folder: Path, name: str, kind: str, pid: int = DEAD) -> Path:
+    path = folder / f".{name}.{kind}.{socket.gethostname()}-{pid}-0123abcd"
+    path.mkdir()
+    (path / "a").write_text(kind)
+    return path
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    left(tmp_path, "target", "new")
+    own = left(tmp_path, "target", "new", os.getpid())
+    others = tmp_path / ".hidden"
+    others.mkdir()
+    remove_leftovers(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([own, others])
+    remove_leftovers(tmp_path / "none")
+
+
+def test_what_a_killed_process_had_put_aside_is_put_back(tmp_path: Path) -> None:
+    """Unless what was to take its place is there."""
+    left(tmp_path, "target", "old")
+    left(tmp_path, "other.json", "old")
+    (tmp_path / "other.json").write_text("there")
+    remove_leftovers(tmp_path)
+    assert files(tmp_path) == {"target/a": "old", "other.json": "there"}
+
+
+def test_a_scratch_directory_is_gone_after_its_block_and_named_so_that_it_can_be_removed() -> None:
+    with scratch_directory() as path:
+        assert path.is_dir() and LEFT.fullmatch(path.name)
+    assert not path.exists()
 
 
 def test_a_place_that_cannot_hold_a_directory(tmp_path: Path) -> None:

@@ -4,19 +4,17 @@ A shard is looked at once, byte by byte; after that its size and time vouch for 
 """
 
 import json
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from raydistil.cache.files import fault_of
 from raydistil.cache.layout import Shard, path_of, shards
 from raydistil.specs import CacheSpec
-from raydistil.storage import whole_file
+from raydistil.storage import remove_leftovers, whole_file
 
 VERIFIED = "verified.json"
 INPUTS = "cache.json"
-LEFT_BEHIND_S = 3600  # a scratch file that old is of a writer that was killed
 
 Stamp = list[int]  # size in bytes, time of change in ns
 
@@ -35,7 +33,8 @@ def missing_shards(spec: CacheSpec, say: Callable[[str], None]) -> list[Shard]:
                 say(f"targets: {path} is broken ({fault}), written anew")
                 path.unlink()
                 absent.append(shard)
-    _remove_left_behind(spec.path)
+    for folder in {path_of(spec, shard).parent for shard in shards(spec)}:
+        remove_leftovers(folder)
     return absent
 
 
@@ -81,9 +80,3 @@ def _stamp(path: Path) -> Stamp:
 def _write_json(path: Path, value: Any) -> None:
     with whole_file(path) as scratch:
         scratch.write_text(json.dumps(value, indent=1) + "\n")
-
-
-def _remove_left_behind(folder: Path) -> None:
-    stale: Iterable[Path] = (p for p in folder.rglob(".*.part") if time.time() - p.stat().st_mtime > LEFT_BEHIND_S)
-    for path in stale:
-        path.unlink(missing_ok=True)

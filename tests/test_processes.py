@@ -1,0 +1,54 @@
+"""What a killed run left running ends with the next start; what others run is left alone."""
+
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from raydistil.processes import MARK, end_leftovers, new_mark, wait_for_the_end
+
+SLEEPS = [sys.executable, "-c", "import time; time.sleep(600)"]
+# Starts a sleeper with a mark of its own, says who it is, and is killed.
+STARTER = f"""
+import os, signal, subprocess
+from raydistil.processes import MARK, new_mark
+env = dict(os.environ) | {{MARK: new_mark()}}
+print(subprocess.Popen({SLEEPS!r}, env=env, stdout=subprocess.DEVNULL).pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def sleeper(mark: str) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(SLEEPS, env=dict(os.environ) | {MARK: mark})
+
+
+def test_what_a_killed_process_started_is_ended() -> None:
+    own, other = sleeper(new_mark()), subprocess.Popen(SLEEPS)
+    started = subprocess.run([sys.executable, "-c", STARTER], stdout=subprocess.PIPE, text=True, check=False)
+    orphan = psutil.Process(int(started.stdout))
+    try:
+        end_leftovers()
+        orphan.wait(timeout=20)
+        assert own.poll() is None and other.poll() is None
+    finally:
+        for process in (own, other):
+            process.kill()
+            process.wait()
+
+
+def test_a_process_that_has_another_ones_number_is_not_taken_for_it() -> None:
+    process = sleeper(f"{os.getpid()}-{psutil.Process().create_time() - 60:.2f}-0")
+    end_leftovers()
+    assert process.wait(timeout=20) < 0
+
+
+def test_what_outlives_its_time_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raydistil.processes.END_S", 0.3)
+    mark = new_mark()
+    process, began = sleeper(mark), time.monotonic()
+    wait_for_the_end(mark)
+    assert time.monotonic() - began > 0.3
+    assert process.wait(timeout=20) < 0
