@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from raydistil.config import Config, load_config
-from raydistil.errors import Interrupted, RaydistilError
+from raydistil.errors import FailedError, Interrupted, RaydistilError
 
 Result = dict[str, Any]
 Command = Callable[..., None]
@@ -229,6 +229,28 @@ def bench_scale(
     assumed = scale.Assumed(tflops * 1e12, mfu, scale.TOKENS, scale.AHEAD)
     machines = paper.Machines(8, network_gbit / 8 * 1e9, 0.0, gpu_hour)
     _emit(lambda: scale.bench_scale(output, timers, counts, assumed, machines, _say), as_json, tables.show_scale)
+
+
+@bench.command("chaos")
+@click.option("--output", default=Path("runs/chaos"), show_default=True, type=click.Path(path_type=Path))
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the schedule and the run.")
+@click.option("--students", default=1, show_default=True, type=click.IntRange(min=1), help="Student workers.")
+@click.option("--quick", is_flag=True, help="One kill of each kind.")
+@_json
+def bench_chaos(output: Path, seed: int, students: int, quick: bool, as_json: bool) -> None:
+    """A run whose processes and nodes are killed all the time: nothing lost, nothing twice. Exit code 1 otherwise."""
+    from raydistil import tables
+    from raydistil.bench import chaos
+
+    setting, results = chaos.Setting(output, seed, students, chaos.QUICK if quick else chaos.FULL), list[Result]()
+
+    def work() -> Result:
+        results.append(chaos.bench_chaos(setting, _say))
+        return results[0]
+
+    _emit(work, as_json, tables.show_chaos)
+    if not results[0]["passed"]:
+        raise FailedError(f"expected nothing lost and nothing twice, and as many kills as planned: see {output}")
 
 
 def main() -> None:

@@ -159,6 +159,30 @@ def show_scale(result: dict[str, Any]) -> None:
     console.print(paper)
 
 
+def show_chaos(result: dict[str, Any]) -> None:
+    """What was killed, and what came of it."""
+    table = Table(title="killed, and gone on", box=SIMPLE_HEAD, title_justify="left", show_header=False)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in result["kills_by_kind"].items())
+    same = "yes, bit for bit" if result["same_weights"] else "no"
+    for what, found in (
+        ("kills", f"{result['kills']} ({kinds})"),
+        ("starts", f"{result['resumes'] + 1} of the driver, {result['worker_starts']} of the student workers"),
+        ("teachers built", str(result["teachers_built"])),
+        ("texts to train on", f"{result['positions_expected']:,}"),
+        ("trained on", f"{result['positions_trained']:,}"),
+        ("lost", f"{result['lost']:,}"),
+        ("trained on twice", f"{result['duplicated']:,}"),
+        ("the audit finds what is spoilt on purpose", "yes" if result["audit_control"] else "no"),
+        ("final loss", f"{result['final_loss']:.6f}"),
+        ("without kills", f"{result['uninterrupted_final_loss']:.6f}"),
+        ("the same weights", same),
+        ("steps done again", f"{result['steps_repeated']:,} of {result['steps']:,}"),
+        ("seconds", f"{result['wall_s']:.0f}, {result['uninterrupted_wall_s']:.0f} without kills"),
+    ):
+        table.add_row(what, found)
+    Console().print(table)
+
+
 def show_check(result: dict[str, Any]) -> None:
     """Configuration with origins, sample, models, data, plan."""
     console = Console()

@@ -22,10 +22,10 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from ray.cluster_utils import Cluster
 from transformers import BertConfig, BertForMaskedLM, DistilBertConfig, DistilBertForMaskedLM
 
 from raydistil.bench import MINILM
+from raydistil.bench.nodes import PART, head_node
 from raydistil.bench.paper import Costs, Machines, outlook
 from raydistil.bench.stream import LENGTH
 from raydistil.bench.window import Window, window_of
@@ -53,7 +53,6 @@ BLOCK_BYTES = MICRO_BATCH * LENGTH * 384 * 2  # the targets of a micro-batch of 
 TOKENS = 32 * 512  # of a GPU's micro-batch
 AHEAD = 16
 BATCH_BYTES = 8  # a token: its id and its label
-PART = "raydistil-part"  # label of a node: what runs there
 NODES = 3  # besides the head
 NODE_STORE_BYTES = 512 << 20
 WARM_UP = 0.5  # of a window's time, before it
@@ -179,20 +178,17 @@ def store_rate(num_bytes: int) -> float:
 
 @contextmanager
 def several_nodes(teachers: int) -> Iterator[None]:
-    """A cluster of raylets on this machine, with logical CPUs enough for so many teachers and what else there is."""
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    shape: dict[str, Any] = {"object_store_memory": NODE_STORE_BYTES, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "labels": {PART: "student"}, **shape})
-    try:
+    """Connected to a cluster of raylets on this machine, with logical CPUs for so many teachers and what else runs."""
+    with head_node(NODE_STORE_BYTES, {PART: "student"}) as cluster:
         for _ in range(NODES):
             cluster.add_node(
                 num_cpus=-(-teachers // NODES), object_store_memory=NODE_STORE_BYTES, labels={PART: "teacher"}
             )
         ray.init(cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-        yield
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _measured(output: Path, source: SourceSpec, timers: Timers, pool: tuple[int, int]) -> tuple[Window, Tree]:
