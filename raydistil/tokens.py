@@ -239,7 +239,7 @@ class _Writer:
         return StoreMeta(
             vocab_size=len(tokenizer), pad_id=_pad_id(tokenizer), mask_id=-1 if mask is None else mask,
             special_ids=tuple(sorted(tokenizer.all_special_ids)), labels=self._labels, splits=self._counts,
-            notes=self._corpus.notes, documents=self._documents, numbers=self._numbers,
+            notes=self._corpus.notes + self._corpus.left_out(), documents=self._documents, numbers=self._numbers,
         )  # fmt: skip
 
 

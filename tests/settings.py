@@ -28,7 +28,7 @@ DEFINING: dict[str, Any] = {
     "corpus.validation_share": 0.25, "corpus.test_share": 0.5, "corpus.text_column": "body",
     "corpus.label_column": "kind", "corpus.hub_config": "20231101.en", "corpus.libraries": ["json", "email"],
     "corpus.labelled_share": 0.5,
-    "corpus.max_rows": 10, "corpus.max_rows_per_label": 11, "corpus.max_rows_per_module": 12,
+    "corpus.max_bad_rows": 1, "corpus.max_rows": 10, "corpus.max_rows_per_label": 11, "corpus.max_rows_per_module": 12,
     "tokens.length": 64, "tokens.buckets": [16, 32], "tokens.min_tokens": 3, "tokens.max_unknown_share": 0.5,
     "masking.kind": "frequency", "masking.share": 0.3, "masking.smoothing": 0.5,
     "teacher.model": "another", "teacher.precision": "bfloat16", "teacher.weight": 2.0,

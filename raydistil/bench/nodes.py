@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from ray._private.utils import get_ray_address_file
+from ray._common.utils import get_ray_address_file
 from ray.cluster_utils import Cluster
 
 from raydistil.processes import MARK, new_mark, wait_for_the_end

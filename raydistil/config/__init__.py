@@ -47,6 +47,9 @@ class CorpusConfig(Section):
     """Share of the training rows whose label is used, chosen by hash; the rest is text that only a teacher labels."""
     libraries: tuple[str, ...] = ()
     """`python-docs` only: top-level import names to read; empty: all that are installed, and the standard library."""
+    max_bad_rows: Annotated[int, Field(ge=0)] = 0
+    """Rows that cannot be read or used (bad bytes, no text, a damaged row group of Parquet): so many are left out,
+    counted and named; one more is an error."""
     max_rows: Positive | None = None
     """Of each of `source`, `validation_source` and `test_source`; so is `max_rows_per_label` (no label is one too)."""
     max_rows_per_label: Positive | None = None

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from raydistil.config import CorpusConfig, digest
 from raydistil.corpus import python_docs
+from raydistil.corpus.bad import BadRows
 from raydistil.corpus.caps import Caps
 from raydistil.corpus.files import expand, is_file_pattern, read_records
 from raydistil.corpus.split import split_of, with_shared_label
@@ -39,6 +40,7 @@ class Corpus:
     fingerprint: str
     notes: tuple[str, ...]
     numbers: bool = False  # whether labels are numbers, not classes
+    left_out: Callable[[], tuple[str, ...]] = tuple  # what to say of bad rows, when all have been read once
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,15 +142,18 @@ def _open_files(config: CorpusConfig, wanted: _Labels) -> Corpus:
     }
     paths = {split: expand(pattern, key) for split, (pattern, key) in sources.items() if pattern}
     _check_disjoint(paths)
-    first_number, first = _first_record(paths["train"])
+    last = [BadRows(config.max_bad_rows)]  # of the pass before
+    first_number, first = _first_record(paths["train"], last[0])
     columns, notes = _choose_columns(config, first, f"{paths['train'][0]}:{first_number}", wanted)
 
     def rows() -> Iterator[TextRow]:
+        bad = last[0] = BadRows(config.max_bad_rows)
         for split, group in paths.items():
-            records = ((f"{path}:{n}", record) for path in group for n, record in read_records(path))
-            yield from _to_rows(records, columns, config, None if split == "train" else split)
+            records = ((f"{path}:{n}", record) for path in group for n, record in read_records(path, bad))
+            yield from _to_rows(records, columns, config, None if split == "train" else split, bad)
 
-    return Corpus(rows, _hash_files(paths, [columns, config.model_dump(mode="json")]), notes)
+    hashed = _hash_files(paths, [columns, config.model_dump(mode="json")])
+    return Corpus(rows, hashed, notes, left_out=lambda: last[0].notes())
 
 
 def _check_disjoint(paths: dict[Split, list[Path]]) -> None:
@@ -162,9 +167,9 @@ def _check_disjoint(paths: dict[Split, list[Path]]) -> None:
             )
 
 
-def _first_record(paths: list[Path]) -> tuple[int, dict[str, Any]]:
+def _first_record(paths: list[Path], bad: BadRows) -> tuple[int, dict[str, Any]]:
     for path in paths:
-        for record in read_records(path):
+        for record in read_records(path, bad):
             return record
     raise DataError(f"{paths[0]}: expected at least one row, found none: the corpus is empty")
 
@@ -194,12 +199,15 @@ def _open_hub(config: CorpusConfig, wanted: _Labels) -> Corpus:
     shared = config.model_copy(update=shares)  # a split of its own needs no share of the training rows
 
     def rows() -> Iterator[TextRow]:
+        bad = last[0] = BadRows(config.max_bad_rows)
         for split, part in parts.items():
             records = ((f"{config.source}[{split}]:{n}", row) for n, row in enumerate(part, 1))
-            yield from _to_rows(records, columns, shared, None if split == "train" else split)
+            yield from _to_rows(records, columns, shared, None if split == "train" else split, bad)
 
+    last = [BadRows(config.max_bad_rows)]  # of the pass before
     fingerprints = {split: part._fingerprint for split, part in parts.items()}
-    return Corpus(rows, digest([fingerprints, columns, config.model_dump(mode="json")]), notes + split_notes)
+    hashed = digest([fingerprints, columns, config.model_dump(mode="json")])
+    return Corpus(rows, hashed, notes + split_notes, left_out=lambda: last[0].notes())
 
 
 def _load_hub(config: CorpusConfig) -> Any:
@@ -276,15 +284,23 @@ def _choose(
 
 
 def _to_rows(
-    records: Iterator[tuple[str, dict[str, Any]]], columns: Columns, config: CorpusConfig, split: Split | None
+    records: Iterator[tuple[str, dict[str, Any]]],
+    columns: Columns,
+    config: CorpusConfig,
+    split: Split | None,
+    bad: BadRows,
 ) -> Iterator[TextRow]:
     """Typed rows of the records, as far as the caps want them; `split` None: by a hash of the text."""
     caps = Caps(config)
     for where, record in records:
         if caps.full:
             return
-        text = _text(_cell(record, columns.text, where, "text"), columns.text, where)
-        label = _label(record, columns, where)
+        try:
+            text = _text(_cell(record, columns.text, where, "text"), columns.text, where)
+            label = _label(record, columns, where)
+        except DataError as error:
+            bad.add(error)
+            continue
         if caps.open(label):
             caps.count(label)
             yield TextRow(text, label, where, split or split_of(text, config))
