@@ -117,7 +117,7 @@ def _probed(config: Config, rows: list[TextRow]) -> Iterator[str]:
     found = probe(config, ROWS_READ)
     if found is None:
         return
-    teachers, students = config.cluster.teachers[1], config.cluster.students
+    teachers, students = config.cluster.teachers[1], config.cluster.most_students
     verdict, first = found.verdict(teachers, students), config.trainings()[0]
     seconds = first.epochs * _amount(config, rows)[0] / found.tok_s(teachers, students)
     yield (

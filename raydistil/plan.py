@@ -49,7 +49,7 @@ class Need:
 def need_of(cluster: ClusterConfig, pools: int, with_student: bool = True) -> Need:
     """What `cluster` asks for, with as few teachers in each of the pools as it allows."""
     return Need(
-        cluster.students if with_student else 0, cluster.student_cpus, cluster.student_gpus,
+        cluster.fewest_students if with_student else 0, cluster.student_cpus, cluster.student_gpus,
         pools * cluster.teachers[0], cluster.teacher_cpus, cluster.teacher_gpus,
         cluster.student_label_selector, cluster.teacher_label_selector,
     )  # fmt: skip
@@ -130,7 +130,7 @@ def threads(cluster: ClusterConfig, pools: int, cached: bool = False, joined: bo
     through before the students start, one pool after the other, and a core is left to what reads their targets:
     threads that wait for one that cannot run are slower than fewer of them.
     """
-    students, teachers = cluster.students, cluster.teachers[0] * pools
+    students, teachers = cluster.most_students, cluster.teachers[0] * pools
     apart = joined or cached or not teachers or cluster.teacher_gpus + cluster.student_gpus > 0
     even = cores() // (students + teachers)
     student, teacher = (even, even) if apart else (cores() // students, cores() // teachers)

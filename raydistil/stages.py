@@ -39,7 +39,7 @@ def manifest_of(run: Prepared, config: TrainConfig, with_teacher: bool, seed: in
 def per_step(run: Prepared, stage: str, config: TrainConfig) -> int:
     """Micro-batches of an optimizer step: as the file says, or as they were when the stage was begun."""
     kept = rundir.checkpoints_of(run.config, stage).newest()
-    return run.config.cluster.students * config.accumulation if kept is None else kept.state.per_step
+    return run.config.cluster.most_students * config.accumulation if kept is None else kept.state.per_step
 
 
 @dataclass(frozen=True, slots=True)

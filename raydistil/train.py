@@ -1,5 +1,6 @@
 """One training run on Ray Train: the driver's side. Starts it, shows it, stops it when asked, brings its model home."""
 
+import os
 import shutil
 import signal
 import sys
@@ -33,6 +34,7 @@ from raydistil.stream import build_stream, execution_options, shard_rows
 from raydistil.types import StepMetrics, TrainSummary
 
 POLL_S = 0.5
+HANGS = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 Say = Callable[[str], None]
 
 
@@ -99,18 +101,16 @@ def _forget_ray_train(store: CheckpointStore) -> None:
 def _trainer(run: TrainRun, progress: Any) -> TorchTrainer:
     cluster = run.cluster
     filesystem, path = _place_for_ray_train(run.save.store)
+    os.environ[HANGS] = str(cluster.hang_timeout_s)  # Ray Train hands it on to its controller
     return TorchTrainer(
         _work,
         train_loop_config={"spec": run.worker, "save": run.save, "progress": progress},
         datasets={"train": partial(_starting, run.save, progress)},  # see _Dealt
         dataset_config=_Dealt(run),
-        torch_config=TorchConfig(backend="nccl" if cluster.student_gpus else "gloo", timeout_s=1800),
-        scaling_config=ScalingConfig(
-            num_workers=cluster.students,
-            use_gpu=cluster.student_gpus > 0,
-            resources_per_worker=_resources(cluster),
-            label_selector=cluster.student_label_selector or None,  # type: ignore[call-arg]  # it is of Train V2
+        torch_config=TorchConfig(
+            backend="nccl" if cluster.student_gpus else "gloo", timeout_s=int(cluster.hang_timeout_s)
         ),
+        scaling_config=_scaling(cluster),
         run_config=RunConfig(
             name=Path(path).name,
             storage_path=str(Path(path).parent),
@@ -173,9 +173,17 @@ class _Dealt(DataConfig):
         return [{"train": share} for share in dataset.streaming_split(world_size, equal=True)]
 
 
-def _resources(cluster: ClusterConfig) -> dict[str, float]:
+def _scaling(cluster: ClusterConfig) -> ScalingConfig:
+    """Pairs of numbers and labels are of Train V2, whose types are hidden."""
+    make: Any = ScalingConfig
     gpus = {"GPU": cluster.student_gpus} if cluster.student_gpus else {}
-    return {"CPU": cluster.student_cpus, **gpus}
+    made: ScalingConfig = make(
+        num_workers=cluster.students,
+        use_gpu=cluster.student_gpus > 0,
+        resources_per_worker={"CPU": cluster.student_cpus, **gpus},
+        label_selector=cluster.student_label_selector or None,
+    )
+    return made
 
 
 def _fit(trainer: TorchTrainer, progress: Any, live: LiveLine, store: Store) -> None:

@@ -70,7 +70,8 @@ PLACING: dict[str, Any] = {
     "cluster.student_cpus": 2.0, "cluster.student_gpus": 1.0, "cluster.student_threads": 3,
     "cluster.teachers": [2, 4], "cluster.teacher_cpus": 0.5, "cluster.teacher_gpus": 0.5,
     "cluster.teacher_threads": 1, "cluster.max_bytes_in_flight": 1 << 21,
-    "cluster.trace": True, "cluster.max_failures": 1, "cluster.student_label_selector": {"pool": "a"},
+    "cluster.trace": True, "cluster.hang_timeout_s": 30.0,
+    "cluster.max_failures": 1, "cluster.student_label_selector": {"pool": "a"},
     "cluster.teacher_label_selector": {"pool": "b"},
 }  # fmt: skip
 LEAVES = DEFINING | PLACING

@@ -1,7 +1,9 @@
 """Processes are killed, for real: nothing is lost, nothing is trained on twice, and the weights are the same."""
 
 import os
+import re
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -12,13 +14,15 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from conftest import write_jsonl
 from safetensors.torch import load_file
+from test_checkpoint import small_disk
 from test_pipeline import LANGUAGE_MODEL, config_for, quiet
 
 from raydistil import pipeline, rundir
 from raydistil.config import Config
 from raydistil.config.checkpoints import CheckpointsConfig
-from raydistil.errors import FailedError
+from raydistil.errors import DivergedError, FailedError, FullError
 from raydistil.trace import Record, audit, history, read_trace
 
 STUDENT, TEACHER = "ray::RayTrainWorker", "ray::MapWorker"
@@ -32,9 +36,9 @@ def killed_config(folder: Path, teacher: str, corpus: Path, name: str, **cluster
 
 
 @contextmanager
-def killing(config: Config, *kills: tuple[str, int]) -> Iterator[list[int]]:
-    """In the background: SIGKILL to one process of a kind as soon as workers that started after the kill before have
-    made a step; yields whom it met."""
+def killing(config: Config, *kills: tuple[str, int], blow: int = signal.SIGKILL) -> Iterator[list[int]]:
+    """In the background: SIGKILL (or `blow`) to one process of a kind as soon as workers that started after the kill
+    before have made a step; yields whom it met."""
     met: list[int] = []
     over = threading.Event()
 
@@ -43,7 +47,7 @@ def killing(config: Config, *kills: tuple[str, int]) -> Iterator[list[int]]:
         for kind, step in kills:
             while not over.is_set() and not any(r.step >= step and r.asked_s > killed_s for r in _traced(config)):
                 time.sleep(0.05)
-            met.append(_kill_one(kind, met, over))
+            met.append(_kill_one(kind, met, over, blow))
             killed_s = time.time()
 
     thread = threading.Thread(target=watch)
@@ -55,12 +59,12 @@ def killing(config: Config, *kills: tuple[str, int]) -> Iterator[list[int]]:
         thread.join()
 
 
-def _kill_one(kind: str, met: list[int], over: threading.Event) -> int:
+def _kill_one(kind: str, met: list[int], over: threading.Event, blow: int) -> int:
     """One that was not met before, of this process's own cluster."""
     while not over.is_set():
         for process in psutil.Process().children(recursive=True):
             if process.pid not in met and _name(process).startswith(kind):
-                os.kill(process.pid, signal.SIGKILL)
+                os.kill(process.pid, blow)
                 return process.pid
         time.sleep(0.05)
     return 0
@@ -156,3 +160,63 @@ def test_what_a_worker_could_say_is_kept(
     with pytest.raises(FailedError, match=r"within 1 starts from step 0, .*distill-failures.txt"):
         pipeline.run_all(config.model_copy(update={"distill": wrong}), quiet)
     assert "Traceback" in (config.run_dir / "distill-failures.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_taken_for_dead(
+    ray_cluster: None, tiny_teacher: str, corpus_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While the other one waits for it in a collective."""
+    config = killed_config(tmp_path, tiny_teacher, corpus_file, "hangs", students=2, hang_timeout_s=8)
+    with killing(config, (STUDENT, 20), blow=signal.SIGSTOP) as met:
+        pipeline.run_all(config, quiet)
+    assert len(met) == 1 and all(met)
+    assert not psutil.pid_exists(met[0])
+    assert len({record.began_s for record in audited(config)}) == 2
+    assert "the workers died" in capsys.readouterr().err
+
+
+def poisoned(folder: Path, teacher: str, most: int) -> Config:
+    """Numbers to learn, of which one makes the loss infinite, once an epoch."""
+    rows = [{"text": f"item {number} is iron and gold", "label": float(number % 7)} for number in range(64)]
+    rows[5]["label"] = 3e38
+    corpus = write_jsonl(folder / "numbers.jsonl", rows)
+    return config_for(
+        folder, teacher, corpus, name=f"most-{most}", task="regression",
+        corpus={"labelled_share": 1.0, "test_share": 0.0},
+        finetune={"epochs": 2, "micro_batch_size": 8, "max_skipped_steps": most}, distill=None, evaluate=None,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_step_whose_loss_is_no_number_is_left_out_and_named_up_to_a_limit(
+    ray_cluster: None, tiny_teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = poisoned(tmp_path, tiny_teacher, 2)
+    pipeline.run_stage(config, "finetune", quiet)
+    summary = rundir.read_summary(config.run_dir, "finetune")
+    assert summary is not None and (summary["steps"], summary["skipped_steps"]) == (16, 2)
+    said = re.findall(r"nan or inf in step (\d+) of 16 \(micro-batches (\d+)\): skipped", capsys.readouterr().err)
+    assert len(said) == 2 and all(int(step) == int(index) + 1 for step, index in said)
+    last = rf"got nan or inf in step {said[1][0]} of 16 \(micro-batches {said[1][1]}\), after 1 that were skipped"
+    with pytest.raises(DivergedError, match=last):
+        pipeline.run_stage(poisoned(tmp_path, tiny_teacher, 1), "finetune", quiet)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_keeps_the_last_checkpoint(
+    ray_cluster: None, tiny_teacher: str, corpus_file: Path, tmp_path: Path
+) -> None:
+    """With room for one and not for two, and then for all: the run goes on from the one."""
+    disk = tmp_path / "disk"
+    config = killed_config(tmp_path, tiny_teacher, corpus_file, "full", max_failures=0)
+    small = config.model_copy(update={"checkpoints": CheckpointsConfig(every_steps=20, storage=str(disk))})
+    with small_disk(disk, 30 << 20):
+        with pytest.raises(FullError, match=f"no space left for a checkpoint in {disk}; the last one is as it was"):
+            pipeline.run_all(small, quiet)
+        kept = rundir.checkpoints_of(small, rundir.DISTILL).newest()
+        assert kept is not None and kept.state.steps == 20
+        subprocess.run(["mount", "-o", "remount,size=500m", str(disk)], check=True)
+        pipeline.run_all(small, quiet)
+    assert audited(small)[0].step == 1
+    assert {record.from_step for record in _traced(small)} == {0, 20}

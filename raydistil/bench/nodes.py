@@ -26,20 +26,25 @@ class Nodes:
 
     def __init__(self, cluster: Cluster, parts: tuple[str, ...], cpus: int) -> None:
         self._cluster, self._cpus = cluster, cpus
-        self._nodes: list[tuple[str, Any]] = [(part, self._started(part)) for part in parts]
+        self._nodes: list[tuple[str, Any]] = []
+        for part in parts:
+            self.add(part)
 
     @property
     def address(self) -> str:
         return str(self._cluster.address)
-
-    def _started(self, part: str) -> Any:
-        return self._cluster.add_node(num_cpus=self._cpus, object_store_memory=STORE_BYTES, labels={PART: part})
 
     def workers(self, title: str) -> list[psutil.Process]:
         """Ray's workers of the nodes whose name begins so, oldest first."""
         raylets = [_raylet(node) for _, node in self._nodes]
         found = [child for raylet in raylets for child in raylet.children() if _title(child).startswith(title)]
         return sorted(found, key=lambda process: process.create_time())
+
+    def add(self, part: str) -> Any:
+        """One more node."""
+        node = self._cluster.add_node(num_cpus=self._cpus, object_store_memory=STORE_BYTES, labels={PART: part})
+        self._nodes.append((part, node))
+        return node
 
     def lose(self, number: int) -> str:
         """One of the nodes, and what ran there; another one takes its place. Returns what its part was."""
@@ -50,7 +55,7 @@ class Nodes:
             with suppress(psutil.NoSuchProcess):
                 os.kill(process.pid, signal.SIGKILL)
         self._cluster.remove_node(node, allow_graceful=False)
-        self._nodes.append((part, self._started(part)))
+        self.add(part)
         return part
 
 

@@ -1,0 +1,69 @@
+"""Student workers join and leave while they train, and no position is lost or trained on twice."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from settings import write
+
+from raydistil import rundir
+from raydistil.bench.nodes import PART, STORE_BYTES, Nodes, head_node
+from raydistil.trace import Record, audit, read_trace
+
+
+def patiently(condition: Callable[[], bool], driver: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert driver.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def preempt(nodes: Nodes, node: Any) -> None:
+    """Tell the cluster that it will go in a while, as a cloud does of what it takes back."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={nodes.address}"]
+    reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=preempted"]
+    subprocess.run([*command, *reason, f"--node-id={node.node_id}", "--deadline-remaining-seconds=20"], check=True)
+
+
+@pytest.mark.slow
+def test_a_second_worker_joins_and_is_preempted(tiny_teacher: str, corpus_file: Path, tmp_path: Path) -> None:
+    config = write(tmp_path / "run.toml", {
+        "output_dir": str(tmp_path), "task": "mlm", "corpus.source": str(corpus_file), "tokens.length": 16,
+        "teacher.model": tiny_teacher, "student.layers": [0, 2], "distill.epochs": 2000,
+        "distill.micro_batch_size": 16, "distill.zero_stage": 2,
+        "cluster.trace": True, "cluster.students": [1, 2], "cluster.student_threads": 1, "cluster.teacher_threads": 1,
+        "cluster.student_label_selector": {PART: "student"}, "cluster.teacher_label_selector": {PART: "teacher"},
+    })  # fmt: skip
+
+    def records() -> list[Record]:
+        return read_trace(tmp_path / "run", rundir.DISTILL)
+
+    with head_node(STORE_BYTES, {}) as cluster:
+        nodes = Nodes(cluster, ("student", "teacher"), 1)
+        command = [sys.executable, "-m", "raydistil", "distill", str(config)]
+        environment = dict(os.environ) | {"RAY_ADDRESS": nodes.address}
+        driver = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        try:
+            patiently(lambda: len(records()) > 20, driver)
+            second = nodes.add("student")
+            patiently(lambda: len({record.began_s for record in records()}) == 2, driver)
+            preempt(nodes, second)
+            patiently(lambda: len({record.began_s for record in records()}) == 3, driver)
+        finally:
+            driver.terminate()  # a checkpoint, and an end
+            _, said = driver.communicate()
+    assert driver.returncode == 130 and "will go: saving a checkpoint" in said
+    traced = records()
+    expected = 2 * max(record.step for record in traced)  # a step is what two workers make, whoever does
+    found = audit(traced, expected)
+    assert (found.lost, found.duplicated) == ([], [])
+    ranks = {
+        began: len({path for path in tmp_path.glob("run/*-trace-*.jsonl") if str(began) in path.read_text()})
+        for began in {record.began_s for record in traced}
+    }
+    assert [ranks[began] for began in sorted(ranks)] == [1, 2, 1]
