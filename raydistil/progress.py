@@ -3,6 +3,7 @@
 Figures and news go to the driver, wishes to the workers; and it keeps count of the starts, which nobody else outlives.
 """
 
+from collections import Counter
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class Progress:
         self._said: str | None = None  # by a worker of this start that failed
         self._refused: RaydistilError | None = None
         self._summary: TrainSummary | None = None
+        self._built: Counter[str] = Counter()  # how often which teacher was, since the last step
 
     # ---- of the controller
 
@@ -53,6 +55,19 @@ class Progress:
             ))  # fmt: skip
         elif self._starts > 1 and self._refused is None:
             self.tell(f"the workers died ({said}): they start again from step {step}")
+        return self._refused
+
+    # ---- of the teachers
+
+    def build(self, teacher: str) -> "RaydistilError | None":
+        """A teacher is about to be built, perhaps once more; answers why it should not."""
+        self._built[teacher] += 1
+        if self._built[teacher] > self._max_failures + 1:
+            self.refuse(FailedError(
+                f"expected a teacher that lives through its work, but one died {self._max_failures + 1} times without "
+                f"a step of the student between (killed, perhaps for its memory): give its node more, or lower "
+                f"micro_batch_size or cluster.teachers; see cluster.max_failures"
+            ))  # fmt: skip
         return self._refused
 
     # ---- of the workers
@@ -74,6 +89,7 @@ class Progress:
     def push(self, metrics: dict[str, Any]) -> int:
         """Keep `metrics` for the driver; answers its wish, which is fulfilled with that unless it is to stop."""
         self._metrics.append(metrics)
+        self._built.clear()
         wish, self._wish = self._wish, self._wish if self._wish == Wish.STOP else Wish.NONE
         return wish
 

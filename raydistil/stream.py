@@ -29,15 +29,17 @@ ONE_ROW = 1  # as BLOCK_BYTES: Ray Data deals blocks out in turn, so that with o
 PREFETCH = 2  # micro-batches a student worker holds ready
 
 
-def build_stream(spec: SourceSpec, steps: Steps, teachers: tuple[TeacherSpec, ...], cluster: ClusterConfig) -> Dataset:
+def build_stream(
+    spec: SourceSpec, steps: Steps, teachers: tuple[TeacherSpec, ...], cluster: ClusterConfig, progress: Any = None
+) -> Dataset:
     """The data set of micro-batches with the targets of all teachers (see `wire`), in the order of `steps`.
 
-    Each teacher has a pool of actors of its own. Where `spec` has caches the targets are taken from there, and no
-    teacher is built.
+    Each teacher has a pool of actors of its own, which tell `progress` that they are built. Where `spec` has caches the
+    targets are taken from there, and no teacher is built.
     """
     source = build_source(spec, steps)
     for teacher in () if spec.caches else teachers:
-        source = on_teachers(source, Teacher, teacher, cluster)
+        source = on_teachers(source, Teacher, (teacher, progress), cluster)
     return source
 
 
@@ -51,12 +53,12 @@ def build_source(spec: SourceSpec, steps: Steps) -> Dataset:
     return source
 
 
-def on_teachers(source: Dataset, actor: type, spec: Any, cluster: ClusterConfig) -> Dataset:
-    """What the teachers' actors, `actor(spec)`, make of `source`."""
+def on_teachers(source: Dataset, actor: type, given: tuple[Any, ...], cluster: ClusterConfig) -> Dataset:
+    """What the teachers' actors, `actor(*given)`, make of `source`."""
     fewest, most = cluster.teachers
     taught: Dataset = source.map_batches(
         actor,
-        fn_constructor_args=(spec,),
+        fn_constructor_args=given,
         batch_size=MICRO_BATCHES_PER_BLOCK,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=fewest, max_size=most, max_tasks_in_flight_per_actor=3),

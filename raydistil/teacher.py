@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import numpy as np
@@ -55,7 +55,9 @@ class Teacher:
     threads of one product do.
     """
 
-    def __init__(self, spec: TeacherSpec) -> None:
+    def __init__(self, spec: TeacherSpec, progress: Any = None) -> None:
+        """`progress`: the actor that is told of it, if any; raises what that answers."""
+        _allowed(progress)
         import torch
 
         from raydistil.models import HeadedEncoder, load_model
@@ -101,6 +103,15 @@ class Teacher:
                 compared_ND = states[self._model.num_layers][torch.from_numpy(at_T).to(device)]
                 parts = map(self._model.vocabulary_logits, compared_ND.split(PLACES_AT_ONCE))
             return encode_targets(wanted, visits_N, states, parts)
+
+
+def _allowed(progress: Any) -> None:
+    import ray
+
+    if progress is not None:
+        refused = ray.get(progress.build.remote(ray.get_runtime_context().get_actor_id()))
+        if refused is not None:
+            raise refused
 
 
 def num_lanes(threads: int) -> int:

@@ -106,7 +106,7 @@ def _trainer(run: TrainRun, progress: Any) -> TorchTrainer:
         _work,
         train_loop_config={"spec": run.worker, "save": run.save, "progress": progress},
         datasets={"train": partial(_starting, run.save, progress)},  # see _Dealt
-        dataset_config=_Dealt(run),
+        dataset_config=_Dealt(run, progress),
         torch_config=TorchConfig(
             backend="nccl" if cluster.student_gpus else "gloo", timeout_s=int(cluster.hang_timeout_s)
         ),
@@ -157,16 +157,16 @@ def _starting(save: SaveSpec, progress: Any) -> Any:
 class _Dealt(DataConfig):
     """The stream, made when it is known how many workers there are: the steps from what `_starting` said."""
 
-    def __init__(self, run: TrainRun) -> None:
+    def __init__(self, run: TrainRun, progress: Any) -> None:
         super().__init__()
-        self._run = run
+        self._run, self._progress = run, progress
 
     def configure(
         self, datasets: dict[str, Any], world_size: int, worker_handles: Any, worker_node_ids: Any, **rest: Any
     ) -> list[dict[str, Any]]:
         run = self._run
         steps = Steps(run.worker.per_step, datasets["train"], run.worker.num_steps, world_size)
-        dataset = build_stream(run.source, steps, run.worker.teachers, run.cluster)
+        dataset = build_stream(run.source, steps, run.worker.teachers, run.cluster, self._progress)
         if run.worker.traced:
             count_payload(dataset, *run.worker.traced)
         dataset.context.execution_options = execution_options(run.cluster)

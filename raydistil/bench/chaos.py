@@ -41,7 +41,7 @@ Kind = Literal["teacher", "student", "node", "driver"]
 Tree = dict[str, Any]
 FULL: dict[Kind, int] = {"teacher": 8, "student": 6, "node": 3, "driver": 4}
 QUICK: dict[Kind, int] = {"teacher": 1, "student": 1, "node": 1, "driver": 1}
-STEPS_PER_KILL = 45  # enough for every kill to be followed by progress, and for what is repeated
+STEPS_PER_KILL = 30  # enough for every kill to be followed by progress, and for what is repeated
 APART = (3, 15)  # steps from one kill to the next, fewest and most
 EVERY_STEPS = 8  # from one checkpoint to the next
 LOOK_S = 0.05
@@ -248,7 +248,8 @@ class Kills:
         return read_trace(self._config.run_dir, rundir.DISTILL)
 
     def _last_step(self) -> int:
-        return max((record.step for record in self._records()), default=0)
+        *_, last = self._records()
+        return last.step
 
     def _log(self) -> Path:
         return self._config.output_dir / f"{self._config.name}.log"

@@ -199,7 +199,7 @@ def _measured(output: Path, source: SourceSpec, timers: Timers, pool: tuple[int,
     manifest = replace(source.manifest, epochs=-(-total // source.manifest.per_epoch))
     spec = replace(source, manifest=manifest)
     config = ClusterConfig(teachers=pool, teacher_label_selector={PART: "teacher"}, max_bytes_in_flight=64 << 20)
-    dataset = on_teachers(build_source(spec, Steps(1, 0, total)), SleepingTeacher, timers, config)
+    dataset = on_teachers(build_source(spec, Steps(1, 0, total)), SleepingTeacher, (timers,), config)
     dataset.context.execution_options = execution_options(config)
     name = f"{pool[0]}-{pool[1]}-teachers"
     kept = payload_path(output.resolve(), name, "scheduler")
