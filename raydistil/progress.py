@@ -37,6 +37,7 @@ class Progress:
         self._from: str | None = None
         self._name = ""
         self._said: str | None = None  # by a worker of this start that failed
+        self._resized = False  # this start was stopped, to start as many as there is room for
         self._refused: RaydistilError | None = None
         self._summary: TrainSummary | None = None
         self._built: Counter[str] = Counter()  # how often which teacher was, since the last step
@@ -48,14 +49,19 @@ class Progress:
         self._again = self._again + 1 if step == self._step else 1
         self._step, self._from, self._name, self._starts = step, checkpoint, uuid4().hex[:8], self._starts + 1
         said, self._said = self._said or "killed, perhaps for their memory", None
+        died, self._resized = not self._resized, False
         if self._again > self._max_failures + 1:
             self.refuse(FailedError(
                 f"expected a checkpoint within {self._max_failures + 1} starts from step {step}, but the workers died "
                 f"each time ({said}): see cluster.max_failures"
             ))  # fmt: skip
         elif self._starts > 1 and self._refused is None:
-            self.tell(f"the workers died ({said}): they start again from step {step}")
+            self.tell((f"the workers died ({said}): " if died else "") + f"they start again from step {step}")
         return self._refused
+
+    def resize(self) -> None:
+        """The workers are about to be stopped, for as many as there is room for to start."""
+        self._resized = True
 
     # ---- of the teachers
 

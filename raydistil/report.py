@@ -103,6 +103,7 @@ class Meter:
         self._losses: dict[str, float] = {}
         self._step = first_step
         self._reply: Any = None
+        self._wish = 0
 
     def micro_step(self, record: Record) -> None:
         """One micro-batch: asked for, there, trained on."""
@@ -117,8 +118,10 @@ class Meter:
         self._step = step
         if self._rank == 0:
             self._used.measure()  # here and not before: now the teacher has loaded
+        self._hear()
         now = time.time()
-        if self._rank != 0 or (now - self._pushed < PUSH_EVERY_S and step < self._num_steps):
+        due = self._reply is None and now - self._pushed >= PUSH_EVERY_S
+        if self._rank != 0 or not (due or step == self._num_steps):
             return
         self._losses = {name: value.item() for name, value in losses.items()}
         elapsed, recent = max(now - self._pushed, 1e-9), self._recent
@@ -135,11 +138,15 @@ class Meter:
         self._reply = self._progress.push.remote(asdict(metrics))
 
     def wish(self) -> int:
-        """The driver's, as far as its answer to what was pushed is there; each is told once."""
-        if self._reply is None or not ray.wait([self._reply], timeout=0)[0]:
-            return 0
-        reply, self._reply = self._reply, None
-        return int(ray.get(reply))
+        """The driver's, as far as its answers to what was pushed are there; each is told once."""
+        self._hear()
+        wish, self._wish = self._wish, 0
+        return wish
+
+    def _hear(self) -> None:
+        if self._reply is not None and ray.wait([self._reply], timeout=0)[0]:
+            self._wish = max(self._wish, ray.get(self._reply))
+            self._reply = None
 
     def summary(self, interrupted: bool, skipped_steps: int) -> TrainSummary:
         done, now = self._all, time.time()

@@ -172,7 +172,7 @@ def show_chaos(result: dict[str, Any]) -> None:
         ("trained on", f"{result['positions_trained']:,}"),
         ("lost", f"{result['lost']:,}"),
         ("trained on twice", f"{result['duplicated']:,}"),
-        ("the audit finds what is spoilt on purpose", "yes" if result["audit_control"] else "no"),
+        ("an audit of a spoilt trace tells", "yes" if result["audit_control"] else "no"),
         ("final loss", f"{result['final_loss']:.6f}"),
         ("without kills", f"{result['uninterrupted_final_loss']:.6f}"),
         ("the same weights", same),

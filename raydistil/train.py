@@ -23,8 +23,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raydistil import warm
 from raydistil.checkpoint import MODEL, CheckpointStore
 from raydistil.config.cluster import ClusterConfig
+from raydistil.elastic import Elastic, ElasticTrainer
 from raydistil.errors import Interrupted, RaydistilError, unwrapped
 from raydistil.payload import count_payload, counted
+from raydistil.plan import need_of
 from raydistil.progress import Progress, Wish
 from raydistil.report import LiveLine, Store
 from raydistil.specs import SaveSpec, TrainRun
@@ -99,10 +101,10 @@ def _forget_ray_train(store: CheckpointStore) -> None:
 
 
 def _trainer(run: TrainRun, progress: Any) -> TorchTrainer:
-    cluster = run.cluster
+    cluster, scaling = run.cluster, _scaling(run.cluster)
     filesystem, path = _place_for_ray_train(run.save.store)
     os.environ[HANGS] = str(cluster.hang_timeout_s)  # Ray Train hands it on to its controller
-    return TorchTrainer(
+    trainer = ElasticTrainer(
         _work,
         train_loop_config={"spec": run.worker, "save": run.save, "progress": progress},
         datasets={"train": partial(_starting, run.save, progress)},  # see _Dealt
@@ -110,7 +112,7 @@ def _trainer(run: TrainRun, progress: Any) -> TorchTrainer:
         torch_config=TorchConfig(
             backend="nccl" if cluster.student_gpus else "gloo", timeout_s=int(cluster.hang_timeout_s)
         ),
-        scaling_config=_scaling(cluster),
+        scaling_config=scaling,
         run_config=RunConfig(
             name=Path(path).name,
             storage_path=str(Path(path).parent),
@@ -118,6 +120,10 @@ def _trainer(run: TrainRun, progress: Any) -> TorchTrainer:
             failure_config=FailureConfig(max_failures=-1),  # see Progress.start
         ),
     )
+    if cluster.fewest_students < cluster.most_students:
+        need = need_of(cluster, 0 if run.source.caches else len(run.worker.teachers))
+        trainer.policy = Elastic(scaling, need, run.save.store, progress)
+    return trainer
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -176,9 +182,10 @@ class _Dealt(DataConfig):
 def _scaling(cluster: ClusterConfig) -> ScalingConfig:
     """Pairs of numbers and labels are of Train V2, whose types are hidden."""
     make: Any = ScalingConfig
+    few, most = cluster.fewest_students, cluster.most_students
     gpus = {"GPU": cluster.student_gpus} if cluster.student_gpus else {}
     made: ScalingConfig = make(
-        num_workers=cluster.students,
+        num_workers=few if few == most else (few, most),
         use_gpu=cluster.student_gpus > 0,
         resources_per_worker={"CPU": cluster.student_cpus, **gpus},
         label_selector=cluster.student_label_selector or None,

@@ -16,8 +16,8 @@ from raydistil.bench.nodes import PART, STORE_BYTES, Nodes, head_node
 from raydistil.trace import Record, audit, read_trace
 
 
-def patiently(condition: Callable[[], bool], driver: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 300
+def patiently(condition: Callable[[], bool], driver: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 150
     while not condition():
         assert driver.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
@@ -27,7 +27,7 @@ def preempt(nodes: Nodes, node: Any) -> None:
     """Tell the cluster that it will go in a while, as a cloud does of what it takes back."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={nodes.address}"]
     reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=preempted"]
-    subprocess.run([*command, *reason, f"--node-id={node.node_id}", "--deadline-remaining-seconds=20"], check=True)
+    subprocess.run([*command, *reason, f"--node-id={node.node_id}", "--deadline-remaining-seconds=60"], check=True)
 
 
 @pytest.mark.slow
@@ -47,17 +47,23 @@ def test_a_second_worker_joins_and_is_preempted(tiny_teacher: str, corpus_file: 
         nodes = Nodes(cluster, ("student", "teacher"), 1)
         command = [sys.executable, "-m", "raydistil", "distill", str(config)]
         environment = dict(os.environ) | {"RAY_ADDRESS": nodes.address}
-        driver = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        with (tmp_path / "said").open("w") as said:
+            driver = subprocess.Popen(command, env=environment, stderr=said)
         try:
             patiently(lambda: len(records()) > 20, driver)
             second = nodes.add("student")
             patiently(lambda: len({record.began_s for record in records()}) == 2, driver)
+            last = max(record.step for record in records())
             preempt(nodes, second)
+            patiently(lambda: max(record.step for record in records()) > last + 20, driver)
+            nodes.lose(-1)
             patiently(lambda: len({record.began_s for record in records()}) == 3, driver)
         finally:
             driver.terminate()  # a checkpoint, and an end
-            _, said = driver.communicate()
-    assert driver.returncode == 130 and "will go: saving a checkpoint" in said
+            driver.wait()
+    lines = (tmp_path / "said").read_text()
+    assert driver.returncode == 130 and "will go: saving a checkpoint" in lines
+    assert "room for 2 student workers in place of 1" in lines and lines.count("the workers died") == 1
     traced = records()
     expected = 2 * max(record.step for record in traced)  # a step is what two workers make, whoever does
     found = audit(traced, expected)

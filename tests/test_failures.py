@@ -32,7 +32,7 @@ EVERY_MIN = 0.005
 def killed_config(folder: Path, teacher: str, corpus: Path, name: str, **cluster: Any) -> Config:
     shape: dict[str, Any] = {**LANGUAGE_MODEL, "evaluate": None, "cluster": {"trace": True, **cluster}}
     shape["checkpoints"] = {"every_min": EVERY_MIN}
-    return config_for(folder, teacher, corpus, name=name, distill={"epochs": 12, "dropout": 0.1}, **shape)
+    return config_for(folder, teacher, corpus, name=name, distill={"epochs": 18, "dropout": 0.1}, **shape)
 
 
 @contextmanager

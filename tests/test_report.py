@@ -2,10 +2,13 @@
 
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -130,6 +133,21 @@ def test_the_first_reason_to_stop_counts(tmp_path: Path) -> None:
     for text in ("lower lr", "some other"):
         actor.refuse(DivergedError(text))
     assert str(actor.start(0, None)) == str(actor.outcome()[1]) == "lower lr"
+
+
+def test_a_wish_is_heard_however_long_a_step_takes(ray_cluster: None, tmp_path: Path) -> None:
+    """Every step is pushed, and the answer comes while the next one is made."""
+    actor: Any = Progress.remote(2, tmp_path / "failures.txt")  # type: ignore[attr-defined]
+    meter = Meter(0, actor, num_steps=9, first_step=0, shared=False, used=Used(5.0, lambda: 100.0))
+    losses = {"loss": torch.zeros(())}
+    ray.get(actor.wish.remote(Wish.SAVE))
+    heard = []
+    for step in range(1, 4):
+        time.sleep(0.6)
+        meter.step(step, 0.5, losses, 1e-3)
+        heard.append(meter.wish())
+    ray.kill(actor)
+    assert sorted(heard) == [Wish.NONE, Wish.NONE, Wish.SAVE]
 
 
 def tally(wait: float, taught: float) -> Tally:

@@ -230,7 +230,7 @@ class Kills:
 
     def _kill(self, kind: Kind, driver: "subprocess.Popen[bytes]") -> str:
         if kind == "node":
-            return f"the node of a {self._nodes.lose(self._random.randrange(3))}"
+            return f"the node of a {self._nodes.replace(self._random.randrange(3))}"
         if kind == "driver":
             driver.kill()
             return "driver"

@@ -46,8 +46,14 @@ class Nodes:
         self._nodes.append((part, node))
         return node
 
+    def replace(self, number: int) -> str:
+        """Lose one of the nodes; another one takes its place. Returns what its part was."""
+        part = self.lose(number)
+        self.add(part)
+        return part
+
     def lose(self, number: int) -> str:
-        """One of the nodes, and what ran there; another one takes its place. Returns what its part was."""
+        """One of the nodes, and what ran there. Returns what its part was."""
         part, node = self._nodes.pop(number % len(self._nodes))
         raylet = _raylet(node)
         raylet.suspend()  # so that it reports nothing of what it loses
@@ -55,7 +61,6 @@ class Nodes:
             with suppress(psutil.NoSuchProcess):
                 os.kill(process.pid, signal.SIGKILL)
         self._cluster.remove_node(node, allow_graceful=False)
-        self.add(part)
         return part
 
 
