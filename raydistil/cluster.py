@@ -31,6 +31,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+HANGS = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 
 
 @contextmanager
@@ -49,6 +50,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     """Connected to Ray: as it is already, to the cluster at the address, or to one started here for the block."""
     import ray
 
+    os.environ[HANGS] = str(config.hang_timeout_s)  # before anything starts: Ray Train hands it on to its actors
     if ray.is_initialized():
         yield
         return

@@ -80,6 +80,7 @@ def whole_file(target: Path) -> Iterator[Path]:
 def scratch_directory() -> Iterator[Path]:
     """One that is gone when the block ends."""
     path = _beside(Path(tempfile.gettempdir(), "raydistil"), "new")
+    remove_leftovers(path.parent)
     path.mkdir()
     try:
         yield path
@@ -116,6 +117,7 @@ def _beside(target: Path, kind: str) -> Path:
 
 
 def _make(scratch: Path, target: Path) -> None:
+    remove_leftovers(target.parent)
     try:
         scratch.mkdir(parents=True)
     except OSError as error:

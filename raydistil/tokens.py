@@ -24,7 +24,7 @@ from raydistil.corpus import Corpus
 from raydistil.errors import DataError
 from raydistil.manifest import Ints
 from raydistil.packing import DocumentPacker, Packer, edges
-from raydistil.storage import cache_dir, remove_leftovers, whole_directory
+from raydistil.storage import cache_dir, whole_directory
 from raydistil.types import IGNORE, SPLITS, Labels, Split, TextRow
 
 if TYPE_CHECKING:
@@ -92,7 +92,6 @@ def build_store(
         else:  # the teacher calls them as the data does, so the store is the one of a run that does not ask it
             _link(named, path)
     if not path.exists():
-        remove_leftovers(root)
         with whole_directory(path) as scratch:
             _Writer(scratch, tokenizer, config, corpus, labelled, documents, classes).write()
     return path

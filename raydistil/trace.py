@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from raydistil.steps import FILLER
 from raydistil.types import TeacherTiming
 
 
@@ -69,9 +68,9 @@ class Audit:
 
 def audit(records: list[Record], expected: int) -> Audit:
     """Whether the history that the last checkpoint stands on has each of `expected` micro-batches once."""
-    stand = Counter(record.index for record in history(records) if record.index != FILLER)
+    stand = Counter(record.index for record in history(records) if record.num_rows)
     lost = sorted(set(range(expected)) - set(stand))
-    undone = sum(record.index != FILLER for record in records) - stand.total()
+    undone = sum(record.num_rows > 0 for record in records) - stand.total()
     return Audit(expected, stand.total(), lost, sorted(index for index, times in stand.items() if times > 1), undone)
 
 

@@ -1,6 +1,5 @@
 """One training run on Ray Train: the driver's side. Starts it, shows it, stops it when asked, brings its model home."""
 
-import os
 import shutil
 import signal
 import sys
@@ -36,7 +35,6 @@ from raydistil.stream import build_stream, execution_options, shard_rows
 from raydistil.types import StepMetrics, TrainSummary
 
 POLL_S = 0.5
-HANGS = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 Say = Callable[[str], None]
 
 
@@ -103,7 +101,6 @@ def _forget_ray_train(store: CheckpointStore) -> None:
 def _trainer(run: TrainRun, progress: Any) -> TorchTrainer:
     cluster, scaling = run.cluster, _scaling(run.cluster)
     filesystem, path = _place_for_ray_train(run.save.store)
-    os.environ[HANGS] = str(cluster.hang_timeout_s)  # Ray Train hands it on to its controller
     trainer = ElasticTrainer(
         _work,
         train_loop_config={"spec": run.worker, "save": run.save, "progress": progress},

@@ -63,7 +63,7 @@ class StudentWorker:
             self._engine = self._make_engine(merged(config, UNIVERSAL) if before and before.universal else config)
             if before:
                 before.load(self._engine)
-        self._began_s = min(self._gathered([time.time()]))
+        self._began_s, self._from_step = min(self._gathered([time.time()])), self._engine.global_steps
         self._device = torch.device(self._engine.device)
         self._turns = count()
         self._consumed: list[int] = []  # since the last checkpoint
@@ -96,9 +96,9 @@ class StudentWorker:
         wish, summary = Wish.NONE, None
         self._saved_s = time.monotonic()
         for step in range(self._steps.first + 1, self._steps.last + 1):
-            outs = [self._micro_step() for _ in range(self._steps.accumulation)]
-            metrics = _mean_metrics(outs)
-            self._look_at_step(step, metrics["loss"])
+            before = len(self._consumed)
+            metrics = _mean_metrics([self._micro_step() for _ in range(self._steps.accumulation)])
+            self._look_at_step(step, metrics["loss"], self._consumed[before:])
             epoch = step * self._spec.per_step / self._spec.per_epoch
             self._meter.step(step, epoch, metrics, self._engine.get_lr()[0])
             self._saver.look()
@@ -142,7 +142,7 @@ class StudentWorker:
         self._consumed += [batch.index] if batch.index != FILLER else []
         taught = tuple(wire.timings_of(row, batch.num_tokens))
         figures = (batch.index, batch.num_rows, batch.num_tokens, row.nbytes)
-        record = Record(step, *figures, asked, started, time.time(), taught, self._began_s, self._steps.first)
+        record = Record(step, *figures, asked, started, time.time(), taught, self._began_s, self._from_step)
         self._meter.micro_step(record)
         self._trace.add(record)
         return out, batch.num_rows
@@ -161,14 +161,14 @@ class StudentWorker:
         done: int = self._engine.global_steps
         return float(min(1.0, done / max(1, self._steps.last - 1)))
 
-    def _look_at_step(self, step: int, loss: Tensor) -> None:
+    def _look_at_step(self, step: int, loss: Tensor, own: list[int]) -> None:
         """Add its loss; or name what was in it, if DeepSpeed has skipped it. Raises DivergedError for one too many."""
         if self._engine.skipped_steps == self._skipped:
             self._loss, self._counted = self._loss + loss, self._counted + 1
             return
         self._skipped, most = self._engine.skipped_steps, self._spec.train.max_skipped_steps
-        indices = self._gathered(self._consumed[-self._steps.accumulation :])
-        where = f"step {step} of {self._steps.last} (micro-batches {', '.join(map(str, sorted(indices)))})"
+        indices = ", ".join(map(str, sorted(self._gathered(own))))
+        where = f"step {step} of {self._steps.last} (micro-batches {indices})"
         if self._skipped > most:
             raise self._diverged(f"got nan or inf in {where}, after {most} that were skipped")
         if self._rank == 0:

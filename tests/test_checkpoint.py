@@ -8,7 +8,6 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from disks import small_disk
 
 from raydistil.checkpoint import MODEL, STATE, CheckpointStore, State
 from raydistil.config.checkpoints import CheckpointsConfig
@@ -180,18 +180,6 @@ def test_a_worker_that_never_brings_its_part_is_named(tmp_path: Path, monkeypatc
 def test_a_place_that_is_none_is_named() -> None:
     with pytest.raises(StorageError, match=r"expected checkpoints\.storage to be a place to write to, got .*nowhere"):
         CheckpointStore("nowhere://x", "distill").open()
-
-
-@contextmanager
-def small_disk(folder: Path, num_bytes: int) -> Iterator[None]:
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)], check=False)
-    if done.returncode:
-        pytest.skip("mounting takes a privilege that is not there")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_disk_leaves_the_last_one_as_it_was(tmp_path: Path) -> None:

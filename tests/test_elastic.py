@@ -17,7 +17,7 @@ from raydistil.trace import Record, audit, read_trace
 
 
 def patiently(condition: Callable[[], bool], driver: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 400
     while not condition():
         assert driver.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)

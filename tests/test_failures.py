@@ -15,8 +15,8 @@ import psutil
 import pytest
 import torch
 from conftest import write_jsonl
+from disks import small_disk
 from safetensors.torch import load_file
-from test_checkpoint import small_disk
 from test_pipeline import LANGUAGE_MODEL, config_for, quiet
 
 from raydistil import pipeline, rundir

@@ -4,10 +4,13 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
+from raydistil import rundir
+from raydistil.errors import StorageError
 from raydistil.processes import MARK, end_leftovers, new_mark, wait_for_the_end
 
 SLEEPS = [sys.executable, "-c", "import time; time.sleep(600)"]
@@ -52,3 +55,25 @@ def test_what_outlives_its_time_is_killed(monkeypatch: pytest.MonkeyPatch) -> No
     wait_for_the_end(mark)
     assert time.monotonic() - began > 0.3
     assert process.wait(timeout=20) < 0
+
+
+HOLDER = """
+import pathlib, sys, time
+from raydistil import rundir
+rundir._hold(pathlib.Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_one_process_at_a_time_works_in_a_directory(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        with pytest.raises(StorageError, match=f"expected nobody at work in .*, but process {holder.pid} on .* is"):
+            rundir._hold(tmp_path)
+    finally:
+        holder.kill()
+        holder.communicate()
+    for _ in range(2):
+        rundir._hold(tmp_path)

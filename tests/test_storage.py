@@ -3,7 +3,6 @@
 import errno
 import os
 import socket
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from disks import small_disk
 from safetensors.torch import save_file
 
 from raydistil.errors import StorageError
@@ -25,16 +25,10 @@ def files(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def full_soon(tmp_path: Path) -> Iterator[Path]:
     """A file system of one MiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a file system")
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)], check=False).returncode:
-        pytest.skip("no file system can be mounted here")
-    yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)  # lazy: a failed writer may still be open
+    with small_disk(tmp_path / "disk", 1 << 20) as path:
+        yield path
 
 
 def test_a_block_that_ends_well_makes_the_directory(tmp_path: Path) -> None:
@@ -148,8 +142,8 @@ def write_safetensors(path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [write_text, write_array, write_arrow, write_tensor, write_safetensors])
-def test_a_full_disk_is_said_and_costs_nothing(small_disk: Path, write: Callable[[Path], None]) -> None:
-    target = small_disk / "target"
+def test_a_full_disk_is_said_and_costs_nothing(full_soon: Path, write: Callable[[Path], None]) -> None:
+    target = full_soon / "target"
     expected = (
         r"no space left while writing .*/target \([01] MiB free\); nothing was left there: free some and run again"
     )
@@ -159,7 +153,7 @@ def test_a_full_disk_is_said_and_costs_nothing(small_disk: Path, write: Callable
         (scratch / "a").write_text("old")
     with pytest.raises(StorageError, match="the previous one is intact"), whole_directory(target) as scratch:
         write(scratch / "a.npy")
-    assert files(small_disk) == {"target/a": "old"}
+    assert files(full_soon) == {"target/a": "old"}
 
 
 def test_a_full_disk_is_found_behind_other_errors() -> None:

@@ -154,10 +154,13 @@ def _manifest(config: Config) -> Manifest:
 @contextmanager
 def _driver(nodes: Nodes, config: Config) -> Iterator["subprocess.Popen[bytes]"]:
     """`raydistil distill`, on the cluster; what it says is kept beside the run."""
-    log = config.output_dir / f"{config.name}.log"
     toml = config.output_dir / f"{config.name}.toml"
-    with log.open("ab") as file:
+    with _log(config).open("ab") as file:
         yield _started(nodes, toml, file)
+
+
+def _log(config: Config) -> Path:
+    return config.output_dir / f"{config.name}.log"
 
 
 def _started(nodes: Nodes, toml: Path, log: IO[bytes]) -> "subprocess.Popen[bytes]":
@@ -167,7 +170,7 @@ def _started(nodes: Nodes, toml: Path, log: IO[bytes]) -> "subprocess.Popen[byte
 
 
 def _undisturbed(nodes: Nodes, config: Config) -> float:
-    """Seconds it takes; none of it is done again if it was done before."""
+    """Seconds it takes."""
     began = time.monotonic()
     with _driver(nodes, config) as driver:
         _ended_well(driver, config)
@@ -176,7 +179,7 @@ def _undisturbed(nodes: Nodes, config: Config) -> float:
 
 def _ended_well(driver: "subprocess.Popen[bytes]", config: Config) -> None:
     if driver.wait() != 0:
-        log = config.output_dir / f"{config.name}.log"
+        log = _log(config)
         *_, last = log.read_text(errors="replace").strip().splitlines() or ["it says nothing"]
         raise FailedError(f"expected the run to end well, got exit code {driver.returncode} ({last}): see {log}")
 
@@ -224,7 +227,9 @@ class Kills:
             if driver.poll() is not None:
                 return False
             if time.monotonic() > deadline:
-                raise FailedError(f"expected progress within {PATIENCE_S:.0f} s of a kill, got none: see {self._log()}")
+                raise FailedError(
+                    f"expected progress within {PATIENCE_S:.0f} s of a kill, got none: see {_log(self._config)}"
+                )
             time.sleep(LOOK_S)
         return True
 
@@ -250,9 +255,6 @@ class Kills:
     def _last_step(self) -> int:
         *_, last = self._records()
         return last.step
-
-    def _log(self) -> Path:
-        return self._config.output_dir / f"{self._config.name}.log"
 
 
 # ---- what came of it
