@@ -57,9 +57,11 @@ def _hold(path: Path) -> None:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        file.seek(0)
+        with file:
+            file.seek(0)
+            holder = file.read() or "somebody"
         raise StorageError(
-            f"expected nobody at work in {path}, but {file.read() or 'somebody'} is: wait for its end, or choose "
+            f"expected nobody at work in {path}, but {holder} is: wait for its end, or choose "
             f"another directory with --set name=..."
         ) from error
     file.truncate(0)

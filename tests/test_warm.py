@@ -1,8 +1,13 @@
 import json
 import subprocess
 import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 
+import psutil
 import pytest
+from settings import write
 
 # On a cluster of its own: the one that tests share has been there all along.
 SCRIPT = """
@@ -54,3 +59,25 @@ def test_a_teacher_and_a_reader_find_a_process_that_has_imported_what_they_need(
     assert len(seen["teachers"]) == 1, "no more processes than teachers"
     given = [imported for pid, imported in seen["asked"] if pid in seen["teachers"]]
     assert given == [True], "one of the two actors was given the process that was made for it"
+
+
+@pytest.mark.slow
+def test_a_run_starts_no_process_beside_those_that_were_warmed(
+    tiny_teacher: str, corpus_file: Path, tmp_path: Path
+) -> None:
+    """What Ray Train hands on to its actors must be known before they are: else Ray starts others for them."""
+    config = write(tmp_path / "run.toml", {
+        "output_dir": str(tmp_path), "task": "mlm", "corpus.source": str(corpus_file), "tokens.length": 16,
+        "teacher.model": tiny_teacher, "student.layers": [0, 2], "distill.epochs": 1,
+    })  # fmt: skip
+    seen: dict[str, set[int]] = {"reader": set(), "teacher": set()}
+    driver = psutil.Popen([sys.executable, "-m", "raydistil", "distill", str(config)], stderr=subprocess.DEVNULL)
+    while driver.poll() is None:
+        for process in driver.children(recursive=True):
+            with suppress(psutil.Error):
+                role = process.environ().get("RAYDISTIL_ROLE")
+                if role is not None:
+                    seen[role].add(process.pid)
+        time.sleep(0.1)
+    assert driver.returncode == 0
+    assert {role: len(pids) for role, pids in seen.items()} == {"reader": 1, "teacher": 1}
