@@ -47,16 +47,23 @@ def merged(base: Tree, over: Tree) -> Tree:
 def leave_out_bad_steps(engine: Any) -> None:
     """Have a DeepSpeed engine that has whole float32 weights skip a step whose gradient is no number, and count it.
 
-    Those of mixed precision, and of ZeRO, do so by themselves.
+    Those of mixed precision, and of ZeRO, do so by themselves. A gradient that is too long is cut by the optimizer in
+    its own pass over it, where that is fused: one over all of it less.
     """
     if engine.zero_optimization() or not isinstance(engine.optimizer, Optimizer):
         return
     optimizer: Any = engine.optimizer
     step, optimizer.overflow = optimizer.step, False
+    divides = getattr(optimizer, "_step_supports_amp_scaling", False)  # by its grad_scale, as it goes
 
     def clip() -> None:
-        norm = nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
+        parameters = [part for part in engine.module.parameters() if part.grad is not None]
+        norm, longest = nn.utils.get_total_norm([part.grad for part in parameters]), engine.gradient_clipping()
         optimizer.overflow = not bool(norm.isfinite())
+        if divides:
+            optimizer.grad_scale = ((norm + 1e-6) / longest).clamp(min=1.0)
+        else:
+            nn.utils.clip_grads_with_norm_(parameters, longest, norm)
 
     def step_or_not() -> None:
         if not optimizer.overflow:

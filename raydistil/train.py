@@ -1,5 +1,6 @@
 """One training run on Ray Train: the driver's side. Starts it, shows it, stops it when asked, brings its model home."""
 
+import os
 import shutil
 import signal
 import sys
@@ -28,13 +29,14 @@ from raydistil.payload import count_payload, counted
 from raydistil.plan import need_of
 from raydistil.progress import Progress, Wish
 from raydistil.report import LiveLine, Store
-from raydistil.specs import SaveSpec, TrainRun
+from raydistil.specs import SaveSpec, TrainRun, WorkerSpec
 from raydistil.steps import Steps
 from raydistil.storage import whole_directory
 from raydistil.stream import build_stream, execution_options, shard_rows
 from raydistil.types import StepMetrics, TrainSummary
 
 POLL_S = 0.5
+SPINS = "GOMP_SPINCOUNT"
 Say = Callable[[str], None]
 
 
@@ -115,12 +117,24 @@ def _trainer(run: TrainRun, progress: Any) -> TorchTrainer:
             storage_path=str(Path(path).parent),
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=-1),  # see Progress.start
+            worker_runtime_env={"env_vars": spinning(run.worker)},
         ),
     )
     if cluster.fewest_students < cluster.most_students:
         need = need_of(cluster, 0 if run.source.caches else len(run.worker.teachers))
         trainer.policy = Elastic(scaling, need, run.save.store, progress)
     return trainer
+
+
+def spinning(worker: WorkerSpec) -> dict[str, str]:
+    """How long a thread of a student's looks out for the others before it lets go of its core, in GNU OpenMP's turns.
+
+    Where teachers work behind it on the same cores: some ten microseconds. As long as it looks they cannot work, and
+    half a millisecond at each of a step's hundreds of products keeps so much from them that the student waits for them
+    in turn. Elsewhere, and where the environment says something of it, as it is.
+    """
+    said = any(key in os.environ for key in (SPINS, "OMP_WAIT_POLICY"))
+    return {SPINS: "1000"} if worker.shares_cores and not said else {}
 
 
 def _work(config: dict[str, Any]) -> None:

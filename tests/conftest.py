@@ -5,12 +5,14 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 import tiny
+from forked import forking
 from hypothesis import settings
 
 from raydistil.cluster import ENVIRONMENT
@@ -49,9 +51,9 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Torch on one thread: tiny tensors gain nothing from more, and lose much on a busy machine."""
+@contextmanager
+def on_one_thread() -> Iterator[None]:
+    """Torch: tiny tensors gain nothing from more, and lose much on a busy machine."""
     import torch
 
     before = torch.get_num_threads()
@@ -60,18 +62,25 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    with on_one_thread():
+        yield
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local cluster for every test that needs one."""
     import ray
 
     os.environ.update(ENVIRONMENT)
-    ray.init(
-        address="local", num_cpus=8, object_store_memory=1 << 30, include_dashboard=False, log_to_driver=False,
-        logging_level=logging.ERROR,
-    )  # fmt: skip
-    yield
-    ray.shutdown()
+    with forking():
+        ray.init(
+            address="local", num_cpus=8, object_store_memory=1 << 30, include_dashboard=False, log_to_driver=False,
+            logging_level=logging.ERROR,
+        )  # fmt: skip
+        yield
+        ray.shutdown()
 
 
 def sentences(count: int) -> list[dict[str, str]]:
@@ -135,10 +144,11 @@ def able_classifier(tiny_classifier: str, tmp_path_factory: pytest.TempPathFacto
     batch = tokenizer([row["text"] for row in rows], return_tensors="pt", padding=True)
     truth = torch.tensor([labels.index(row["label"]) for row in rows])
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(40):
-        optimizer.zero_grad()
-        model(**batch, labels=truth).loss.backward()
-        optimizer.step()
+    with on_one_thread():
+        for _ in range(40):
+            optimizer.zero_grad()
+            model(**batch, labels=truth).loss.backward()
+            optimizer.step()
     path = tmp_path_factory.mktemp("tiny") / "able"
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)

@@ -45,7 +45,7 @@ def test_every_row_is_a_configuration_of_its_own(tmp_path: Path) -> None:
 def test_scale_on_nodes_of_its_own(tmp_path: Path) -> None:
     """In a process of its own, since this one has a cluster: teachers on every node that is theirs, none elsewhere."""
     counts = [f"--teachers={count}" for count in (1, 3)]
-    asked = ["bench", "scale", *counts, "--seconds", "4", "--output", str(tmp_path), "--json"]
+    asked = ["bench", "scale", *counts, "--seconds", "8", "--output", str(tmp_path), "--json"]
     done = subprocess.run([sys.executable, "-m", "raydistil", *asked], capture_output=True, text=True, check=True)
     result = json.loads(done.stdout)
     *fixed, grown = result["rows"]

@@ -77,13 +77,6 @@ def _name(process: psutil.Process) -> str:
         return ""
 
 
-def _loads(process: psutil.Process) -> bool:
-    try:
-        return any("libtorch" in part.path for part in process.memory_maps())
-    except psutil.Error:
-        return False
-
-
 def _traced(config: Config) -> list[Record]:
     return read_trace(config.run_dir, rundir.DISTILL)
 
@@ -160,7 +153,7 @@ def test_a_worker_that_dies_again_and_again_is_given_up(
 def test_a_teacher_that_never_lives_through_its_work_is_given_up(
     ray_cluster: None, tiny_teacher: str, corpus_file: Path, tmp_path: Path
 ) -> None:
-    """Killed whenever it loads its model, as for its memory."""
+    """Killed as soon as it is there, as for its memory: before it could say so, or after."""
     config = killed_config(tmp_path, tiny_teacher, corpus_file, "teacherless", max_failures=1)
     met: list[int] = []
     over = threading.Event()
@@ -168,7 +161,7 @@ def test_a_teacher_that_never_lives_through_its_work_is_given_up(
     def watch() -> None:
         while not over.is_set():
             for process in psutil.Process().children(recursive=True):
-                if _name(process).startswith(TEACHER) and _loads(process):
+                if _name(process).startswith(TEACHER):
                     process.kill()
                     met.append(process.pid)
             time.sleep(0.05)
@@ -176,7 +169,9 @@ def test_a_teacher_that_never_lives_through_its_work_is_given_up(
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        with pytest.raises(FailedError, match="one died 2 times without a step of the student between"):
+        with pytest.raises(
+            FailedError, match=r"one died 2 times without a step of the student between|within 2 starts"
+        ):
             pipeline.run_all(config, quiet)
     finally:
         over.set()

@@ -1,5 +1,7 @@
 """The optimizer's groups, its schedule and the DeepSpeed configuration."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from raydistil.config.train import TrainConfig
-from raydistil.optim import deepspeed_config, linear_schedule, parameter_groups
+from raydistil.optim import deepspeed_config, leave_out_bad_steps, linear_schedule, parameter_groups
 
 
 def factors(num_steps: int, warmup_share: float) -> list[float]:
@@ -102,3 +104,44 @@ def test_a_value_of_the_users_can_replace_a_section_of_ours() -> None:
     made = deepspeed_config(TrainConfig(deepspeed={"optimizer": None}), 1)
     assert made["optimizer"] is None
     assert deepspeed_config(TrainConfig(), 1)["optimizer"]["type"] == "AdamW"
+
+
+# ---- clipping, and steps that are left out
+
+
+def stepped(gradients: list[list[float]], longest: float, fused: bool) -> list[float]:
+    """Weights after a step of Adam for each of `gradients`, by what DeepSpeed's engine would call."""
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, betas=(0.5, 0.75), eps=1e-8, weight_decay=0.0, fused=fused)
+    engine = SimpleNamespace(
+        optimizer=optimizer, zero_optimization=lambda: False, gradient_clipping=lambda: longest,
+        module=nn.ParameterList([weight]),
+    )  # fmt: skip
+    leave_out_bad_steps(engine)
+    for gradient in gradients:
+        weight.grad = torch.tensor(gradient)
+        engine.clip_fp32_gradients()
+        optimizer.step()
+    return list(weight.tolist())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_gradient_that_is_too_long_is_cut(fused: bool) -> None:
+    """(3, 4) of length 5 to (0.6, 0.8) of length 1; one that is short enough stays as it is."""
+    short = [0.3, -0.4]
+    cut = stepped([[3.0, 4.0], short], 1.0, fused)
+    assert cut == pytest.approx(stepped([[0.6, 0.8], short], 100.0, fused), rel=1e-5)
+    assert cut != pytest.approx(stepped([[3.0, 4.0], short], 100.0, fused), rel=1e-2)
+    by_hand = torch.zeros(2)
+    first, second = torch.zeros(2), torch.zeros(2)
+    for number, gradient in enumerate((torch.tensor([0.6, 0.8]), torch.tensor(short)), 1):
+        first, second = 0.5 * first + 0.5 * gradient, 0.75 * second + 0.25 * gradient**2
+        by_hand -= 0.1 * (first / (1 - 0.5**number)) / ((second / (1 - 0.75**number)).sqrt() + 1e-8)
+    assert cut == pytest.approx(by_hand.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_no_number_leaves_weights_and_moments_alone(fused: bool, bad: float) -> None:
+    good = [0.3, -0.4]
+    assert stepped([good, [bad, 1.0], good], 1.0, fused) == stepped([good, good], 1.0, fused)

@@ -9,6 +9,8 @@ import psutil
 import pytest
 from settings import write
 
+from raydistil.train import SPINS
+
 # On a cluster of its own: the one that tests share has been there all along.
 SCRIPT = """
 import json, os, sys, time
@@ -65,12 +67,14 @@ def test_a_teacher_and_a_reader_find_a_process_that_has_imported_what_they_need(
 def test_a_run_starts_no_process_beside_those_that_were_warmed(
     tiny_teacher: str, corpus_file: Path, tmp_path: Path
 ) -> None:
-    """What Ray Train hands on to its actors must be known before they are: else Ray starts others for them."""
+    """What Ray Train hands on to its actors must be known before they are: else Ray starts others for them. The student
+    shares its cores with the teacher, and knows it."""
     config = write(tmp_path / "run.toml", {
         "output_dir": str(tmp_path), "task": "mlm", "corpus.source": str(corpus_file), "tokens.length": 16,
         "teacher.model": tiny_teacher, "student.layers": [0, 2], "distill.epochs": 1,
     })  # fmt: skip
     seen: dict[str, set[int]] = {"reader": set(), "teacher": set()}
+    spins = set()
     driver = psutil.Popen([sys.executable, "-m", "raydistil", "distill", str(config)], stderr=subprocess.DEVNULL)
     while driver.poll() is None:
         for process in driver.children(recursive=True):
@@ -78,6 +82,9 @@ def test_a_run_starts_no_process_beside_those_that_were_warmed(
                 role = process.environ().get("RAYDISTIL_ROLE")
                 if role is not None:
                     seen[role].add(process.pid)
+                if process.cmdline()[0].startswith("ray::RayTrainWorker"):
+                    spins.add(process.environ().get(SPINS))
         time.sleep(0.1)
     assert driver.returncode == 0
     assert {role: len(pids) for role, pids in seen.items()} == {"reader": 1, "teacher": 1}
+    assert spins == {"1000"}
