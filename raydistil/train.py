@@ -102,6 +102,7 @@ def _forget_ray_train(store: CheckpointStore) -> None:
 
 def _trainer(run: TrainRun, progress: Any) -> TorchTrainer:
     cluster, scaling = run.cluster, _scaling(run.cluster)
+    configured: Any = RunConfig  # `worker_runtime_env` is of Train V2, whose types are hidden
     filesystem, path = _place_for_ray_train(run.save.store)
     trainer = ElasticTrainer(
         _work,
@@ -112,7 +113,7 @@ def _trainer(run: TrainRun, progress: Any) -> TorchTrainer:
             backend="nccl" if cluster.student_gpus else "gloo", timeout_s=int(cluster.hang_timeout_s)
         ),
         scaling_config=scaling,
-        run_config=RunConfig(
+        run_config=configured(
             name=Path(path).name,
             storage_path=str(Path(path).parent),
             storage_filesystem=filesystem,

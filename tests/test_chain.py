@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MINILM
+from conftest import MINILM, ONE_THREAD
 
 from raydistil import pipeline
 from raydistil.chain import links
@@ -19,7 +19,7 @@ def config(folder: Path, teacher: str, corpus: Path, **changes: Any) -> Config:
     tree: dict[str, Any] = {
         "name": "chain", "output_dir": str(folder), "task": "classification",
         "corpus": {"source": str(corpus), "test_share": 0.3}, "tokens": {"length": 32, "buckets": [16]},
-        "teacher": {"model": teacher}, "student": {"num_layers": 1},
+        "teacher": {"model": teacher}, "student": {"num_layers": 1}, "cluster": ONE_THREAD,
         "assistants": [{"num_layers": 3, "epochs": 3}, {"layers": [0, 2], "lr": 1e-3}],
         "finetune": {"epochs": 4, "lr": 3e-3, "micro_batch_size": 8},
         "distill": {"epochs": 2, "lr": 3e-3, "micro_batch_size": 8},

@@ -8,6 +8,7 @@ from typing import Any
 import decoders
 import pytest
 import tiny
+from conftest import ONE_THREAD
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config
 
 from raydistil import pipeline
@@ -29,6 +30,7 @@ def config_for(folder: Path, teacher: str, corpus: Path | str = "rows.txt", /, *
         "tokens": {"length": 32},
         "teacher": {"model": teacher},
         "student": {"layers": [0, 2]},
+        "cluster": ONE_THREAD,
         "distill": {**TRAIN, "epochs": 6},
         "evaluate": {"latency_rounds": 3, "latency_length": 16},
     }

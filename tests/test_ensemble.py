@@ -8,7 +8,7 @@ import decoders
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import WORDS
+from conftest import ONE_THREAD, WORDS
 from hypothesis import given
 from hypothesis import strategies as st
 from kept import filled, teacher_of
@@ -157,7 +157,8 @@ def config(folder: Path, corpus: Path | str, *models: str, **changes: Any) -> Co
         "name": "ensemble", "output_dir": str(folder), "task": "classification",
         "corpus": {"source": str(corpus), "test_share": 0.3}, "tokens": {"length": 32, "buckets": [16]},
         "teacher": {"model": first, "weight": 3.0}, "ensemble": [{"model": model} for model in others],
-        "student": {"layers": [0, 2]}, "finetune": {"epochs": 12, "lr": 3e-3, "micro_batch_size": 8},
+        "student": {"layers": [0, 2]}, "cluster": ONE_THREAD,
+        "finetune": {"epochs": 12, "lr": 3e-3, "micro_batch_size": 8},
         "distill": {"epochs": 2, "lr": 3e-3, "micro_batch_size": 8, "general": {"epochs": 0}},
         "evaluate": {"latency_rounds": 3, "latency_length": 16},
     }  # fmt: skip

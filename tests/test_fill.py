@@ -100,7 +100,7 @@ def run_of(folder: Path, teacher: str, corpus: Path, name: str, **targets: Any) 
     distill = {"micro_batch_size": 1, "lr": 1e-3, "augment": {}, "targets": {"mask_variants": 2, **targets}}
     return config_for(
         folder, teacher, corpus, name=name, finetune=None, evaluate=None, corpus={"labelled_share": 1.0},
-        distill=distill, cluster={"student_threads": 1, "teacher_threads": 1},
+        distill=distill,
     )  # fmt: skip
 
 

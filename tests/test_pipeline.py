@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ONE_THREAD
 
 from raydistil import pipeline, rundir
 from raydistil.config import Config, EvaluateConfig
@@ -31,6 +32,7 @@ def config_for(folder: Path, teacher: str, corpus: Path, /, **changes: Any) -> C
         "tokens": {"length": 32, "buckets": [16]},
         "teacher": {"model": teacher},
         "student": {"layers": [0, 2]},
+        "cluster": ONE_THREAD,
         "finetune": {**TRAIN, "epochs": 20},
         "distill": {**TRAIN, "epochs": 2},
         "evaluate": {"latency_rounds": 3, "latency_length": 16},

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import sentences, write_jsonl
+from conftest import ONE_THREAD, sentences, write_jsonl
 from kept import filled, teacher_of
 from parity import Streamed, check, one_micro_batch
 from reference import Rows
@@ -82,7 +82,7 @@ def config_for(folder: Path, teacher: str, corpus: Path | str = "rows.jsonl", /,
     tree: dict[str, Any] = {
         "name": "tiny", "output_dir": str(folder), "task": "regression",
         "corpus": {"source": str(corpus), "test_share": 0.3}, "tokens": {"length": 32, "buckets": [16]},
-        "teacher": {"model": teacher}, "student": {"layers": [0, 2]},
+        "teacher": {"model": teacher}, "student": {"layers": [0, 2]}, "cluster": ONE_THREAD,
         "distill": {**TRAIN, "epochs": 2, "general": {"epochs": 1}},
         "evaluate": {"latency_rounds": 3, "latency_length": 16},
     }  # fmt: skip

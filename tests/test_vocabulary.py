@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import MINILM, sentences
+from conftest import MINILM, ONE_THREAD, sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -172,7 +172,8 @@ def config_of(folder: Path, teacher: str, corpus: Path, **student: Any) -> Confi
     return configuration.config_of({
         "name": "words", "output_dir": str(folder), "task": "classification",
         "corpus": {"source": str(corpus), "test_share": 0.3}, "tokens": {"length": 32, "buckets": [16]},
-        "teacher": {"model": teacher}, "student": {"layers": [0, 2], "vocabulary": "corpus", **student},
+        "teacher": {"model": teacher}, "cluster": ONE_THREAD,
+        "student": {"layers": [0, 2], "vocabulary": "corpus", **student},
         "finetune": {"epochs": 12, "lr": 3e-3, "micro_batch_size": 8},
         "distill": {"epochs": 2, "lr": 3e-3, "micro_batch_size": 8, "general": {"epochs": 0}},
         "evaluate": {"latency_rounds": 3, "latency_length": 16},
