@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -47,29 +47,35 @@ def merged(base: Tree, over: Tree) -> Tree:
 def leave_out_bad_steps(engine: Any) -> None:
     """Have a DeepSpeed engine that has whole float32 weights skip a step whose gradient is no number, and count it.
 
-    Those of mixed precision, and of ZeRO, do so by themselves. A gradient that is too long is cut by the optimizer in
-    its own pass over it, where that is fused: one over all of it less.
+    Those of mixed precision, and of ZeRO, do so by themselves.
     """
     if engine.zero_optimization() or not isinstance(engine.optimizer, Optimizer):
         return
     optimizer: Any = engine.optimizer
     step, optimizer.overflow = optimizer.step, False
-    divides = getattr(optimizer, "_step_supports_amp_scaling", False)  # by its grad_scale, as it goes
 
     def clip() -> None:
-        parameters = [part for part in engine.module.parameters() if part.grad is not None]
-        norm, longest = nn.utils.get_total_norm([part.grad for part in parameters]), engine.gradient_clipping()
+        norm = cut(optimizer, engine.module, engine.gradient_clipping())
         optimizer.overflow = not bool(norm.isfinite())
-        if divides:
-            optimizer.grad_scale = ((norm + 1e-6) / longest).clamp(min=1.0)
-        else:
-            nn.utils.clip_grads_with_norm_(parameters, longest, norm)
 
     def step_or_not() -> None:
         if not optimizer.overflow:
             step()
 
     engine.clip_fp32_gradients, optimizer.step = clip, step_or_not
+
+
+def cut(optimizer: Any, model: nn.Module, longest: float) -> Tensor:
+    """Make the gradient no longer than that; returns its norm as it was.
+
+    A fused optimizer cuts it in its own pass over it: one over all of it less.
+    """
+    norm = nn.utils.get_total_norm([part.grad for part in model.parameters() if part.grad is not None])
+    if getattr(optimizer, "_step_supports_amp_scaling", False):  # divides by its grad_scale
+        optimizer.grad_scale = ((norm + 1e-6) / longest).clamp(min=1.0)
+    else:
+        nn.utils.clip_grads_with_norm_(model.parameters(), longest, norm)
+    return norm
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

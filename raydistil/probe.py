@@ -21,7 +21,7 @@ from raydistil.config.train import TrainConfig
 from raydistil.ensemble import mixed_targets
 from raydistil.losses import weights_at
 from raydistil.models import load_model
-from raydistil.optim import parameter_groups
+from raydistil.optim import cut, parameter_groups
 from raydistil.pipeline import lesson
 from raydistil.prepare import Prepared, prepare
 from raydistil.source import MicroBatches
@@ -30,7 +30,7 @@ from raydistil.stages import train_run
 from raydistil.storage import scratch_directory
 from raydistil.student import save_model
 from raydistil.tally import BUSY, WAITS, Verdict
-from raydistil.targets import decode_targets
+from raydistil.targets import targets_for
 from raydistil.teacher import Teacher
 from raydistil.types import TeacherTiming, TokenBatch
 from raydistil.worker import make_distiller
@@ -81,7 +81,7 @@ class Loop(ABC):
         """One optimizer step; returns the real tokens it was made of."""
         loss, tokens = self.losses()
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.model.parameters(), self._clip, foreach=True)
+        cut(self._optimizer, self.model, self._clip)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return tokens
@@ -112,7 +112,7 @@ class StudentOnly(Loop):
         row = next(self._rows)
         batch, teachers = wire.batch_of(row), self._worker.teachers
         said = [
-            decode_targets(teacher.targets, columns, batch.num_tokens, self.device)
+            targets_for(teacher.targets, columns, batch, self.device)
             for teacher, columns in zip(teachers, wire.targets_of(row), strict=True)
         ]
         targets = mixed_targets(said, self._worker.weights, self._worker.loss) if said else None

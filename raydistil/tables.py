@@ -101,7 +101,8 @@ def show_stream(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         table.add_column(row["precision"], justify="right")
     for name, key, form in STREAM_ROWS:
-        table.add_row(name, *(f"{row[key]:{form}}" for row in result["rows"]))
+        if all(key in row for row in result["rows"]):
+            table.add_row(name, *(f"{row[key]:{form}}" for row in result["rows"]))
     console = Console()
     console.print(table)
     line = f"published loop, float32: {result['reference_tok_s']:,.0f} tok/s; the stream is "
@@ -121,6 +122,9 @@ STREAM_ROWS = (
     ("share of the matrix products' rate", "roofline_fraction", ".2f"),
     ("the same, in-process", "inprocess_roofline_fraction", ".2f"),
     ("student waited", "wait_fraction", ".1%"),
+    ("half the cores each: tok/s", "apart_tok_s", ",.0f"),
+    ("streamed / in-process", "apart_ratio_vs_inprocess", ".3f"),
+    ("student waited", "apart_wait_fraction", ".1%"),
     ("teacher rows / student rows", "window_balance", ".3f"),
     ("bytes a token on the wire", "wire_bytes_per_token", ",.0f"),
     ("bytes through the driver", "driver_payload_bytes", ",.0f"),

@@ -79,7 +79,7 @@ def bench_fidelity(data: Path, output: Path, seeds: int, only_default: bool, say
             raise DataError(f"expected {split}.jsonl (text, label) in {data}, found none: name another --data")
     rows = DEFAULTS if only_default else ROWS
     first = config_for(data, output, rows[0], 0)
-    with cluster(first.cluster, needs(first)):
+    with cluster(first.cluster, needs(first), output):
         scores = {(row, seed): _scores(data, output, row, seed, say) for seed in range(seeds) for row in rows}
     return _table(rows, seeds, scores, first)
 

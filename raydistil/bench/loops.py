@@ -4,6 +4,7 @@
 teacher's states handed over as they are (`probe.StudentOnly` has them beforehand, as the wire carries them).
 `Reference` is the loop of the published distillation (Sanh et al. 2019, arXiv:1910.01108): one text a row, batches of
 like lengths padded to their longest, float32, the full vocabulary's logits of both models at every real token.
+`measured` times them all, and what the machine could do.
 """
 
 from collections.abc import Iterator
@@ -15,13 +16,64 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raydistil.chain import links
+from raydistil.config import Config
 from raydistil.config.loss import LossConfig
 from raydistil.losses import weights_at
-from raydistil.models import HeadedEncoder, load_model, made_for_training, on_device
-from raydistil.probe import Loop
+from raydistil.models import HeadedEncoder, load_model, load_tokenizer, made_for_training, on_device, outline
+from raydistil.pipeline import lesson
+from raydistil.plan import cores
+from raydistil.prepare import Prepared, prepare
+from raydistil.probe import Loop, StudentOnly, taught
+from raydistil.roofline import gemm_rate
+from raydistil.size import forward_flops
+from raydistil.source import MicroBatches
 from raydistil.specs import TrainRun
+from raydistil.stages import train_run
 from raydistil.types import IGNORE, TeacherTargets, TokenBatch
 from raydistil.worker import make_distiller
+
+WARM_UP = 2  # steps that are not counted
+
+
+def measured(config: Config, steps: int, device: str) -> dict[str, float]:
+    """{loop: real tokens a second over so many steps}, with `gemm` and `flops` (a second; needed a token)."""
+    run = prepare(config, lambda line: None)
+    planned = _planned(run)
+    loops = _loops(run, planned, steps)
+    torch.set_num_threads(cores())  # the teacher's class has set its own
+    for loop in loops.values():
+        loop.rate(WARM_UP)
+    rates = {name: loop.rate(steps) for name, loop in loops.items()}
+    flops = needed_flops(planned, config.tokens.length)
+    return {**rates, "gemm": gemm_rate(planned.worker.train.precision, device), "flops": flops}
+
+
+def _planned(run: Prepared) -> TrainRun:
+    (link,) = links(run.config, run.teacher_dirs, run.run_dir)
+    return train_run(run, lesson(run, link))
+
+
+def needed_flops(planned: TrainRun, length: int) -> float:
+    """FLOPs a token: the teacher forward, the student forward and backward, both heads at the masked tokens alone."""
+    assert planned.source.masking is not None
+    worker, share = planned.worker, planned.source.masking.share
+    models = (outline(model, worker.task) for model in (worker.teachers[0].model, worker.init))
+    teacher, student = (forward_flops(model, length, share) for model in models)
+    return teacher + 3 * student
+
+
+def _loops(run: Prepared, planned: TrainRun, steps: int) -> dict[str, Loop]:
+    source = MicroBatches(planned.source)
+    batches = [source.make(index) for index in range(min(steps, planned.source.manifest.num_micro_batches))]
+    loops: dict[str, Loop] = {
+        "inprocess": InProcess(planned, batches),
+        "student_only": StudentOnly(planned, taught(planned, batches)),
+    }
+    if run.config.teacher.precision == "float32":
+        last = load_tokenizer(run.config.teacher.model).sep_token_id
+        loops["reference"] = Reference(planned, batches, last)
+    return loops
 
 
 class InProcess(Loop):

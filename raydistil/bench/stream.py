@@ -3,41 +3,40 @@
 Masked-LM distillation of packed blocks with the triple loss: the same texts, masks, weights, losses and optimizer
 everywhere, and all cores, which the stream shares out between teacher and student as a run does. The stream is a run of
 the command line, started anew for every round as a user starts it, so that no Ray process is there while the loops have
-their turn; its rate is that of a window in which the teacher makes as many rows as the student takes (see `window`).
-Every round has every side in turn; ratios are taken within a round and the median over the rounds is reported.
+their turn, in a process of their own; its rate is that of a window in which the teacher makes as many rows as the
+student takes (see `window`). On CPUs it has a turn more, `apart`, with half the cores for each: there a student's wait
+is for a teacher that is too slow, where cores are shared it is the teacher's turn. Every round has every side in turn;
+ratios are taken within a round and the median over the rounds is reported.
 """
 
 import json
+import multiprocessing
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from raydistil import rundir
 from raydistil.bench import MINILM
-from raydistil.bench.loops import InProcess, Reference
+from raydistil.bench.loops import measured
 from raydistil.bench.window import Window, window_of
-from raydistil.chain import links
+from raydistil.cluster import environment
 from raydistil.config import Config, config_of, flatten
 from raydistil.errors import ConfigError
-from raydistil.models import load_model, load_tokenizer, outline, resolve
+from raydistil.models import load_model, load_tokenizer, resolve
+from raydistil.optim import merged
 from raydistil.payload import payload_path
-from raydistil.pipeline import lesson
 from raydistil.plan import cores
-from raydistil.prepare import Prepared, Say, prepare
-from raydistil.probe import Loop, StudentOnly, taught
-from raydistil.roofline import gemm_rate
-from raydistil.size import forward_flops
-from raydistil.source import MicroBatches
-from raydistil.specs import TrainRun
-from raydistil.stages import train_run
+from raydistil.prepare import Say
 from raydistil.storage import whole_directory
 from raydistil.student import save_model
 from raydistil.trace import read_trace
@@ -48,6 +47,7 @@ LENGTH = 128
 HONEST = (0.95, 1.05)  # a window's balance: outside, what was made before it (or is left after it) flatters the rate
 Shape = Literal["minilm", "base"]
 Tree = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +79,19 @@ def bench_stream(setting: Setting, say: Say) -> Tree:
     """The table; see the module. Raises ConfigError where the stream would run on another device than the loops."""
     if (setting.device == "cuda") != torch.cuda.is_available():
         raise ConfigError(f"expected a machine for --device {setting.device}, found another: name the device it has")
+    os.environ.update(environment())  # the loops' processes allocate as those of a run do
     teacher = _teacher(setting)
-    sides = {precision: _Side(setting, teacher, precision) for precision in PRECISIONS}
+    for precision in PRECISIONS:
+        shutil.rmtree(_of_loops(setting, teacher, precision).run_dir, ignore_errors=True)  # of another setting, perhaps
     rounds: list[dict[Precision, Tree]] = []
     for number in range(setting.rounds):
-        rounds.append({precision: side.round(number) for precision, side in sides.items()})
+        rounds.append({precision: _round(setting, teacher, precision, number) for precision in PRECISIONS})
         say(_line(number, rounds[-1]))
-    return _result(setting, needed_flops(sides["float32"].planned), rounds)
+    return _result(setting, rounds)
+
+
+def _of_loops(setting: Setting, teacher: str, precision: Precision) -> Config:
+    return config_of(tree_for(setting, teacher, precision, f"loops-{precision}"))
 
 
 def _teacher(setting: Setting) -> str:
@@ -106,13 +112,8 @@ def _made(shape: Shape) -> Any:
     return BertForMaskedLM(BertConfig(vocab_size=len(load_tokenizer(MINILM))))
 
 
-def config_for(setting: Setting, teacher: str, precision: Precision, name: str) -> Config:
-    """The run of one precision. Students: every other layer of MiniLM, DistilBERT of BERT-base."""
-    return config_of(tree_for(setting, teacher, precision, name))
-
-
 def tree_for(setting: Setting, teacher: str, precision: Precision, name: str) -> Tree:
-    """Its configuration, as a file has it."""
+    """The configuration of one precision. Students: every other layer of MiniLM, DistilBERT of BERT-base."""
     students: dict[Shape, Tree] = {"minilm": {"layers": [0, 2, 4]}, "base": {"family": "distilbert"}}
     shared = {"teacher_gpus": 0.5, "student_gpus": 0.5} if setting.device == "cuda" else {}
     return {
@@ -131,60 +132,30 @@ def tree_for(setting: Setting, teacher: str, precision: Precision, name: str) ->
     }  # fmt: skip
 
 
-class _Side:
-    """One precision: its loops, warm, and its stream."""
-
-    def __init__(self, setting: Setting, teacher: str, precision: Precision) -> None:
-        self._setting, self._teacher, self._precision = setting, teacher, precision
-        config = config_for(setting, teacher, precision, f"loops-{precision}")
-        shutil.rmtree(config.run_dir, ignore_errors=True)  # of another setting, perhaps
-        run = prepare(config, lambda line: None)
-        self.planned = _planned(run)
-        torch.set_num_threads(cores())
-        self.loops = _loops(run, self.planned, setting)
-        torch.set_num_threads(cores())  # the teacher's class has set its own
-        for loop in self.loops.values():
-            loop.rate(2)
-
-    def round(self, number: int) -> Tree:
-        """{side: tokens a second}, with the stream as a whole and the machine's own rate."""
-        torch.set_num_threads(cores())
-        rates: Tree = {name: loop.rate(self._setting.steps) for name, loop in self.loops.items()}
-        rates["gemm"] = gemm_rate(self._precision, self._setting.device)
-        rates["streamed"] = _streamed(self._setting, self._teacher, self._precision, number)
-        return rates
-
-
-def _planned(run: Prepared) -> TrainRun:
-    (link,) = links(run.config, run.teacher_dirs, run.run_dir)
-    return train_run(run, lesson(run, link))
-
-
-def needed_flops(planned: TrainRun) -> float:
-    """FLOPs a token: the teacher forward, the student forward and backward, both heads at the masked tokens alone."""
-    assert planned.source.masking is not None
-    worker, share = planned.worker, planned.source.masking.share
-    models = (outline(model, worker.task) for model in (worker.teachers[0].model, worker.init))
-    teacher, student = (forward_flops(model, LENGTH, share) for model in models)
-    return teacher + 3 * student
-
-
-def _loops(run: Prepared, planned: TrainRun, setting: Setting) -> dict[str, Loop]:
-    source = MicroBatches(planned.source)
-    batches = [source.make(index) for index in range(min(setting.steps, planned.source.manifest.num_micro_batches))]
-    loops: dict[str, Loop] = {
-        "inprocess": InProcess(planned, batches),
-        "student_only": StudentOnly(planned, taught(planned, batches)),
-    }
-    if run.config.teacher.precision == "float32":
-        last = load_tokenizer(run.config.teacher.model).sep_token_id
-        loops["reference"] = Reference(planned, batches, last)
-    return loops
-
-
-def _streamed(setting: Setting, teacher: str, precision: Precision, number: int) -> Streamed:
-    """One run, from the command line; nothing of it stays but what was measured."""
+def _round(setting: Setting, teacher: str, precision: Precision, number: int) -> Tree:
+    """Every side in turn: {loop: tokens a second}, the machine's own rate, and the streams as a whole."""
+    found: Tree = _in_a_process(measured, _of_loops(setting, teacher, precision), setting.steps, setting.device)
     tree = tree_for(setting, teacher, precision, f"stream-{precision}-{number}")
+    found["streamed"] = _streamed(setting, tree)
+    if setting.device == "cpu":
+        found["apart"] = _streamed(setting, merged(tree, _apart()))
+    return found
+
+
+def _apart() -> Tree:
+    """Half the cores for the teacher, the others for the student: neither has the other's when that one waits."""
+    half = max(1, cores() // 2)
+    return {"cluster": {"teacher_threads": half, "student_threads": max(1, cores() - half)}}
+
+
+def _in_a_process(function: Callable[..., T], *given: Any) -> T:
+    """What it returns, in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *given).result()
+
+
+def _streamed(setting: Setting, tree: Tree) -> Streamed:
+    """One run, from the command line; nothing of it stays but what was measured."""
     run_dir, file = setting.output / tree["name"], setting.output / f"{tree['name']}.toml"
     shutil.rmtree(run_dir, ignore_errors=True)
     file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in flatten(tree).items()))
@@ -213,8 +184,8 @@ def _command(*arguments: str) -> None:
 # ---- the table
 
 
-def _result(setting: Setting, flops: float, rounds: list[dict[Precision, Tree]]) -> Tree:
-    rows = [{"precision": precision} | _row([turn[precision] for turn in rounds], flops) for precision in PRECISIONS]
+def _result(setting: Setting, rounds: list[dict[Precision, Tree]]) -> Tree:
+    rows = [{"precision": precision} | _row([turn[precision] for turn in rounds]) for precision in PRECISIONS]
     exact, rough = rows
     references = [turn["float32"]["reference"] for turn in rounds]
     best = max(rows, key=lambda row: row["streamed_tok_s"])
@@ -222,7 +193,7 @@ def _result(setting: Setting, flops: float, rounds: list[dict[Precision, Tree]])
     same = [_tok_s(turn["float32"]) / reference for turn, reference in zip(rounds, references, strict=True)]
     return {
         "model": setting.model, "device": setting.device, "rounds": setting.rounds, "threads": cores(),
-        "flops_per_token": flops,
+        "flops_per_token": rounds[0]["float32"]["flops"],
         **{key: best[key] for key in ("streamed_tok_s", "inprocess_tok_s", "student_only_tok_s")},
         "reference_tok_s": statistics.median(references),
         "ratio_vs_inprocess": min(row["ratio_vs_inprocess"] for row in rows),
@@ -251,23 +222,23 @@ def _tok_s(turn: Tree) -> float:
     return streamed.window.tok_s
 
 
-def _row(turns: list[Tree], flops: float) -> Tree:
+def _row(turns: list[Tree]) -> Tree:
     """The medians of one precision."""
     streams: list[Streamed] = [turn["streamed"] for turn in turns]
 
     def median(of: Callable[[Tree], float]) -> float:
         return statistics.median(map(of, turns))
 
-    return {
+    return _apart_row([turn for turn in turns if "apart" in turn]) | {
         "streamed_tok_s": median(_tok_s),
         "inprocess_tok_s": median(lambda turn: turn["inprocess"]),
         "student_only_tok_s": median(lambda turn: turn["student_only"]),
         "gemm_flops_s": median(lambda turn: turn["gemm"]),
         "ratio_vs_inprocess": median(lambda turn: _tok_s(turn) / turn["inprocess"]),
         "ratio_vs_student_only": median(lambda turn: _tok_s(turn) / turn["student_only"]),
-        "roofline_fraction": median(lambda turn: flops * _tok_s(turn) / turn["gemm"]),
-        "inprocess_roofline_fraction": median(lambda turn: flops * turn["inprocess"] / turn["gemm"]),
-        "wait_fraction": median(lambda turn: turn["streamed"].window.wait_s / turn["streamed"].window.seconds),
+        "roofline_fraction": median(lambda turn: turn["flops"] * _tok_s(turn) / turn["gemm"]),
+        "inprocess_roofline_fraction": median(lambda turn: turn["flops"] * turn["inprocess"] / turn["gemm"]),
+        "wait_fraction": median(lambda turn: turn["streamed"].window.wait_fraction),
         "wire_bytes_per_token": median(lambda turn: turn["streamed"].window.num_bytes / turn["streamed"].window.tokens),
         "honest_windows": all(HONEST[0] <= stream.window.balance <= HONEST[1] for stream in streams),
         "window_balance": median(lambda turn: turn["streamed"].window.balance),
@@ -279,6 +250,20 @@ def _row(turns: list[Tree], flops: float) -> Tree:
         "peak_store_bytes": max(stream.store_bytes for stream in streams),
         "teacher_builds": max(stream.teacher_builds for stream in streams),
         "streams": [asdict(stream) for stream in streams],
+    }
+
+
+def _apart_row(turns: list[Tree]) -> Tree:
+    """The medians of one precision, of streams whose sides had cores of their own; nothing where there were none."""
+    if not turns:
+        return {}
+    windows: list[Window] = [turn["apart"].window for turn in turns]
+    ratios = [window.tok_s / turn["inprocess"] for window, turn in zip(windows, turns, strict=True)]
+    return {
+        "apart_tok_s": statistics.median(window.tok_s for window in windows),
+        "apart_ratio_vs_inprocess": statistics.median(ratios),
+        "apart_wait_fraction": statistics.median(window.wait_fraction for window in windows),
+        "apart_streams": [asdict(turn["apart"]) for turn in turns],
     }
 
 

@@ -23,6 +23,11 @@ class Window:
         return self.tokens / self.seconds
 
     @property
+    def wait_fraction(self) -> float:
+        """Of the student's time."""
+        return self.wait_s / self.seconds
+
+    @property
     def balance(self) -> float:
         """Rows the teacher made for each the student took: above 1 the teacher's lead grew, below 1 it was eaten up."""
         return self.teacher_rows / self.student_rows
