@@ -14,7 +14,6 @@ from raydistil.config import Config, explain, load_config, read_toml
 from raydistil.config.targets import variants_of
 from raydistil.config.train import DistillConfig
 from raydistil.errors import DataError
-from raydistil.fill import mebibytes
 from raydistil.layers import plan_layers
 from raydistil.models import load_tokenizer, quiet_transformers
 from raydistil.optim import deepspeed_config
@@ -23,7 +22,7 @@ from raydistil.prepare import check_models, classes_of_teacher, corpus_of, descr
 from raydistil.probe import probe
 from raydistil.size import describe_model
 from raydistil.specs import TargetsSpec
-from raydistil.storage import free_bytes
+from raydistil.storage import free_bytes, mebibytes
 from raydistil.tally import advice
 from raydistil.targets import makes_logits, targets_spec
 from raydistil.tokens import class_names

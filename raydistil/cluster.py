@@ -6,11 +6,13 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from raydistil.config.cluster import ClusterConfig
 from raydistil.errors import PlanError
 from raydistil.plan import Need, Node, check_fits, check_placed, local_cpus
 from raydistil.processes import MARK, end_leftovers, new_mark, wait_for_the_end
+from raydistil.raylet import LOG, kept_in
 
 # For every Ray process this run starts. Ray Data sizes its thread pools for large machines unless told; Ray runs its
 # workers at niceness 15, where anything else on the machine starves a training that waits for its own threads; and Ray
@@ -35,12 +37,12 @@ HANGS = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 
 
 @contextmanager
-def cluster(config: ClusterConfig, needs: list[Need]) -> Iterator[None]:
+def cluster(config: ClusterConfig, needs: list[Need], folder: Path) -> Iterator[None]:
     """Connected to a cluster that can hold every one of `needs`, in turn. A cluster started here ends with the block.
 
-    Raises PlanError where the cluster is too small.
+    `folder`: for what Ray says meanwhile. Raises PlanError where the cluster is too small.
     """
-    with connected(config):
+    with kept_in(folder / LOG), connected(config):
         _check(needs)
         yield
 
@@ -75,7 +77,7 @@ def _start(config: ClusterConfig, address: str | None, mark: str) -> None:
 
     from raydistil import warm
 
-    os.environ.update(_environment())
+    os.environ.update(environment())
     if address is not None:
         try:
             ray.init(address, runtime_env={"env_vars": ENVIRONMENT}, log_to_driver=False, logging_level=logging.ERROR)
@@ -87,12 +89,12 @@ def _start(config: ClusterConfig, address: str | None, mark: str) -> None:
         ray.init(
             address="local", num_cpus=local_cpus(), object_store_memory=config.object_store_bytes,
             include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
-            runtime_env={"env_vars": _environment(), "worker_process_setup_hook": warm.HOOK},
+            runtime_env={"env_vars": environment(), "worker_process_setup_hook": warm.HOOK},
         )  # fmt: skip
     warm.with_cluster()
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """`ENVIRONMENT`, where the user's own says nothing else."""
     return {key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()}
 

@@ -84,7 +84,9 @@ class Distiller(nn.Module):
         )
         taught: Tensor | Projection | Sparse | Mixture | None = targets.soft_labels
         if taught is None and self._teacher and teacher in targets.states:
-            taught = _projection(self._teacher[0], targets.states[teacher][at_T], self.encoder.dtype)
+            state_TD = targets.states[teacher]
+            state_ND = state_TD[: len(labels_N)] if targets.compared else state_TD[at_T]
+            taught = _projection(self._teacher[0], state_ND, self.encoder.dtype)
         return _projection(self.model, states[student][at_T], self.encoder.dtype), labels_N, taught, kd_N
 
 

@@ -23,7 +23,7 @@ from raydistil.errors import StorageError, unwrapped
 from raydistil.source import MicroBatches
 from raydistil.specs import CacheSpec, SourceSpec, TeacherSpec
 from raydistil.steps import MOST_BLOCKS
-from raydistil.storage import free_bytes
+from raydistil.storage import free_bytes, mebibytes
 from raydistil.stream import configure_data, on_teachers
 from raydistil.teacher import Teacher
 
@@ -163,7 +163,3 @@ def _describe(filled: Filled) -> str:
         f"targets: {filled.shards_written} files written in {filled.wall_s:.0f} s, teacher built "
         f"{filled.teacher_builds}x; now kept in {filled.path} ({filled.tokens:,} tokens, {size})"
     )
-
-
-def mebibytes(num_bytes: float) -> str:
-    return f"{num_bytes / 2**20:,.1f} MiB"

@@ -24,6 +24,7 @@ class LayerPlan:
     minilm: tuple[Pair, ...]  # layers, one at most
     teacher_states: tuple[int, ...]  # what the teacher must give, ascending
     student_states: tuple[int, ...]
+    logits_alone: bool  # whether what the teacher gives is for its logits and nothing else
 
     @property
     def attention_layers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -60,7 +61,8 @@ def plan_layers(loss: LossConfig, task: Task, teacher_head: bool, num_teacher: i
     states = [*hidden, *pkd, *((t - 1, s - 1) for t, s in attention + minilm)]
     teacher = {t for t, _ in states} | ({last[0]} if uses_last[0] or guided or teacher_head else set())
     student = {s for _, s in states} | ({last[1]} if any(uses_last) or not labels_texts(task) else set())
-    return LayerPlan(last, hidden, pkd, attention, minilm, tuple(sorted(teacher)), tuple(sorted(student)))
+    alone = teacher_head and not (states or uses_last[0] or guided)
+    return LayerPlan(last, hidden, pkd, attention, minilm, tuple(sorted(teacher)), tuple(sorted(student)), alone)
 
 
 def spread(first: int, num_teacher: int, num_student: int) -> tuple[Pair, ...]:

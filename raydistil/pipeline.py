@@ -213,7 +213,7 @@ def run_all(config: Config, say: Say) -> dict[str, Any]:
     """The whole chain as the configuration has it. Returns the report, with `wall_s`."""
     started = time.time()
     run = prepare(config, say)
-    with cluster(config.cluster, needs(config)):
+    with cluster(config.cluster, needs(config), run.run_dir):
         report = _stages(run)
     if config.distill:
         export(config, run.run_dir, report)
@@ -240,7 +240,7 @@ def run_stage(config: Config, stage: str, say: Say) -> dict[str, Any]:
     for teacher in run.teacher_dirs if stage in ("distill", "evaluate") and config.finetune else ():
         if not Path(teacher).exists():
             raise ConfigError(f"expected a fine-tuned teacher at {teacher}, found none: run finetune first")
-    with cluster(config.cluster, needs(config)):
+    with cluster(config.cluster, needs(config), run.run_dir):
         return work(run) or {"stage": stage, **(rundir.read_summary(run.run_dir, stage) or {})}
 
 

@@ -37,6 +37,12 @@ def compared_places(batch: TokenBatch, loss: LossConfig, seed: int) -> Places:
     return Places(at_T, kd_T[at_T], labels_T[at_T])
 
 
+def sent_places(batch: TokenBatch, loss: LossConfig, seed: int) -> NDArray[np.bool_]:
+    """Those that are compared at all; the first token where none is, since what is sent is never nothing."""
+    at_T = compared_places(batch, loss, seed).at_T
+    return at_T if at_T.any() else np.arange(len(at_T)) == 0
+
+
 def compared_share(loss: LossConfig, masked: float) -> float:
     """The share of a language model's tokens that `compared_places` finds, `masked` of them having a label."""
     kd = {"all": 1.0, "sample": loss.kd_sample, "masked": masked}[loss.kd_positions] if loss.kd else 0.0

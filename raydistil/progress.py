@@ -12,6 +12,7 @@ from uuid import uuid4
 import ray
 
 from raydistil.errors import FailedError, RaydistilError
+from raydistil.raylet import LOG
 from raydistil.types import TrainSummary
 
 
@@ -33,6 +34,7 @@ class Progress:
         self._news: list[str] = []
         self._wish = Wish.NONE
         self._max_failures, self._log = max_failures, log
+        self._ray_says = f"Ray may say more in {log.with_name(LOG)}"
         self._step, self._again, self._starts = -1, 0, 0
         self._from: str | None = None
         self._name = ""
@@ -48,7 +50,7 @@ class Progress:
         """Workers are about to start from `step`; answers why they should not."""
         self._again = self._again + 1 if step == self._step else 1
         self._step, self._from, self._name, self._starts = step, checkpoint, uuid4().hex[:8], self._starts + 1
-        said, self._said = self._said or "killed, perhaps for their memory", None
+        said, self._said = self._said or f"killed, perhaps for their memory; {self._ray_says}", None
         died, self._resized = not self._resized, False
         if self._again > self._max_failures + 1:
             self.refuse(FailedError(
@@ -71,8 +73,8 @@ class Progress:
         if self._built[teacher] > self._max_failures + 1:
             self.refuse(FailedError(
                 f"expected a teacher that lives through its work, but one died {self._max_failures + 1} times without "
-                f"a step of the student between (killed, perhaps for its memory): give its node more, or lower "
-                f"micro_batch_size or cluster.teachers; see cluster.max_failures"
+                f"a step of the student between (killed, perhaps for its memory; {self._ray_says}): give its node "
+                f"more, or lower micro_batch_size or cluster.teachers; see cluster.max_failures"
             ))  # fmt: skip
         return self._refused
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import ray
+from ray._private.internal_api import get_memory_info_reply
 from ray.actor import ActorHandle
 
 from raydistil.tally import Tally, Used
@@ -148,12 +149,17 @@ class Meter:
             self._wish = max(self._wish, ray.get(self._reply))
             self._reply = None
 
+    @property
+    def wall_s(self) -> float:
+        """Since the worker's start."""
+        return time.time() - self._began
+
     def summary(self, interrupted: bool, skipped_steps: int) -> TrainSummary:
         done, now = self._all, time.time()
         since = now - (self._first_row or now)
         return TrainSummary(
             steps=self._step, micro_batches=done.micro_batches, tokens=done.tokens,
-            wall_s=now - self._began, wait_s=done.wait_s,
+            wall_s=self.wall_s, wait_s=done.wait_s,
             student_busy_s=done.student_busy_s, teacher_busy_s=done.teacher_busy_s,
             overlap_s=self._overlap.total(), teacher_builds=len(done.teachers),
             wire_bytes=done.num_bytes, final_losses=self._losses, interrupted=interrupted,
@@ -167,6 +173,11 @@ class Store:
 
     def __init__(self) -> None:
         self.peak = 0  # most bytes in use whenever somebody looked
+        self._spilled = _spilled()
+
+    def spilled(self) -> int:
+        """Bytes that went from them to a disk since this was made."""
+        return _spilled() - self._spilled
 
     def look(self) -> int:
         """Bytes in use now."""
@@ -174,6 +185,11 @@ class Store:
         used = int(ray.cluster_resources().get(name, 0) - ray.available_resources().get(name, 0))
         self.peak = max(self.peak, used)
         return used
+
+
+def _spilled() -> int:
+    """By the nodes there are, since each started."""
+    return int(get_memory_info_reply(ray._private.state.state).store_stats.spilled_bytes_total)
 
 
 class LiveLine:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,30 +29,37 @@ class Resumed:
 
     def load(self, engine: Any) -> None:
         """Put weights, optimizer and schedule back into `engine`."""
+        decays = [group.get("weight_decay") for group in engine.optimizer.param_groups]
         engine.load_checkpoint(str(self.folder), tag=TAG)
         assert engine.global_steps == self.state.steps
+        if self.universal:
+            _set_apart(engine.optimizer, decays)
 
 
 @contextmanager
 def resumed(store: CheckpointStore, name: str | None, zero_stage: int) -> Iterator[Resumed | None]:
     """What to go on from, its files there until the block ends; None (as `name`) at the start of a training.
 
-    Raises StorageError where pieces of another number of workers cannot be put together: never those of stage 3.
+    Raises StorageError where pieces of another number of workers cannot be put together.
     """
     if name is None:
         yield None
         return
     with store.at_hand(name) as folder, scratch_directory() as scratch:
         state, workers = store.state(name), ray.train.get_context().get_world_size()
-        if zero_stage == 3 and state.workers != workers:  # their moments do not come out as they were
-            raise StorageError(
-                f"expected the {state.workers} student workers that the weights lie on in pieces (zero_stage 3), got "
-                f"{workers}: set cluster.students={state.workers} to go on, or start anew with --set name=..."
-            )
         universal = zero_stage > 0 and state.workers != workers
         if universal:
             _put_together(folder / TAG, scratch / TAG)
         yield Resumed(state, universal, scratch if universal else folder)
+
+
+def _set_apart(optimizer: Any, decays: list[float | None]) -> None:
+    """What DeepSpeed's loading of stage 3 gives to all groups of weights together: one group's decay, and one tensor
+    that counts the steps, which each group then counts up."""
+    for group, decay in zip(optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay
+    for state in optimizer.optimizer.state.values():
+        state["step"] = deepcopy(state["step"])
 
 
 def _put_together(pieces: Path, target: Path) -> None:

@@ -38,11 +38,15 @@ class Saver:
         self._rank, self._world = rank, world
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._pending: Future[None] | None = None
+        self.count, self.held_s = 0, 0.0  # checkpoints; seconds that training stood still for them
 
     def save(self, engine: Any, tokenizer: str, state: State) -> None:
         """Every worker must call this at the same step. Returns when training may go on; `wait` says how it went."""
         self.wait()
-        name = f"step-{engine.global_steps:09d}-{self._start}"
+        with self._holding():
+            self._begin(f"step-{engine.global_steps:09d}-{self._start}", engine, tokenizer, state)
+
+    def _begin(self, name: str, engine: Any, tokenizer: str, state: State) -> None:
         with ExitStack() as making:
             making.enter_context(self._cleaning(name))
             scratch = making.enter_context(self._scratch(name))
@@ -51,6 +55,7 @@ class Saver:
                 if self._rank == 0:
                     save_model(engine.module.model, tokenizer, scratch / MODEL)
             self._pending = self._thread.submit(self._finish, making.pop_all(), name, scratch, state)
+        self.count += 1
 
     def look(self) -> None:
         """Raise what the thread met, if it has."""
@@ -64,7 +69,15 @@ class Saver:
         """
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.result()
+            with self._holding():
+                pending.result()
+
+    @contextmanager
+    def _holding(self) -> Iterator[None]:
+        """Training stands still."""
+        began = time.monotonic()
+        yield
+        self.held_s += time.monotonic() - began
 
     @contextmanager
     def _cleaning(self, name: str) -> Iterator[None]:

@@ -28,6 +28,7 @@ class TargetsSpec:
     states: tuple[int, ...]  # hidden states, ascending; see `layers`
     soft_labels: bool  # whether they travel; if not, the student's side makes them of the last state, or needs none
     seed: int
+    compared: bool = False  # whether states are of the compared places alone, see `places.sent_places`
 
 
 @dataclass(frozen=True, slots=True)

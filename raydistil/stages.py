@@ -22,6 +22,7 @@ from raydistil.plan import Threads, threads
 from raydistil.prepare import Prepared
 from raydistil.size import forward_flops
 from raydistil.specs import CacheSpec, SaveSpec, SourceSpec, TeacherSpec, TrainRun, WorkerSpec
+from raydistil.storage import mebibytes
 from raydistil.tally import advice
 from raydistil.targets import makes_logits, targets_spec
 from raydistil.types import labels_texts
@@ -180,6 +181,9 @@ def _describe(stage: str, summary: Any, kept: bool, shared: bool) -> str:
         text += f"; teacher built 0x, student waited {summary.wait_s / max(summary.wall_s, 1e-9):.0%}"
     if kept or summary.teacher_builds:
         text += f", {summary.wire_bytes / max(1, summary.tokens):,.0f} bytes/token"
+    text += f"; saved {summary.checkpoints}x, {summary.saving_s / max(summary.wall_s, 1e-9):.1%} of the time"
+    if summary.spilled_bytes:
+        text += f"; {mebibytes(summary.spilled_bytes)} spilled to a disk: lower cluster.max_bytes_in_flight"
     if summary.verdict:
         text += f"; {summary.verdict}: {advice(summary.verdict, shared)}"
     return text

@@ -163,3 +163,7 @@ def _disk_full(target: Path) -> FullError:
     free = free_bytes(target.parent) / 2**20
     kept = "the previous one is intact" if target.exists() else "nothing was left there"
     return FullError(f"no space left while writing {target} ({free:.0f} MiB free); {kept}: free some and run again")
+
+
+def mebibytes(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"

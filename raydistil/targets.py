@@ -20,8 +20,9 @@ from raydistil.config.targets import TargetsConfig
 from raydistil.layers import LayerPlan
 from raydistil.manifest import keyed, mix
 from raydistil.masking import row_keys
+from raydistil.places import sent_places
 from raydistil.specs import TargetsSpec
-from raydistil.types import Sparse, Task, TeacherTargets, labels_texts
+from raydistil.types import Sparse, Task, TeacherTargets, TokenBatch, labels_texts
 
 PLACES_AT_ONCE = 512  # whose vocabulary logits a teacher makes before it encodes them
 _DRAWS = 5  # a stream of random numbers apart from those of masking and sampling
@@ -42,7 +43,8 @@ def makes_logits(config: TargetsConfig, loss: LossConfig, task: Task) -> bool:
 def targets_spec(config: TargetsConfig, loss: LossConfig, task: Task, layers: LayerPlan, seed: int) -> TargetsSpec:
     """What a run asks of its teacher."""
     soft_labels = loss.kd > 0 and not makes_logits(config, loss, task)
-    return TargetsSpec(config, loss, layers.teacher_states, soft_labels, seed)
+    compared = layers.logits_alone and config.cache is None
+    return TargetsSpec(config, loss, layers.teacher_states, soft_labels, seed, compared)
 
 
 def encode_targets(
@@ -81,16 +83,24 @@ def _place_keys(seed: int, visits_N: NDArray[np.int64]) -> NDArray[np.uint64]:
     return mix(keys_N ^ row_keys(0, numbers_N))
 
 
+def targets_for(
+    spec: TargetsSpec, columns: dict[str, Readable], batch: TokenBatch, device: torch.device
+) -> TeacherTargets:
+    """What the teacher said of a micro-batch; see `decode_targets`."""
+    sent = int(sent_places(batch, spec.loss, spec.seed).sum()) if spec.compared else batch.num_tokens
+    return decode_targets(spec, columns, sent, device)
+
+
 def decode_targets(
     spec: TargetsSpec, columns: dict[str, Readable], num_tokens: int, device: torch.device
 ) -> TeacherTargets:
-    """What `encode_targets` was given, rounded by the format, float32 on `device`."""
+    """What `encode_targets` was given, rounded by the format, float32 on `device`. `num_tokens`: of each state."""
     whole = memoryview(columns["states"])
     size = len(whole) // max(1, len(spec.states))
     columns_by_state = {n: whole[place * size : (place + 1) * size] for place, n in enumerate(spec.states)}
     states = {n: decode_states(part, num_tokens, spec.config.states, device) for n, part in columns_by_state.items()}
     if not spec.soft_labels:
-        return TeacherTargets(states, None)
+        return TeacherTargets(states, None, spec.compared)
     codec = soft_label_codec(spec.config)
     parts = [codec.decode(part, device) for part in parted(columns["soft_labels"])]
     return TeacherTargets(states, _together(parts))

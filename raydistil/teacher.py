@@ -16,7 +16,7 @@ from uuid import uuid4
 import numpy as np
 import pyarrow as pa
 
-from raydistil.places import compared_places
+from raydistil.places import compared_places, sent_places
 from raydistil.specs import TeacherSpec
 from raydistil.steps import MICRO_BATCHES_PER_BLOCK
 from raydistil.types import TeacherTiming, TokenBatch, labels_texts
@@ -97,6 +97,9 @@ class Teacher:
         with torch.inference_mode():
             states, logits = self._model(*on_device(batch, device), self._states, positions_on(batch, device))
             parts: Iterable[Tensor] | None = None if logits is None else [logits]
+            if wanted.compared:
+                sent_T = torch.from_numpy(sent_places(batch, wanted.loss, wanted.seed)).to(device)
+                states = {n: state_TD[sent_T] for n, state_TD in states.items()}
             if wanted.soft_labels and parts is None:
                 at_T = compared_places(batch, wanted.loss, wanted.seed).at_T
                 visits_N = np.repeat(visits_N, batch.lengths_B)[at_T]

@@ -77,7 +77,7 @@ def _trained(run: TrainRun) -> TrainSummary:
     assert summary is not None
     if summary.interrupted:
         raise Interrupted(f"{run.stage} stopped after step {summary.steps}; the same command goes on from there")
-    return replace(summary, peak_store_bytes=store.peak, restarts=starts - 1)
+    return replace(summary, peak_store_bytes=store.peak, spilled_bytes=store.spilled(), restarts=starts - 1)
 
 
 def _progress_of(run: TrainRun) -> Any:

@@ -111,6 +111,7 @@ class TeacherTargets:
 
     states: Mapping[int, Tensor]  # [T, D] float32, by state: 0 the embeddings, n what layer n made of them
     soft_labels: Tensor | Sparse | Mixture | None  # logits [N, C] as sent, or a few probabilities; None: see `states`
+    compared: bool = False  # whether states are of `places.sent_places` alone, not of all T
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,10 @@ class TrainSummary:
     verdict: str | None  # who held the stream up; None without a teacher
     mfu: float  # see `StepMetrics`, since the first micro-batch
     skipped_steps: int  # since the training began, for a loss or a gradient that was no number
+    checkpoints: int = 0  # that were made
+    saving_s: float = 0.0  # training stood still for them
     peak_store_bytes: int = 0  # most that was in use of the cluster's object stores, as the driver saw it
+    spilled_bytes: int = 0  # that went from them to a disk
     restarts: int = 0  # of the workers, since the driver last started
 
 

@@ -37,7 +37,7 @@ from raydistil.saving import Saver
 from raydistil.specs import SaveSpec, WorkerSpec
 from raydistil.steps import FILLER, Steps
 from raydistil.tally import Used
-from raydistil.targets import decode_targets
+from raydistil.targets import targets_for
 from raydistil.trace import Record, Trace, trace_path
 from raydistil.types import TrainSummary
 
@@ -110,6 +110,8 @@ class StudentWorker:
         self._saver.wait()
         assert wish == Wish.STOP or self._ledger.done(self._spec.per_step) == self._steps.last
         if self._rank == 0 and summary is not None:
+            saver, wall_s = self._saver, self._meter.wall_s
+            summary = replace(summary, checkpoints=saver.count, saving_s=saver.held_s, wall_s=wall_s)
             ray.get(self._progress.finish.remote(summary))
 
     def _wish(self, step: int) -> Wish:
@@ -130,7 +132,7 @@ class StudentWorker:
         started = time.time()
         batch = wire.batch_of(row)
         said = [
-            decode_targets(teacher.targets, columns, batch.num_tokens, self._device)
+            targets_for(teacher.targets, columns, batch, self._device)
             for teacher, columns in zip(self._spec.teachers, wire.targets_of(row), strict=True)
         ]
         targets = mixed_targets(said, self._spec.weights, self._spec.loss) if said else None

@@ -14,12 +14,13 @@ from sources import class_source, mlm_source
 
 from raydistil.cache.inputs import inputs_of, model_hash
 from raydistil.cache.layout import place_of, shards
-from raydistil.cache.sizes import compared_share, sizes_of
+from raydistil.cache.sizes import sizes_of
 from raydistil.check import check
 from raydistil.config import MaskingConfig
 from raydistil.config.loss import LossConfig
 from raydistil.config.targets import AugmentConfig, TargetsConfig
 from raydistil.errors import ModelError
+from raydistil.places import compared_share
 from raydistil.specs import CacheSpec, SourceSpec, TargetsSpec, TeacherSpec
 
 Change = Callable[[TeacherSpec, SourceSpec], tuple[TeacherSpec, SourceSpec]]

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+import ray
 import torch
 from conftest import write_jsonl
 from disks import small_disk
@@ -123,6 +125,42 @@ def test_one_worker_ends_with_the_same_weights(
     assert len({timing.teacher for record in _traced(config) for timing in record.taught}) >= 3
     assert [record.step for record in records] == sorted(record.step for record in records)
     assert all(torch.equal(weight, whole[name]) for name, weight in weights(config).items())
+
+
+@pytest.mark.slow
+def test_an_object_store_that_somebody_else_fills(
+    whole: dict[str, torch.Tensor], tiny_teacher: str, corpus_file: Path, tmp_path: Path
+) -> None:
+    """What has no room goes to a disk and comes back, and is counted."""
+    config = killed_config(tmp_path, tiny_teacher, corpus_file, "run")
+    with filling(config) as held:
+        pipeline.run_all(config, quiet)
+    assert held
+    audited(config)
+    summary = rundir.read_summary(config.run_dir, rundir.DISTILL)
+    assert summary is not None and summary["spilled_bytes"] > 0
+    assert all(torch.equal(weight, whole[name]) for name, weight in weights(config).items())
+
+
+@contextmanager
+def filling(config: Config) -> Iterator[list[Any]]:
+    """In the background, when the student is at work: more objects than the store has room for."""
+    held: list[Any] = []
+
+    def fill() -> None:
+        while not _traced(config):
+            time.sleep(0.05)
+        room = int(ray.cluster_resources()["object_store_memory"])
+        piece = np.zeros(64 << 20, np.uint8)
+        held.extend(ray.put(piece) for _ in range(-(-room * 5 // 4 // piece.nbytes)))
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    try:
+        yield held
+    finally:
+        thread.join()
+        held.clear()
 
 
 @pytest.mark.slow

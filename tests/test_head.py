@@ -1,4 +1,7 @@
-"""The head of a cluster is lost, and with it all that Ray knows: the same command goes on at another one."""
+"""The head of a cluster is lost, and with it all that Ray knows: the same command goes on at another one.
+
+Its checkpoints are in an object store, as they would be of machines that come and go.
+"""
 
 import os
 import signal
@@ -10,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from buckets import serving
 from ray.cluster_utils import Cluster
 from settings import write
 
@@ -33,11 +37,16 @@ def lose_head(cluster: Cluster) -> None:
 def test_the_head_is_lost_and_the_same_command_goes_on_at_another(
     tiny_teacher: str, corpus_file: Path, tmp_path: Path
 ) -> None:
-    path = write(tmp_path / "run.toml", {
-        "output_dir": str(tmp_path), "task": "mlm", "corpus.source": str(corpus_file), "tokens.length": 16,
-        "teacher.model": tiny_teacher, "student.layers": [0, 2], "distill.epochs": 30,
-        "distill.micro_batch_size": 16, "checkpoints.every_steps": 20, "cluster.trace": True,
-        "cluster.student_threads": 1, "cluster.teacher_threads": 1,
+    with serving() as bucket:
+        _lose_the_head(tiny_teacher, corpus_file, tmp_path, bucket)
+
+
+def _lose_the_head(teacher: str, corpus: Path, folder: Path, bucket: str) -> None:
+    path = write(folder / "run.toml", {
+        "output_dir": str(folder), "task": "mlm", "corpus.source": str(corpus), "tokens.length": 16,
+        "teacher.model": teacher, "student.layers": [0, 2], "distill.epochs": 30,
+        "distill.micro_batch_size": 16, "checkpoints.every_steps": 20, "checkpoints.storage": bucket,
+        "cluster.trace": True, "cluster.student_threads": 1, "cluster.teacher_threads": 1,
     })  # fmt: skip
     config = load_config(path, [])
 

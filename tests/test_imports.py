@@ -11,13 +11,13 @@ import pytest
 import raydistil
 
 ORDER = (
-    "errors", "types", "processor", "config", "layers", "storage", "corpus", "manifest", "steps", "checkpoint",
-    "masking", "augment", "documents", "places", "packing", "tokens", "warm", "specs", "models", "roofline", "size",
-    "codecs", "targets", "ensemble", "wire", "cache", "source", "plan", "losses", "attention", "distiller",
-    "partitioned", "student", "optim", "teacher", "pace", "payload", "stream", "fill", "trace", "tally", "progress",
-    "report", "resume", "saving", "worker", "processes", "cluster", "rundir", "chain", "elastic", "train",
-    "evaluate", "export", "prune", "prepare", "stages", "pipeline", "probe", "check", "doctor", "tables", "serve",
-    "bench", "cli", "__main__",
+    "errors", "types", "processor", "config", "layers", "storage", "raylet", "corpus", "manifest", "steps",
+    "checkpoint", "masking", "augment", "documents", "places", "packing", "tokens", "warm", "specs", "models",
+    "roofline", "size", "codecs", "targets", "ensemble", "wire", "cache", "source", "plan", "losses",
+    "attention", "distiller", "partitioned", "student", "optim", "teacher", "pace", "payload", "stream", "fill",
+    "trace", "tally", "progress", "report", "resume", "saving", "worker", "processes", "cluster", "rundir",
+    "chain", "elastic", "train", "evaluate", "export", "prune", "prepare", "stages", "pipeline", "probe",
+    "check", "doctor", "tables", "serve", "bench", "cli", "__main__",
 )  # fmt: skip
 ROOT = Path(raydistil.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

@@ -48,6 +48,14 @@ def test_a_language_models_student_gives_its_last_state_for_the_head() -> None:
     assert plan("mlm", head=True, kd=1).teacher_states == (12,)
 
 
+@pytest.mark.parametrize("also", [{"cosine": 1}, {"hidden": {}}, {"pkd": {}}, {"attention": {}}, {"minilm": {}}])
+def test_states_for_the_logits_alone(also: dict[str, Any]) -> None:
+    """Then those of the compared places will do."""
+    assert plan("mlm", head=True, kd=1, task=1).logits_alone
+    assert not plan("mlm", head=True, kd=1, **also).logits_alone
+    assert not plan("mlm", kd=1).logits_alone  # soft labels travel
+
+
 def test_hidden_states_are_projected_where_they_are_compared() -> None:
     found = plan(hidden={"layers": ((0, 0), (6, 2))}, pkd={"layers": ((9, 3),)})
     assert found.teacher_states == (0, 6, 9)

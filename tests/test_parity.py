@@ -12,7 +12,7 @@ import pytest
 import reference
 import torch
 from kept import sized
-from parity import Streamed, check, check_narrow, gradients, one_micro_batch, trained
+from parity import CPU, Streamed, check, check_narrow, gradients, one_micro_batch, trained
 from sources import class_source, mlm_source
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,6 +22,9 @@ from raydistil.config.targets import TargetsConfig
 from raydistil.ensemble import mixed_targets
 from raydistil.models import load_model, load_tokenizer
 from raydistil.places import compared_places
+from raydistil.specs import TeacherSpec
+from raydistil.targets import targets_for
+from raydistil.teacher import Teacher
 from raydistil.types import IGNORE, Sparse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,6 +71,29 @@ def classes(ray_cluster: None, opinionated: str, tmp_path_factory: pytest.TempPa
 def test_triple(mlm: Streamed, positions: str) -> None:
     config = LossConfig(kd=5, task=2, cosine=1, temperature=2, kd_positions=positions)
     check(mlm, config, lambda student, rows: reference.triple(rows, student, mlm.teacher(), config, 4))
+
+
+@pytest.mark.parametrize("keys", [
+    {"task": 2}, {"kd_positions": "all"}, {"kd_positions": "sample", "kd_sample": 0.3},
+    {"kd_positions": "sample", "kd_sample": 1e-9},
+])  # fmt: skip
+def test_states_of_the_compared_places_train_as_those_of_all(
+    opinionated: str, tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    """Bit by bit, and be there none of them."""
+    loss = LossConfig(**NOTHING | {"kd": 5, **keys})
+    source = mlm_source(tmp_path, opinionated)
+    whole = one_micro_batch("mlm", opinionated, source, TargetsConfig(), False, loss, ray=False)
+    wanted = replace(whole.targets, states=(4,), compared=True)
+    columns = Teacher(TeacherSpec(opinionated, "mlm", "float32", 1, wanted)).targets(whole.batch)
+    compared = int(compared_places(whole.made, loss, 3).at_T.sum())
+    assert len(columns["states"]) == 2 * 32 * max(1, compared) <= 2 * 32 * whole.batch.num_tokens
+    part = replace(whole, targets=wanted, given=targets_for(wanted, columns, whole.batch, CPU))
+    (one, of_all), (other, of_some) = (trained(case, case.student(), loss) for case in (whole, part))
+    assert torch.equal(of_all, of_some)
+    expected, got = gradients(one, of_all), gradients(other, of_some)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(got[name], gradient) for name, gradient in expected.items())
 
 
 def test_hidden(mlm: Streamed) -> None:

@@ -100,9 +100,10 @@ def test_workers_that_die_again_from_the_same_step_are_refused(tmp_path: Path) -
     actor.failed("Traceback:\n  a line\nRuntimeError: no memory\n")
     assert actor.start(7, "step-7") is None
     _, news = actor.drain()
-    assert len(news) == 5 and news[0].endswith("(killed, perhaps for their memory): they start again from step 0")
+    assert len(news) == 5 and "memory; Ray may say more in " in news[0]
+    assert news[0].endswith("ray.txt): they start again from step 0")
     assert "(RuntimeError: no memory; the whole of it is in" in news[-1]
-    with pytest.raises(FailedError, match=r"3 starts from step 7, .* \(killed, perhaps for their memory\)"):
+    with pytest.raises(FailedError, match=r"3 starts from step 7, .* \(killed, perhaps for their memory; .*ray.txt\)"):
         raise actor.start(7, "step-7")
     assert isinstance(actor.start(8, "step-8"), FailedError)  # it stays so
     assert "a line" in (tmp_path / "failures.txt").read_text()

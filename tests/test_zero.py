@@ -42,7 +42,7 @@ def alone(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "workers"), [(0, (1, 2)), (2, (2, 1, 2)), (3, (2,))])
+@pytest.mark.parametrize(("stage", "workers"), [(0, (1, 2)), (2, (2, 1, 2)), (3, (2, 1, 2))])
 def test_workers_come_and_go(
     alone: dict[str, Tensor], tiny_teacher: str, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     stage: int, workers: tuple[int, ...],

@@ -9,7 +9,7 @@ from typing import Any
 
 from raydistil.codecs.states import bytes_per_token
 from raydistil.config import digest
-from raydistil.config.loss import LossConfig
+from raydistil.places import compared_share
 from raydistil.specs import CacheSpec, SourceSpec, TargetsSpec
 from raydistil.targets import soft_label_codec
 from raydistil.tokens import TokenStore
@@ -46,13 +46,6 @@ def sizes_of(task: Task, wanted: TargetsSpec, masked: float, width: int, classes
         return Sizes(ID_BYTES + states, ROW_BYTES + place)
     share = compared_share(wanted.loss, masked if task == "mlm" else 1.0)
     return Sizes(ID_BYTES + states + share * (place + ID_BYTES), ROW_BYTES)
-
-
-def compared_share(loss: LossConfig, masked: float) -> float:
-    """Share of the tokens that `places.compared_places` chooses, where a share of `masked` is to be found."""
-    hard = masked if loss.task else 0.0
-    soft = {"all": 1.0, "sample": loss.kd_sample, "masked": masked}[loss.kd_positions] if loss.kd else 0.0
-    return 1 - (1 - hard) * (1 - soft) if loss.kd_positions == "sample" else max(hard, soft)
 
 
 def cache_spec(
