@@ -8,6 +8,7 @@ No state of a random number generator is among it: what is drawn is a function o
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -79,11 +80,22 @@ class CheckpointStore:
         return Path(path) if isinstance(filesystem, fs.LocalFileSystem) else None
 
     def complete(self) -> list[Kept]:
-        """All of them, by their steps."""
+        """All of them whose state can be read, by their steps."""
+        found = [Kept(name, state) for name in self._names() if (state := self._readable(name)) is not None]
+        return sorted(found, key=lambda one: (one.state.steps, one.name))
+
+    def _names(self) -> list[str]:
+        """Of those that have a state."""
         filesystem, root = self.open()
         found = filesystem.get_file_info([f"{entry.path}/{STATE}" for entry in _entries(filesystem, root)])
-        names = [Path(info.path).parent.name for info in found if info.is_file]
-        return sorted((Kept(name, self.state(name)) for name in names), key=lambda one: (one.state.steps, one.name))
+        return [Path(info.path).parent.name for info in found if info.is_file]
+
+    def _readable(self, name: str) -> State | None:
+        """None for one that is just being removed, or whose state a crash of the machine has cut off."""
+        try:
+            return self.state(name)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def state(self, name: str) -> State:
         """Of a complete one."""
@@ -101,6 +113,8 @@ class CheckpointStore:
         Raises StorageError where there are some, but no whole one, or where they are another run's.
         """
         kept = self.complete()
+        for name in set(self._names()) - {one.name for one in kept}:
+            say(f"checkpoint {name} is damaged ({STATE} cannot be read): going on without it")
         for one in reversed(kept):
             if one.state.config_hash != config_hash:
                 raise StorageError(
@@ -140,6 +154,8 @@ class CheckpointStore:
         filesystem.create_dir(str(Path(root, relative).parent))
         with filesystem.open_output_stream(f"{root}/{relative}.part") as file:
             file.write(content)
+        if isinstance(filesystem, fs.LocalFileSystem):
+            _to_disk(Path(root, f"{relative}.part"))
         filesystem.move(f"{root}/{relative}.part", f"{root}/{relative}")
 
     def read(self, relative: str) -> bytes | None:
@@ -193,6 +209,11 @@ class CheckpointStore:
             self.remove(entry.base_name)
         if self.local is not None and self.local.exists():
             filesystem.delete_dir(root)
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _entries(filesystem: fs.FileSystem, root: str) -> list[fs.FileInfo]:

@@ -16,6 +16,9 @@ def kept_in(log: Path) -> Iterator[None]:
     said = worker.print_worker_logs
 
     def keep(data: dict[str, Any], print_file: Any, ignore_prefix: bool = False) -> None:
+        if data.get("pid") != "raylet":  # a user's own worker, of a cluster that was there before
+            said(data, print_file, ignore_prefix)
+            return
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf8") as file:
             file.writelines(f"{line}\n" for line in data["lines"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import ray
+from grpc import RpcError
 from ray._private.internal_api import get_memory_info_reply
 from ray.actor import ActorHandle
 
@@ -176,8 +177,8 @@ class Store:
         self._spilled = _spilled()
 
     def spilled(self) -> int:
-        """Bytes that went from them to a disk since this was made."""
-        return _spilled() - self._spilled
+        """Bytes that went from them to a disk since this was made; by nodes that left, none."""
+        return max(0, _spilled() - self._spilled)
 
     def look(self) -> int:
         """Bytes in use now."""
@@ -188,8 +189,11 @@ class Store:
 
 
 def _spilled() -> int:
-    """By the nodes there are, since each started."""
-    return int(get_memory_info_reply(ray._private.state.state).store_stats.spilled_bytes_total)
+    """By the nodes there are, since each started; 0 where the one that is asked has just gone."""
+    try:
+        return int(get_memory_info_reply(ray._private.state.state).store_stats.spilled_bytes_total)
+    except RpcError:
+        return 0
 
 
 class LiveLine:

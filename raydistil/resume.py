@@ -4,12 +4,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray.train
+from torch import Tensor
 
 from raydistil.checkpoint import TAG, CheckpointStore, State
 from raydistil.errors import StorageError
@@ -59,7 +59,8 @@ def _set_apart(optimizer: Any, decays: list[float | None]) -> None:
     for group, decay in zip(optimizer.param_groups, decays, strict=True):
         group["weight_decay"] = decay
     for state in optimizer.optimizer.state.values():
-        state["step"] = deepcopy(state["step"])
+        if isinstance(state["step"], Tensor):
+            state["step"] = state["step"].to(state["exp_avg"].device, copy=True)  # where a fused optimizer wants it
 
 
 def _put_together(pieces: Path, target: Path) -> None:

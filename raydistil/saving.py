@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,8 @@ class Saver:
             self._store.write(f"{name}/files-{self._rank}.json", json.dumps(files).encode())
             if self._rank == 0:
                 self._store.commit(name, replace(state, files=self._everyones(name)))
+        if self._rank == 0:
+            with suppress(OSError):  # what stays too long harms nobody: it goes with the next one
                 self._store.keep(self._config.keep_last, self._config.keep_best)
 
     def _publish(self, name: str, scratch: Path, files: list[str]) -> None:

@@ -86,6 +86,26 @@ def test_what_is_saved_is_there_with_all_that_it_says(store: CheckpointStore) ->
         assert set(torch.load(folder / "tokens")) == {"weight", "bias"}
 
 
+def test_a_state_that_cannot_be_read_is_named_and_left_out(store: CheckpointStore) -> None:
+    saved(store, 1, 2, 3)
+    store.write(f"step-000000003-a/{STATE}", b"{")
+    said: list[str] = []
+    kept = store.newest_whole("run", said.append)
+    assert kept is not None and kept.name == "step-000000002-a"
+    assert len(said) == 1 and f"step-000000003-a is damaged ({STATE} cannot be read)" in said[0]
+    store.sweep()
+    assert names(store) == ["step-000000002-a"]
+
+
+def test_old_ones_that_cannot_be_removed_cost_nothing(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: CheckpointStore, last: int, best: int) -> None:
+        raise OSError("busy")
+
+    monkeypatch.setattr(CheckpointStore, "keep", refuse)
+    saved(store, 1, 2, 3)
+    assert names(store) == [f"step-00000000{step}-a" for step in (1, 2, 3)]
+
+
 def test_the_newest_stay_and_the_best(store: CheckpointStore) -> None:
     saved(store, 1, 2, 3, 4, 5, keep_last=2, keep_best=1)
     assert names(store) == ["step-000000002-a", "step-000000004-a", "step-000000005-a"]
