@@ -91,10 +91,13 @@ class CheckpointStore:
         return [Path(info.path).parent.name for info in found if info.is_file]
 
     def _readable(self, name: str) -> State | None:
-        """None for one that is just being removed, or whose state a crash of the machine has cut off."""
+        """None for one that is just being removed, or whose state a crash of the machine has cut off.
+
+        Raises OSError for a place that does not answer: what is there may well be whole.
+        """
         try:
             return self.state(name)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
     def state(self, name: str) -> State:
@@ -190,7 +193,7 @@ class CheckpointStore:
     def sweep(self) -> None:
         """Remove what never was complete: nobody may be writing."""
         filesystem, root = self.open()
-        complete = {one.name for one in self.complete()}
+        complete = set(self._names())
         for entry in _entries(filesystem, root):
             if entry.base_name not in complete:
                 filesystem.delete_dir(entry.path)

@@ -1,5 +1,6 @@
 """Optimizer, schedule and the DeepSpeed configuration they are given to DeepSpeed in."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -54,15 +55,13 @@ def leave_out_bad_steps(engine: Any) -> None:
     optimizer: Any = engine.optimizer
     step, optimizer.overflow = optimizer.step, False
 
-    def clip() -> None:
-        norm = cut(optimizer, engine.module, engine.gradient_clipping())
-        optimizer.overflow = not bool(norm.isfinite())
-
     def step_or_not() -> None:
+        norm = cut(optimizer, engine.module, engine.gradient_clipping() or math.inf)
+        optimizer.overflow = not bool(norm.isfinite())
         if not optimizer.overflow:
             step()
 
-    engine.clip_fp32_gradients, optimizer.step = clip, step_or_not
+    engine.clip_fp32_gradients, optimizer.step = lambda: None, step_or_not
 
 
 def cut(optimizer: Any, model: nn.Module, longest: float) -> Tensor:

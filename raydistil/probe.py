@@ -6,7 +6,7 @@ optimizer on targets as they cross the wire. Nothing is kept, and no Ray process
 
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 
@@ -137,6 +137,8 @@ def probe(config: Config, max_rows: int) -> Probe | None:
         planned = _planned(run)
         if not planned.worker.teachers:
             return None
+        if config.distill.targets.cache is not None:
+            planned = _whole_states(planned)
         source = MicroBatches(planned.source)
         count = min(WARM_UP + STEPS, planned.source.manifest.num_micro_batches)
         return _timed(planned, [source.make(index) for index in range(count)])
@@ -158,6 +160,12 @@ def _planned(run: Prepared) -> TrainRun:
             save_model(load_model(model, run.config.task, run.labels), run.config.teacher.model, Path(path))
     first = next(links(run.config, run.teacher_dirs, run.run_dir))
     return train_run(run, lesson(run, first.ungeneral()))
+
+
+def _whole_states(planned: TrainRun) -> TrainRun:
+    """With the states of all tokens, as a cache has them."""
+    specs = [replace(spec, targets=replace(spec.targets, compared=False)) for spec in planned.worker.teachers]
+    return replace(planned, worker=replace(planned.worker, teachers=tuple(specs)))
 
 
 def _timed(planned: TrainRun, batches: list[TokenBatch]) -> Probe:

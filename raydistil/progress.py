@@ -85,10 +85,10 @@ class Progress:
         return self._from, self._name
 
     def failed(self, text: str) -> None:
-        """A worker could say why it died: a traceback."""
+        """A worker could say why it died: a traceback. The first one to say so is the cause, the others lost it."""
         with self._log.open("a", encoding="utf8") as file:
             file.write(text)
-        self._said = f"{text.strip().splitlines()[-1]}; the whole of it is in {self._log}"
+        self._said = self._said or f"{text.strip().splitlines()[-1]}; the whole of it is in {self._log}"
 
     def refuse(self, error: "RaydistilError") -> None:
         """Nothing would mend this: workers that start again should not; the first such error counts."""

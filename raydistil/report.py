@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Interval = tuple[float, float]
 PUSH_EVERY_S = 0.25
 PLAIN_EVERY_S = 10.0
+ANSWERS_S = 10.0
 KEPT = 128  # intervals that are looked at again
 
 
@@ -176,9 +177,10 @@ class Store:
         self.peak = 0  # most bytes in use whenever somebody looked
         self._spilled = _spilled()
 
-    def spilled(self) -> int:
-        """Bytes that went from them to a disk since this was made; by nodes that left, none."""
-        return max(0, _spilled() - self._spilled)
+    def spilled(self) -> int | None:
+        """Bytes that went from them to a disk since this was made, not counting nodes that left; None: not known."""
+        before, now = self._spilled, _spilled()
+        return None if before is None or now is None else max(0, now - before)
 
     def look(self) -> int:
         """Bytes in use now."""
@@ -188,12 +190,14 @@ class Store:
         return used
 
 
-def _spilled() -> int:
-    """By the nodes there are, since each started; 0 where the one that is asked has just gone."""
+def _spilled() -> int | None:
+    """By all nodes since they started; None where the one that Ray asks for all of them has just gone."""
     try:
-        return int(get_memory_info_reply(ray._private.state.state).store_stats.spilled_bytes_total)
+        return int(
+            get_memory_info_reply(ray._private.state.state, timeout_seconds=ANSWERS_S).store_stats.spilled_bytes_total
+        )
     except RpcError:
-        return 0
+        return None
 
 
 class LiveLine:

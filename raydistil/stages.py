@@ -183,7 +183,8 @@ def _describe(stage: str, summary: Any, kept: bool, shared: bool) -> str:
         text += f", {summary.wire_bytes / max(1, summary.tokens):,.0f} bytes/token"
     text += f"; saved {summary.checkpoints}x, {summary.saving_s / max(summary.wall_s, 1e-9):.1%} of the time"
     if summary.spilled_bytes:
-        text += f"; {mebibytes(summary.spilled_bytes)} spilled to a disk: lower cluster.max_bytes_in_flight"
+        text += f"; {mebibytes(summary.spilled_bytes)} spilled from the object stores to disks: if nobody else filled "
+        text += "them, lower cluster.max_bytes_in_flight"
     if summary.verdict:
         text += f"; {summary.verdict}: {advice(summary.verdict, shared)}"
     return text

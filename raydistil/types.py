@@ -156,7 +156,7 @@ class TrainSummary:
     checkpoints: int = 0  # that were made
     saving_s: float = 0.0  # training stood still for them
     peak_store_bytes: int = 0  # most that was in use of the cluster's object stores, as the driver saw it
-    spilled_bytes: int = 0  # that went from them to a disk
+    spilled_bytes: int | None = None  # that went from them to a disk, whoever's they were; None: not known
     restarts: int = 0  # of the workers, since the driver last started
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import tiny
+from buckets import serving
 from forked import forking
 from hypothesis import settings
 
@@ -83,6 +84,13 @@ def ray_cluster() -> Iterator[None]:
         )  # fmt: skip
         yield
         ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """A folder in an object store that answers as S3 does."""
+    with serving() as place:
+        yield place
 
 
 def sentences(count: int) -> list[dict[str, str]]:

@@ -3,7 +3,6 @@
 import json
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from buckets import serving
 from disks import small_disk
 
 from raydistil.checkpoint import MODEL, STATE, CheckpointStore, State
@@ -48,12 +46,6 @@ def _plain_models(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.save(model.state_dict(), path / tokenizer)
 
     monkeypatch.setattr("raydistil.saving.save_model", save)
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    with serving() as place:
-        yield place
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -94,7 +86,21 @@ def test_a_state_that_cannot_be_read_is_named_and_left_out(store: CheckpointStor
     assert kept is not None and kept.name == "step-000000002-a"
     assert len(said) == 1 and f"step-000000003-a is damaged ({STATE} cannot be read)" in said[0]
     store.sweep()
+    assert store.read(f"step-000000003-a/{STATE}") == b"{"  # what may be of use to somebody is not swept away
     assert names(store) == ["step-000000002-a"]
+
+
+def test_a_place_that_does_not_answer_loses_nothing(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: CheckpointStore, relative: str) -> bytes | None:
+        raise OSError("slow down")
+
+    saved(store, 1, 2)
+    with monkeypatch.context() as context:
+        context.setattr(CheckpointStore, "read", fail)
+        store.sweep()
+        with pytest.raises(OSError, match="slow down"):
+            store.newest_whole("run", pytest.fail)
+    assert names(store) == ["step-000000001-a", "step-000000002-a"]
 
 
 def test_old_ones_that_cannot_be_removed_cost_nothing(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:

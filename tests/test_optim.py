@@ -120,7 +120,8 @@ def stepped(gradients: list[list[float]], longest: float, fused: bool) -> list[f
     leave_out_bad_steps(engine)
     for gradient in gradients:
         weight.grad = torch.tensor(gradient)
-        engine.clip_fp32_gradients()
+        if longest:  # as DeepSpeed does
+            engine.clip_fp32_gradients()
         optimizer.step()
     return list(weight.tolist())
 
@@ -142,6 +143,13 @@ def test_a_gradient_that_is_too_long_is_cut(fused: bool) -> None:
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_no_number_leaves_weights_and_moments_alone(fused: bool, bad: float) -> None:
+@pytest.mark.parametrize("longest", [1.0, 0.0])
+def test_a_gradient_that_is_no_number_leaves_weights_and_moments_alone(fused: bool, bad: float, longest: float) -> None:
     good = [0.3, -0.4]
-    assert stepped([good, [bad, 1.0], good], 1.0, fused) == stepped([good, good], 1.0, fused)
+    assert stepped([good, [bad, 1.0], good], longest, fused) == stepped([good, good], 1.0, fused)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_no_longest_cuts_nothing(fused: bool) -> None:
+    """As DeepSpeed has it: `gradient_clipping` of 0."""
+    assert stepped([[30.0, 40.0]], 0.0, fused) == pytest.approx(stepped([[30.0, 40.0]], 100.0, fused))

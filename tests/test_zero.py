@@ -1,17 +1,19 @@
 """How many workers there are, and how the student's state lies on them, changes nothing of what it learns."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from test_pipeline import LANGUAGE_MODEL, TRAIN, config_for, quiet, stop_at_step
-from torch import Tensor
+from torch import Tensor, nn
 
 from raydistil import pipeline, rundir
 from raydistil.config import Config
 from raydistil.errors import Interrupted
 from raydistil.models import load_model
+from raydistil.resume import _set_apart
 
 # Otherwise weights as small as these are left whole.
 PIECES = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -59,3 +61,21 @@ def test_workers_come_and_go(
     pipeline.run_all(config, quiet)
     for name, weight in weights(config).items():
         torch.testing.assert_close(weight, alone[name], rtol=1e-2, atol=1e-3)
+
+
+def test_what_one_group_of_weights_counts_is_not_counted_by_the_others() -> None:
+    """After loading by a DeepSpeed that gave both the first one's decay and one tensor of steps."""
+    groups = [{"params": [nn.Parameter(torch.ones(2))], "weight_decay": decay} for decay in (0.5, 0.0)]
+    adam = torch.optim.AdamW(groups, lr=0.1)
+    given = torch.tensor(7.0)
+    for group in adam.param_groups:
+        group["weight_decay"] = 0.5
+        moments = {"exp_avg": torch.zeros(2), "exp_avg_sq": torch.ones(2)}
+        adam.state[group["params"][0]] = {"step": given, **moments}
+    _set_apart(SimpleNamespace(optimizer=adam, param_groups=adam.param_groups), [0.5, 0.0])
+    for group in adam.param_groups:
+        group["params"][0].grad = torch.zeros(2)
+    adam.step()
+    (decayed,), (kept,) = (group["params"] for group in adam.param_groups)
+    assert torch.equal(decayed, torch.full((2,), 0.95)) and torch.equal(kept, torch.ones(2))
+    assert [adam.state[part]["step"].item() for part in (decayed, kept)] == [8, 8]

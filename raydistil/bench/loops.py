@@ -36,11 +36,14 @@ from raydistil.worker import make_distiller
 WARM_UP = 2  # steps that are not counted
 
 
-def measured(config: Config, steps: int, device: str) -> dict[str, float]:
-    """{loop: real tokens a second over so many steps}, with `gemm` and `flops` (a second; needed a token)."""
+def measured(config: Config, steps: int, device: str, seed: int) -> dict[str, float]:
+    """{loop: real tokens a second over so many steps}, with `gemm` and `flops` (a second; needed a token).
+
+    `seed`: of the order of the published loop's batches, whose lengths differ.
+    """
     run = prepare(config, lambda line: None)
     planned = _planned(run)
-    loops = _loops(run, planned, steps)
+    loops = _loops(run, planned, steps, seed)
     torch.set_num_threads(cores())  # the teacher's class has set its own
     for loop in loops.values():
         loop.rate(WARM_UP)
@@ -63,7 +66,7 @@ def needed_flops(planned: TrainRun, length: int) -> float:
     return teacher + 3 * student
 
 
-def _loops(run: Prepared, planned: TrainRun, steps: int) -> dict[str, Loop]:
+def _loops(run: Prepared, planned: TrainRun, steps: int, seed: int) -> dict[str, Loop]:
     source = MicroBatches(planned.source)
     batches = [source.make(index) for index in range(min(steps, planned.source.manifest.num_micro_batches))]
     loops: dict[str, Loop] = {
@@ -72,7 +75,7 @@ def _loops(run: Prepared, planned: TrainRun, steps: int) -> dict[str, Loop]:
     }
     if run.config.teacher.precision == "float32":
         last = load_tokenizer(run.config.teacher.model).sep_token_id
-        loops["reference"] = Reference(planned, batches, last)
+        loops["reference"] = Reference(planned, batches, last, seed)
     return loops
 
 
@@ -99,7 +102,7 @@ class InProcess(Loop):
 class Reference(Loop):
     """The published loop."""
 
-    def __init__(self, planned: TrainRun, batches: list[TokenBatch], last_id: int) -> None:
+    def __init__(self, planned: TrainRun, batches: list[TokenBatch], last_id: int, seed: int = 0) -> None:
         """`last_id`: the token that ends a text."""
         worker = planned.worker
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -110,7 +113,7 @@ class Reference(Loop):
         rows = sorted((text for batch in batches for text in texts_of(batch, last_id)), key=lambda text: len(text[0]))
         size = worker.train.micro_batch_size
         groups = [_padded(rows[first : first + size]) for first in range(0, len(rows), size)]
-        order = np.random.default_rng(0).permutation(len(groups))
+        order = np.random.default_rng(seed).permutation(len(groups))
         self._groups = cycle([groups[number] for number in order])
 
     def losses(self) -> tuple[Tensor, int]:

@@ -134,7 +134,8 @@ def tree_for(setting: Setting, teacher: str, precision: Precision, name: str) ->
 
 def _round(setting: Setting, teacher: str, precision: Precision, number: int) -> Tree:
     """Every side in turn: {loop: tokens a second}, the machine's own rate, and the streams as a whole."""
-    found: Tree = _in_a_process(measured, _of_loops(setting, teacher, precision), setting.steps, setting.device)
+    loops = _of_loops(setting, teacher, precision)
+    found: Tree = _in_a_process(measured, loops, setting.steps, setting.device, number)
     tree = tree_for(setting, teacher, precision, f"stream-{precision}-{number}")
     found["streamed"] = _streamed(setting, tree)
     if setting.device == "cpu":
@@ -176,7 +177,8 @@ def _streamed(setting: Setting, tree: Tree) -> Streamed:
 
 def _command(*arguments: str) -> None:
     """Raises RuntimeError, with the end of what it said, where it fails."""
-    done = subprocess.run([sys.executable, "-m", "raydistil", *arguments], capture_output=True, text=True)
+    own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}  # here, as the loops are
+    done = subprocess.run([sys.executable, "-m", "raydistil", *arguments], capture_output=True, text=True, env=own)
     if done.returncode:
         raise RuntimeError(f"raydistil {' '.join(arguments)} ended with {done.returncode}: {done.stderr[-2000:]}")
 
@@ -203,7 +205,7 @@ def _result(setting: Setting, rounds: list[dict[Precision, Tree]]) -> Tree:
         "roofline_fraction_fp32": exact["roofline_fraction"],
         "roofline_fraction_bf16": rough["roofline_fraction"],
         "inprocess_roofline_fraction_fp32": exact["inprocess_roofline_fraction"],
-        **{key: max(row[key] for row in rows) for key in WORST},
+        **{key: max(row[key] for row in rows) for key in WORST if all(key in row for row in rows)},
         **{key: best[key] for key in ("window_teacher_rows", "window_student_rows")},
         "payload_control_bytes": min(row["payload_control_bytes"] for row in rows),
         "honest_windows": all(row["honest_windows"] for row in rows),
@@ -212,8 +214,8 @@ def _result(setting: Setting, rounds: list[dict[Precision, Tree]]) -> Tree:
 
 
 WORST = (
-    "wait_fraction", "wire_bytes_per_token", "time_to_first_step_s", "driver_payload_bytes", "peak_store_bytes",
-    "teacher_builds",
+    "wait_fraction", "apart_wait_fraction", "wire_bytes_per_token", "time_to_first_step_s", "driver_payload_bytes",
+    "peak_store_bytes", "teacher_builds",
 )  # fmt: skip
 
 
@@ -225,6 +227,7 @@ def _tok_s(turn: Tree) -> float:
 def _row(turns: list[Tree]) -> Tree:
     """The medians of one precision."""
     streams: list[Streamed] = [turn["streamed"] for turn in turns]
+    either = streams + [turn["apart"] for turn in turns if "apart" in turn]
 
     def median(of: Callable[[Tree], float]) -> float:
         return statistics.median(map(of, turns))
@@ -240,15 +243,15 @@ def _row(turns: list[Tree]) -> Tree:
         "inprocess_roofline_fraction": median(lambda turn: turn["flops"] * turn["inprocess"] / turn["gemm"]),
         "wait_fraction": median(lambda turn: turn["streamed"].window.wait_fraction),
         "wire_bytes_per_token": median(lambda turn: turn["streamed"].window.num_bytes / turn["streamed"].window.tokens),
-        "honest_windows": all(HONEST[0] <= stream.window.balance <= HONEST[1] for stream in streams),
+        "honest_windows": all(HONEST[0] <= stream.window.balance <= HONEST[1] for stream in either),
         "window_balance": median(lambda turn: turn["streamed"].window.balance),
         "window_teacher_rows": sum(stream.window.teacher_rows for stream in streams),
         "window_student_rows": sum(stream.window.student_rows for stream in streams),
         "time_to_first_step_s": median(lambda turn: turn["streamed"].first_step_s),
-        "driver_payload_bytes": max(stream.driver_bytes for stream in streams),
-        "payload_control_bytes": min(stream.control_bytes for stream in streams),
-        "peak_store_bytes": max(stream.store_bytes for stream in streams),
-        "teacher_builds": max(stream.teacher_builds for stream in streams),
+        "driver_payload_bytes": max(stream.driver_bytes for stream in either),
+        "payload_control_bytes": min(stream.control_bytes for stream in either),
+        "peak_store_bytes": max(stream.store_bytes for stream in either),
+        "teacher_builds": max(stream.teacher_builds for stream in either),
         "streams": [asdict(stream) for stream in streams],
     }
 
