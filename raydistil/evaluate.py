@@ -71,7 +71,7 @@ def _judged(voices: Voices, spec: EvaluateSpec, device: torch.device) -> tuple[S
         truth_N, said_N = _number_outcomes(voices, spec, device)
         rmse = float(np.sqrt(np.square(truth_N - said_N).mean()))
         return spearman(truth_N, said_N), {"pearson": correlation(truth_N, said_N), "rmse": rmse}
-    truth, guesses = _class_outcomes(voices, spec, device)
+    truth, guesses = class_outcomes(voices, spec, device)
     f1 = float(f1_score(truth, guesses, average="macro"))
     return wilson("accuracy", truth == guesses), {"macro_f1": f1}
 
@@ -96,7 +96,7 @@ def _mixed(said: list[tuple[torch.Tensor, float]]) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def _class_outcomes(
+def class_outcomes(
     voices: Voices, spec: EvaluateSpec, device: torch.device
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(true classes, predicted classes), one a row."""

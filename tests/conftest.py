@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 import tiny
 from buckets import serving
-from forked import forking
+from forked import fork_server, forking
 from hypothesis import settings
 
 from raydistil.cluster import ENVIRONMENT
@@ -77,11 +77,12 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     os.environ.update(ENVIRONMENT)
-    with forking():
-        ray.init(
-            address="local", num_cpus=8, object_store_memory=1 << 30, include_dashboard=False, log_to_driver=False,
-            logging_level=logging.ERROR,
-        )  # fmt: skip
+    with fork_server() as server:
+        with forking(server):
+            ray.init(
+                address="local", num_cpus=8, object_store_memory=1 << 30, include_dashboard=False, log_to_driver=False,
+                logging_level=logging.ERROR,
+            )  # fmt: skip
         yield
         ray.shutdown()
 

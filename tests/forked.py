@@ -1,7 +1,7 @@
 """Ray's worker processes as forks of one that has imported all they need: a training starts in seconds of two cores.
 
-What a training spends of its start goes into imports, five to ten processes of it. `forking()` has the clusters that
-this process starts run this file in place of Ray's `setup_worker.py`; it asks the one process for a fork with the same
+What a training spends of its start goes into imports, five to ten processes of it. `forking()` has the cluster that is
+started in it run this file in place of Ray's `setup_worker.py`; it asks the one process for a fork with the same
 arguments, environment and files, and ends when that does. Nothing of the package knows of it.
 """
 
@@ -32,10 +32,8 @@ READ_ONCE = ("RAY_JOB_ID", "RAY_RAYLET_PID")  # of the environment, as Ray is im
 
 
 @contextmanager
-def forking() -> Iterator[None]:
-    """A cluster started within the block forks its workers."""
-    from ray._private import ray_constants
-
+def fork_server() -> Iterator[str]:
+    """The one process; it ends with the block. Yields where it listens."""
     listening, ready = os.pipe()
     folder = tempfile.mkdtemp()
     path = f"{folder}/socket"
@@ -44,6 +42,19 @@ def forking() -> Iterator[None]:
     os.close(ready)
     os.read(listening, 1)
     os.close(listening)
+    try:
+        yield path
+    finally:
+        server.terminate()
+        server.wait()
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def forking(path: str) -> Iterator[None]:
+    """The raylet that is started within the block has its workers forked. Others do not: a fork would outlive them."""
+    from ray._private import ray_constants
+
     before, ray_constants.SETUP_WORKER_FILENAME = ray_constants.SETUP_WORKER_FILENAME, __file__
     os.environ[SOCKET] = path
     try:
@@ -51,9 +62,6 @@ def forking() -> Iterator[None]:
     finally:
         del os.environ[SOCKET]
         ray_constants.SETUP_WORKER_FILENAME = before
-        server.terminate()
-        server.wait()
-        shutil.rmtree(folder)
 
 
 # ---- in place of setup_worker.py

@@ -13,7 +13,7 @@ from settings import write
 
 from raydistil import rundir
 from raydistil.bench.nodes import PART, STORE_BYTES, Nodes, head_node
-from raydistil.trace import Record, audit, read_trace
+from raydistil.trace import Record, audit, history, read_trace
 
 
 def patiently(condition: Callable[[], bool], driver: "subprocess.Popen[bytes]") -> None:
@@ -21,6 +21,15 @@ def patiently(condition: Callable[[], bool], driver: "subprocess.Popen[bytes]") 
     while not condition():
         assert driver.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def end(driver: "subprocess.Popen[bytes]") -> None:
+    """By a signal it saves a checkpoint upon; if it does not, at once."""
+    driver.terminate()
+    try:
+        driver.wait(120)
+    finally:
+        driver.kill()
 
 
 def preempt(nodes: Nodes, node: Any) -> None:
@@ -59,13 +68,12 @@ def test_a_second_worker_joins_and_is_preempted(tiny_teacher: str, corpus_file: 
             nodes.lose(-1)
             patiently(lambda: len({record.began_s for record in records()}) == 3, driver)
         finally:
-            driver.terminate()  # a checkpoint, and an end
-            driver.wait()
+            end(driver)
     lines = (tmp_path / "said").read_text()
     assert driver.returncode == 130 and "will go: saving a checkpoint" in lines
     assert "room for 2 student workers in place of 1" in lines and lines.count("the workers died") == 1
     traced = records()
-    expected = 2 * max(record.step for record in traced)  # a step is what two workers make, whoever does
+    expected = 2 * max(record.step for record in history(traced))  # a step is what two workers make, whoever does
     found = audit(traced, expected)
     assert (found.lost, found.duplicated) == ([], [])
     ranks = {
