@@ -36,7 +36,7 @@ class State:
     per_step: int  # micro-batches of an optimizer step
     workers: int  # that it was written by
     mean_loss: float  # since the one before
-    config_hash: str  # of the run, see `config.result_hash`
+    run_hash: str  # see `rundir.run_hash`
     config: dict[str, Any]  # as it was resolved
     summary: TrainSummary
     files: dict[str, str]  # SHA-256 by relative path
@@ -110,7 +110,7 @@ class CheckpointStore:
         """None where there is none."""
         return next(reversed(self.complete()), None)
 
-    def newest_whole(self, config_hash: str, say: Callable[[str], object]) -> Kept | None:
+    def newest_whole(self, run_hash: str, say: Callable[[str], object]) -> Kept | None:
         """The newest one whose files are what they were when it was made; `say` which ones are not.
 
         Raises StorageError where there are some, but no whole one, or where they are another run's.
@@ -119,10 +119,10 @@ class CheckpointStore:
         for name in set(self._names()) - {one.name for one in kept}:
             say(f"checkpoint {name} is damaged ({STATE} cannot be read): going on without it")
         for one in reversed(kept):
-            if one.state.config_hash != config_hash:
+            if one.state.run_hash != run_hash:
                 raise StorageError(
-                    f"expected checkpoints of this run in {self.place}/{self.below}, got those of another one: choose "
-                    f"another checkpoints.storage or name, or remove them"
+                    f"expected checkpoints of this run in {self.place}/{self.below}, got those of another one, or of "
+                    f"another content of its corpus: choose another checkpoints.storage or name, or remove them"
                 )
             damaged = self._damaged(one)
             if damaged is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from raydistil.checkpoint import CheckpointStore
-from raydistil.config import Config, flatten, result_hash, result_part
+from raydistil.config import Config, digest, flatten, result_hash, result_part
 from raydistil.errors import StorageError
 from raydistil.storage import remove_leftovers, whole_file
 
@@ -89,6 +89,11 @@ def write_json(path: Path, value: Any) -> None:
     """Atomically. Raises FullError when the disk is full; the previous file is then intact."""
     with whole_file(path) as scratch:
         scratch.write_text(json.dumps(value, indent=1, default=str) + "\n")
+
+
+def run_hash(config: Config, data: str) -> str:
+    """16 hex digits over what defines the result. `data` stands for the content of the token store."""
+    return digest([result_hash(config), data])
 
 
 def numbered(name: str, number: int) -> str:

@@ -10,7 +10,6 @@ from raydistil.cache.inputs import inputs_of
 from raydistil.cache.sizes import cache_spec, sizes_of
 from raydistil.chain import Link
 from raydistil.cluster import address_of
-from raydistil.config import result_hash
 from raydistil.config.loss import LossConfig
 from raydistil.config.targets import variants_of
 from raydistil.config.train import TrainConfig
@@ -79,7 +78,8 @@ def train_run(run: Prepared, training: Training) -> TrainRun:
     worker = _worker(run, training, manifest)
     source = _source(run, training, manifest, worker.teachers)
     store = rundir.checkpoints_of(run.config, training.stage)
-    save = SaveSpec(store, run.config.checkpoints, result_hash(run.config), run.config.model_dump(mode="json"))
+    run_hash = rundir.run_hash(run.config, run.store.path.name)
+    save = SaveSpec(store, run.config.checkpoints, run_hash, run.config.model_dump(mode="json"))
     return TrainRun(training.stage, source, worker, save, run.config.cluster, run.run_dir)
 
 

@@ -41,6 +41,18 @@ def test_a_budget_of_tokens_is_used_up_in_every_bucket(able_classifier: str, cor
     assert planned.worker.mean_rows == sum(rows for rows, _ in made) / len(made)
 
 
+def test_checkpoints_are_of_the_content_of_a_corpus(tiny_teacher: str, corpus_file: Path, tmp_path: Path) -> None:
+    found = {}
+    for name, text in {"same": "", "more": '{"text": "item 999 is gold", "label": "metal"}\n'}.items():
+        corpus = tmp_path / "items.jsonl"
+        corpus.write_text(corpus_file.read_text() + text)
+        shape = config_for(tmp_path / name, tiny_teacher, corpus, **LANGUAGE_MODEL, evaluate=None)
+        run = prepare(shape, quiet)
+        (link,) = links(run.config, run.teacher_dirs, run.run_dir)
+        found[name] = train_run(run, lesson(run, link)).save.run_hash
+    assert found["same"] != found["more"]
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_teachers_products_count_where_the_student_is(
     threads: int, tiny_teacher: str, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
