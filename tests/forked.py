@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 SOCKET = "RAYDISTIL_TEST_FORKS"
 MODULES = (
@@ -124,9 +126,16 @@ def _fork(request: Request, door: socket.socket) -> None:
 
 
 def _import_all(environment: dict[str, str]) -> None:
+    """Ray draws no name of its own meanwhile: all forks would go on with the same ones, and tasks of two of them meet
+    in a third process under one name, which dies of it."""
     os.environ.update({name: environment[name] for name in READ_ONCE})
+    import ray.actor
+
+    kind: Any = ray.actor.ActorClassID
+    ray.actor.ActorClassID = SimpleNamespace(from_random=lambda: kind(os.urandom(kind.size())))
     for module in MODULES:
         importlib.import_module(module)
+    ray.actor.ActorClassID = kind
 
 
 def _become(request: Request) -> None:
