@@ -265,7 +265,8 @@ def _session_members(leader: int) -> list[int]:
 @pytest.mark.slow
 def test_ctrl_c_stops_after_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path, tiny_teacher: str) -> None:
     config = write_config(tmp_path, tiny_teacher, write_jsonl(tmp_path / "items.jsonl", sentences(240)))
-    process = _start(config, "--json")
+    asked = ("--json", "--set", "distill.general.epochs=0", "--set", "distill.epochs=15")
+    process = _start(config, *asked)
     metrics = tmp_path / "runs" / "cli" / "metrics.jsonl"
     while '"distill"' not in (metrics.read_text() if metrics.exists() else ""):
         assert process.poll() is None
@@ -276,7 +277,7 @@ def test_ctrl_c_stops_after_a_checkpoint_and_the_same_command_goes_on(tmp_path: 
     assert out == ""
     assert err.splitlines()[-1].startswith("interrupted: distill stopped after step")
     assert _session_members(process.pid) == []
-    again = _start(config, "--json")
+    again = _start(config, *asked)
     out, err = again.communicate(timeout=300)
     assert again.returncode == 0, err
     report = json.loads(out)
