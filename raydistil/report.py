@@ -91,9 +91,10 @@ class Meter:
     """Where the time of one student worker goes. Rank 0's is pushed to the progress actor."""
 
     def __init__(
-        self, rank: int, progress: "ActorHandle[Any]", num_steps: int, first_step: int, shared: bool, used: Used
-    ) -> None:
-        self._rank = rank
+        self, rank: int, workers: int, progress: "ActorHandle[Any]", num_steps: int, first_step: int, shared: bool,
+        used: Used,
+    ) -> None:  # fmt: skip
+        self._rank, self._workers = rank, workers
         self._progress = progress
         self._num_steps = num_steps
         self._first_step = first_step
@@ -102,7 +103,7 @@ class Meter:
         self._began = self._pushed = time.time()
         self._first_row: float | None = None  # when work began: before it, the teacher was loading
         self._overlap = Overlap()
-        self._all, self._recent = Tally(), Tally()
+        self._all, self._recent = Tally(workers), Tally(workers)
         self._losses: dict[str, float] = {}
         self._step = first_step
         self._reply: Any = None
@@ -137,7 +138,7 @@ class Meter:
             verdict=self._all.verdict(now - (self._first_row or now), self._shared),
             mfu=self._used.share(recent.tokens, elapsed),
         )  # fmt: skip
-        self._pushed, self._recent = now, Tally()
+        self._pushed, self._recent = now, Tally(self._workers)
         self._reply = self._progress.push.remote(asdict(metrics))
 
     def wish(self) -> int:

@@ -7,14 +7,28 @@ from typing import Literal
 from raydistil.trace import Record
 
 Verdict = Literal["teacher-bound", "student-bound", "balanced"]
+RECENT = 4  # turns of all lanes: one that has had none of them is gone
 WAITS = 0.05  # of the student's time spent waiting: above it the teachers are too slow
 BUSY = 0.8  # of the teachers' time at work: below it the student is too slow
 
 
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """One thread of a teacher's, as far as it was seen."""
+
+    started_s: float  # its first micro-batch
+    ended_s: float  # its last one
+    turn: int  # which micro-batch of the student's that was
+
+
 @dataclass(slots=True)
 class Tally:
-    """Sums over micro-batches of one student worker; seconds, and real tokens."""
+    """Sums over micro-batches of one student worker; seconds, and real tokens.
 
+    All `workers` get as many, so that what is the teachers' counts that many times.
+    """
+
+    workers: int = 1
     micro_batches: int = 0
     tokens: int = 0
     num_bytes: int = 0
@@ -24,8 +38,9 @@ class Tally:
     teacher_busy_s: float = 0.0  # of all lanes
     teacher_tokens: float = 0.0  # by all of an ensemble: each its share
     queued_s: float = 0.0  # from the last teacher's end to the student's start
-    lanes: set[str] = field(default_factory=set)  # threads of all teachers
+    lanes: dict[str, Lane] = field(default_factory=dict)
     teachers: set[str] = field(default_factory=set)
+    now_s: float = 0.0  # the end of the last micro-batch
 
     def add(self, record: Record) -> None:
         if not self.micro_batches:
@@ -35,8 +50,10 @@ class Tally:
         self.num_bytes += record.num_bytes
         self.wait_s += record.started_s - record.asked_s
         self.student_busy_s += record.ended_s - record.started_s
+        self.now_s = record.ended_s
         for timing in record.taught:
-            self.lanes.add(timing.lane)
+            began_s = self.lanes[timing.lane].started_s if timing.lane in self.lanes else timing.started_s
+            self.lanes[timing.lane] = Lane(began_s, timing.ended_s, self.micro_batches)
             self.teachers.add(timing.teacher)
             self.teacher_busy_s += timing.ended_s - timing.started_s
             self.teacher_tokens += timing.tokens / len(record.taught)
@@ -45,12 +62,21 @@ class Tally:
 
     @property
     def teacher_tok_s(self) -> float:
-        """Tokens a second that the teachers make while they work, all of them together; 0 without any."""
-        return self.teacher_tokens / self.teacher_busy_s * len(self.lanes) if self.teacher_busy_s else 0.0
+        """Tokens a second that the teachers make while they work, all that are there together; 0 without any."""
+        there = sum(map(self._is_there, self.lanes.values()))
+        return self.teacher_tokens / self.teacher_busy_s * there if self.teacher_busy_s else 0.0
+
+    def _is_there(self, lane: Lane) -> bool:
+        return self.micro_batches - lane.turn <= RECENT * len(self.lanes)
+
+    def _lanes_s(self, seconds: float) -> float:
+        """What all lanes had of the last `seconds`: some came late, others died."""
+        ends = ((lane, self.now_s if self._is_there(lane) else lane.ended_s) for lane in self.lanes.values())
+        return sum(min(seconds, end - lane.started_s) for lane, end in ends)
 
     def queue_depth(self, seconds: float) -> float:
         """Micro-batches that lay ready on average (Little's law: their time in the queue, over the time there was)."""
-        return self.queued_s / seconds
+        return self.workers * self.queued_s / seconds
 
     def verdict(self, seconds: float, shared: bool) -> Verdict | None:
         """Of the `seconds` since the first targets were there; None without teachers.
@@ -61,7 +87,7 @@ class Tally:
             return None
         if not shared and self.wait_s - self.first_wait_s > WAITS * seconds:
             return "teacher-bound"
-        idle = self.teacher_busy_s < BUSY * seconds * len(self.lanes)
+        idle = self.workers * self.teacher_busy_s < BUSY * self._lanes_s(seconds)
         return "student-bound" if idle else "balanced"
 
 

@@ -70,7 +70,7 @@ class StudentWorker:
         self._skipped = self._engine.skipped_steps
         self._loss, self._counted = torch.zeros((), device=self._device), 0  # its sum since then, over so many steps
         self._meter = Meter(
-            self._rank, progress, spec.num_steps, self._steps.first, shared=spec.shares_cores,
+            self._rank, self._world, progress, spec.num_steps, self._steps.first, shared=spec.shares_cores,
             used=Used(spec.flops_per_token, partial(gemm_rate, spec.train.precision, self._device.type)),
         )  # fmt: skip
         self._trace = Trace(spec.traced and trace_path(*spec.traced, self._rank))

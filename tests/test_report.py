@@ -69,7 +69,7 @@ def test_overlap_in_pieces_is_overlap_at_once(steps: list[tuple[float, float, fl
 
 
 def test_the_meter_adds_up_what_a_worker_did() -> None:
-    meter = Meter(1, None, num_steps=2, first_step=0, shared=False, used=Used(5.0, lambda: 100.0))  # type: ignore[arg-type]  # only rank 0 reports
+    meter = Meter(1, 2, None, num_steps=2, first_step=0, shared=False, used=Used(5.0, lambda: 100.0))  # type: ignore[arg-type]  # only rank 0 reports
     meter.micro_step(Record(1, 0, 2, 100, 1000, 0.0, 1.0, 3.0, (TeacherTiming("a", 0.5, 2.0, 100),)))
     meter.micro_step(Record(2, 1, 2, 50, 500, 3.0, 3.5, 5.0, (TeacherTiming("b", 1.5, 4.0, 50),)))
     meter.step(1, 0.5, {}, 1e-3)
@@ -139,7 +139,7 @@ def test_the_first_reason_to_stop_counts(tmp_path: Path) -> None:
 def test_a_wish_is_heard_however_long_a_step_takes(ray_cluster: None, tmp_path: Path) -> None:
     """Every step is pushed, and the answer comes while the next one is made."""
     actor: Any = Progress.remote(2, tmp_path / "failures.txt")  # type: ignore[attr-defined]
-    meter = Meter(0, actor, num_steps=9, first_step=0, shared=False, used=Used(5.0, lambda: 100.0))
+    meter = Meter(0, 1, actor, num_steps=9, first_step=0, shared=False, used=Used(5.0, lambda: 100.0))
     losses = {"loss": torch.zeros(())}
     ray.get(actor.wish.remote(Wish.SAVE))
     heard = []
@@ -186,6 +186,24 @@ def test_a_teacher_of_two_lanes_is_one_that_is_twice_as_fast() -> None:
         timing = TeacherTiming(f"a.{start % 2}", start / 2, start / 2 + 1.0, 100)
         found.add(Record(start + 1, start, 2, 100, 1000, start, start, start + 1.0, (timing,)))
     assert (found.teachers, found.teacher_tok_s) == ({"a"}, 200.0)
+
+
+def test_a_teacher_that_is_gone_is_not_one_with_time_to_spare() -> None:
+    found = Tally()
+    for start in range(100):
+        timing = TeacherTiming("first.0" if start < 10 else "second.0", start - 1.0, start, 100)
+        found.add(Record(start + 1, start, 2, 100, 1000, start, start, start + 1.0, (timing,)))
+    assert found.teacher_tok_s == 100.0
+    assert found.verdict(100.0, shared=False) == "balanced"
+
+
+def test_teachers_of_several_students_work_for_all_of_them() -> None:
+    """One sees every other micro-batch alone."""
+    found = Tally(workers=2)
+    for start in range(0, 20, 2):
+        timing = TeacherTiming("a.0", start - 1.0, start, 100)
+        found.add(Record(start + 1, start, 2, 100, 1000, start, start, start + 2.0, (timing,)))
+    assert found.verdict(20.0, shared=False) == "balanced"
 
 
 def test_rates_and_what_lies_ready() -> None:
