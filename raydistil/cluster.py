@@ -17,7 +17,8 @@ from raydistil.raylet import LOG, kept_in
 # For every Ray process this run starts. Ray Data sizes its thread pools for large machines unless told; Ray runs its
 # workers at niceness 15, where anything else on the machine starves a training that waits for its own threads; and Ray
 # Train looks every two seconds whether a training is over, and starts an actor that watches for preemptions, of which
-# nothing here wants to know. Idle workers that Ray starts beforehand have an environment that no actor asks for.
+# nothing here wants to know. Idle workers that Ray starts beforehand have an environment that no actor asks for. Nobody
+# reads what its log monitor finds ten times a second.
 # glibc gives large blocks back to the system and faults in fresh pages for the next step's: kept, in one arena.
 ENVIRONMENT = {
     "RAY_worker_niceness": "0",
@@ -27,6 +28,8 @@ ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+    "LOG_NAME_UPDATE_INTERVAL_S": "10",
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),

@@ -5,6 +5,7 @@ vocabulary head, its attention's matrices) are used from outside of what is trai
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ class Distiller(nn.Module):
         self.encoder = encoder
         self._loss, self._layers, self._seed = loss, layers, seed
         self._teacher = None if teacher is None else (teacher.requires_grad_(False).train(False),)  # not a submodule
+        self._taught_CD: Tensor | None = None  # its vocabulary, in the dtype of the matrix products
         self.projections = nn.ModuleDict()
 
     def project(self, width: int) -> None:
@@ -86,8 +88,15 @@ class Distiller(nn.Module):
         if taught is None and self._teacher and teacher in targets.states:
             state_TD = targets.states[teacher]
             state_ND = state_TD[: len(labels_N)] if targets.compared else state_TD[at_T]
-            taught = _projection(self._teacher[0], state_ND, self.encoder.dtype)
+            taught = self._of_teacher(self._teacher[0], state_ND)
         return _projection(self.model, states[student][at_T], self.encoder.dtype), labels_N, taught, kd_N
+
+    def _of_teacher(self, teacher: PreTrainedModel, states_ND: Tensor) -> Projection:
+        """Its vocabulary never changes: cast once, and not for every micro-batch."""
+        made = _projection(teacher, states_ND, self.encoder.dtype)
+        if self._taught_CD is None:
+            self._taught_CD = made.weight_CD.to(self.encoder.dtype)
+        return replace(made, weight_CD=self._taught_CD)
 
 
 def _projection(model: PreTrainedModel, states_ND: Tensor, dtype: torch.dtype) -> Projection:

@@ -146,7 +146,7 @@ def _written(spec: FillSpec, cluster: ClusterConfig) -> Iterator[dict[str, Any]]
     configure_data()
     numbers = [{"shard": number} for number in range(len(spec.shards))]
     shards = ray.data.from_items(numbers, override_num_blocks=min(MOST_BLOCKS, len(numbers)))
-    yield from on_teachers(shards, Filler, (spec,), cluster).iter_rows()
+    yield from on_teachers(shards, Filler, (spec,), cluster, at_once=1).iter_rows()
 
 
 def _progress(done: int, total: int, tokens: int, elapsed_s: float) -> str:

@@ -53,13 +53,15 @@ def build_source(spec: SourceSpec, steps: Steps) -> Dataset:
     return source
 
 
-def on_teachers(source: Dataset, actor: type, given: tuple[Any, ...], cluster: ClusterConfig) -> Dataset:
-    """What the teachers' actors, `actor(*given)`, make of `source`."""
+def on_teachers(
+    source: Dataset, actor: type, given: tuple[Any, ...], cluster: ClusterConfig, at_once: int = MICRO_BATCHES_PER_BLOCK
+) -> Dataset:
+    """What the teachers' actors, `actor(*given)`, make of `source`, so many rows in a call."""
     fewest, most = cluster.teachers
     taught: Dataset = source.map_batches(
         actor,
         fn_constructor_args=given,
-        batch_size=MICRO_BATCHES_PER_BLOCK,
+        batch_size=at_once,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=fewest, max_size=most, max_tasks_in_flight_per_actor=3),
         num_cpus=cluster.teacher_cpus,

@@ -130,7 +130,7 @@ class _FromLogits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None]:
         (grad_NC,) = ctx.saved_tensors
-        return grad_NC * grad_loss, None
+        return _scaled(grad_NC, grad_loss), None
 
 
 class _FromFeatures(torch.autograd.Function):
@@ -150,7 +150,13 @@ class _FromFeatures(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if grad is None else grad * grad_loss for grad in ctx.saved_tensors), None, None
+        return *(None if grad is None else _scaled(grad, grad_loss) for grad in ctx.saved_tensors), None, None
+
+
+def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """As it is where nothing is to be done: a vocabulary's gradient is too large to go over once more. (On another
+    device than a CPU one would have to wait for the factor.)"""
+    return grad if factor.device.type == "cpu" and factor == 1 else grad * factor
 
 
 class _Logits:
@@ -182,8 +188,9 @@ class _ChunkedHead:
         self._exact = torch.float64 if student.weight_CD.dtype == torch.float64 else torch.float32
         self._dtype = student.dtype or student.weight_CD.dtype
         self._logits = _Logits(student, self._dtype)
+        self._learns = learns
         self.grad_features_ND = torch.empty_like(student.features_ND)
-        self.grad_weight_CD = torch.zeros_like(student.weight_CD) if learns else None
+        self.grad_weight_CD: Tensor | None = None  # made by the first places
         self.grad_bias_C = None if student.bias_C is None else torch.zeros_like(student.bias_C)
 
     def run(self, compared: _Compared) -> Tensor:
@@ -195,6 +202,8 @@ class _ChunkedHead:
             logits_nC = self._logits.of(rows)
             sums += self._losses(compared, rows, logits_nC, None if teacher is None else teacher.of(rows))
             self._add_gradients(rows, logits_nC)
+        if self._learns and self.grad_weight_CD is None:
+            self.grad_weight_CD = torch.zeros_like(self._student.weight_CD)
         return sums
 
     def _losses(self, compared: _Compared, rows: slice, logits_nC: Tensor, taught_nC: Tensor | None) -> Tensor:
@@ -214,10 +223,12 @@ class _ChunkedHead:
 
     def _add_gradients(self, rows: slice, grad_nC: Tensor) -> None:
         self.grad_features_ND[rows] = grad_nC @ self._logits.weight_CD
-        if self.grad_weight_CD is None:
+        if not self._learns:
             return
         features_nD = self._student.features_ND[rows].to(self._dtype)
-        if self._dtype == self.grad_weight_CD.dtype:
+        if self.grad_weight_CD is None:
+            self.grad_weight_CD = (grad_nC.T @ features_nD).to(self._student.weight_CD.dtype)
+        elif self._dtype == self.grad_weight_CD.dtype:
             self.grad_weight_CD.addmm_(grad_nC.T, features_nD)
         else:
             self.grad_weight_CD += grad_nC.T @ features_nD
