@@ -181,9 +181,10 @@ class CheckpointStore:
             fs.copy_files(f"{root}/{relative}", str(scratch), source_filesystem=filesystem)
             yield scratch
 
-    def keep(self, last: int, best: int) -> None:
-        """Remove the others, of the complete ones."""
-        kept = self.complete()
+    def keep(self, last: int, best: int, steps: int) -> None:
+        """Remove the others, of the complete ones up to `steps`: those beyond are damaged, or they would have been
+        gone on from, and must not stand in the place of whole ones."""
+        kept = [one for one in self.complete() if one.state.steps <= steps]
         by_loss = sorted(kept, key=lambda one: one.state.mean_loss)
         stay = {one.name for one in (*kept[-last:], *by_loss[:best])}
         for one in kept:

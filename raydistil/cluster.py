@@ -46,7 +46,7 @@ def cluster(config: ClusterConfig, needs: list[Need], folder: Path) -> Iterator[
     `folder`: for what Ray says meanwhile. Raises PlanError where the cluster is too small.
     """
     with kept_in(folder / LOG), connected(config):
-        _check(needs)
+        check_room(needs)
         yield
 
 
@@ -68,6 +68,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     finally:
         ray.shutdown()
         wait_for_the_end(mark)
+        os.environ.pop(MARK, None)
 
 
 def address_of(config: ClusterConfig) -> str | None:
@@ -129,8 +130,8 @@ def check_before_start(config: ClusterConfig, needs: list[Need]) -> None:
         check_fits(need, local_cpus(), torch.cuda.device_count(), local_cpus())
 
 
-def _check(needs: list[Need]) -> None:
-    """Against what the cluster says it has."""
+def check_room(needs: list[Need]) -> None:
+    """Raise PlanError where the cluster, as it is now, cannot hold one of `needs`."""
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"]]

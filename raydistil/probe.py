@@ -29,10 +29,10 @@ from raydistil.specs import TrainRun
 from raydistil.stages import train_run
 from raydistil.storage import scratch_directory
 from raydistil.student import save_model
-from raydistil.tally import BUSY, WAITS, Verdict
+from raydistil.tally import BUSY, WAITS
 from raydistil.targets import targets_for
 from raydistil.teacher import Teacher
-from raydistil.types import TeacherTiming, TokenBatch
+from raydistil.types import TeacherTiming, TokenBatch, Verdict
 from raydistil.worker import make_distiller
 
 STEPS = 20

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from raydistil import rundir
 from raydistil.cache.inputs import inputs_of
@@ -24,7 +23,7 @@ from raydistil.specs import CacheSpec, SaveSpec, SourceSpec, TeacherSpec, TrainR
 from raydistil.storage import mebibytes
 from raydistil.tally import advice
 from raydistil.targets import makes_logits, targets_spec
-from raydistil.types import labels_texts
+from raydistil.types import TrainSummary, labels_texts
 
 
 def manifest_of(run: Prepared, config: TrainConfig, with_teacher: bool, seed: int) -> Manifest:
@@ -59,17 +58,21 @@ class Training:
 
 def train_stage(run: Prepared, training: Training) -> None:
     """One training, unless its model is there already."""
-    from raydistil.train import train
+    from raydistil.train import clear_up, train
 
     stage, target = training.stage, run.run_dir / training.target
     if target.exists():
+        clear_up(run.config.checkpoints, rundir.checkpoints_of(run.config, stage))  # whoever made it was killed before
         run.say(f"{stage}: done before, kept in {target}")
         return
     planned = train_run(run, training)
-    summary = train(planned, target, run.say)
-    figures = asdict(summary) | {"rows": planned.source.manifest.num_rows, "lr": training.config.lr}
-    rundir.write_summary(run.run_dir, stage, figures)
-    run.say(_describe(stage, summary, bool(planned.source.caches), planned.worker.shares_cores))
+
+    def record(summary: TrainSummary) -> None:
+        figures = asdict(summary) | {"rows": planned.source.manifest.num_rows, "lr": training.config.lr}
+        rundir.write_summary(run.run_dir, stage, figures)
+        run.say(_describe(stage, summary, bool(planned.source.caches), planned.worker.shares_cores))
+
+    train(planned, target, run.say, record)
 
 
 def train_run(run: Prepared, training: Training) -> TrainRun:
@@ -169,7 +172,7 @@ def _teachers(run: Prepared, link: Link, layers: LayerPlan, planned: Threads) ->
         )  # fmt: skip
 
 
-def _describe(stage: str, summary: Any, kept: bool, shared: bool) -> str:
+def _describe(stage: str, summary: TrainSummary, kept: bool, shared: bool) -> str:
     text = f"{stage}: {summary.steps} steps, {summary.tokens:,} tokens in {summary.wall_s:.0f} s"
     if summary.teacher_builds:
         both = summary.overlap_s / max(summary.student_busy_s, 1e-9)

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 from raydistil.trace import Record
+from raydistil.types import Verdict
 
-Verdict = Literal["teacher-bound", "student-bound", "balanced"]
 RECENT = 4  # turns of all lanes: one that has had none of them is gone
 WAITS = 0.05  # of the student's time spent waiting: above it the teachers are too slow
 BUSY = 0.8  # of the teachers' time at work: below it the student is too slow

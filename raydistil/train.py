@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,11 +23,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydistil import warm
 from raydistil.checkpoint import MODEL, CheckpointStore
+from raydistil.cluster import check_room
+from raydistil.config.checkpoints import CheckpointsConfig
 from raydistil.config.cluster import ClusterConfig
 from raydistil.elastic import Elastic, ElasticTrainer
-from raydistil.errors import Interrupted, RaydistilError, unwrapped
+from raydistil.errors import Interrupted, PlanError, RaydistilError, unwrapped
 from raydistil.payload import count_payload, counted
-from raydistil.plan import need_of
+from raydistil.plan import Need, need_of
 from raydistil.progress import Progress, Wish
 from raydistil.report import LiveLine, Store
 from raydistil.specs import SaveSpec, TrainRun, WorkerSpec
@@ -36,12 +39,14 @@ from raydistil.stream import build_stream, execution_options, shard_rows
 from raydistil.types import StepMetrics, TrainSummary
 
 POLL_S = 0.5
+QUIET_S = 120.0  # without a step: then one should know why
 SPINS = "GOMP_SPINCOUNT"
 Say = Callable[[str], None]
 
 
-def train(run: TrainRun, target: Path, say: Say) -> TrainSummary:
-    """Train to the end, going on from the latest checkpoint if there is one; the model is then at `target`.
+def train(run: TrainRun, target: Path, say: Say, record: Callable[[TrainSummary], None]) -> None:
+    """Train to the end, going on from the latest checkpoint if there is one; the model is then at `target`, and was
+    not before `record` had its summary.
 
     Raises Interrupted after a Ctrl-C, with a checkpoint saved.
     """
@@ -49,15 +54,20 @@ def train(run: TrainRun, target: Path, say: Say) -> TrainSummary:
     kept = store.newest_whole(run.save.run_hash, say)
     if kept is None or kept.state.steps < run.worker.num_steps:
         summary = _trained(run)
-        kept = store.newest()
+        kept = store.newest_whole(run.save.run_hash, say)
     else:
         summary = kept.state.summary  # the driver was killed on its way home
     assert kept is not None
     with whole_directory(target) as scratch, store.at_hand(f"{kept.name}/{MODEL}") as saved:
         shutil.copytree(saved, scratch, dirs_exist_ok=True)
-    if not run.save.config.keep_at_end:
+        record(summary)
+    clear_up(run.save.config, store)
+
+
+def clear_up(config: CheckpointsConfig, store: CheckpointStore) -> None:
+    """The checkpoints of what was trained to its end, unless they are to be kept."""
+    if not config.keep_at_end:
         store.remove_all()
-    return summary
 
 
 def _trained(run: TrainRun) -> TrainSummary:
@@ -67,7 +77,7 @@ def _trained(run: TrainRun) -> TrainSummary:
     live = LiveLine(run.stage, run.run_dir / "metrics.jsonl")
     store = Store()
     with _stop_on_signal(progress), counted(*run.worker.traced) if run.worker.traced else nullcontext():
-        _fit(_trainer(run, progress), progress, live, store)
+        _fit(_trainer(run, progress), progress, live, store, Silence(_need(run)))
     summary: TrainSummary | None
     summary, refused, starts = ray.get(progress.outcome.remote())
     ray.kill(progress)
@@ -122,9 +132,12 @@ def _trainer(run: TrainRun, progress: Any) -> TorchTrainer:
         ),
     )
     if cluster.fewest_students < cluster.most_students:
-        need = need_of(cluster, 0 if run.source.caches else len(run.worker.teachers))
-        trainer.policy = Elastic(scaling, need, run.save.store, progress)
+        trainer.policy = Elastic(scaling, _need(run), run.save.store, progress)
     return trainer
+
+
+def _need(run: TrainRun) -> Need:
+    return need_of(run.cluster, 0 if run.source.caches else len(run.worker.teachers))
 
 
 def spinning(worker: WorkerSpec) -> dict[str, str]:
@@ -205,7 +218,7 @@ def _scaling(cluster: ClusterConfig) -> ScalingConfig:
     return made
 
 
-def _fit(trainer: TorchTrainer, progress: Any, live: LiveLine, store: Store) -> None:
+def _fit(trainer: TorchTrainer, progress: Any, live: LiveLine, store: Store, silence: "Silence") -> None:
     """`trainer.fit()` in the background, its progress in the foreground."""
     outcome: dict[str, Any] = {}
 
@@ -222,19 +235,48 @@ def _fit(trainer: TorchTrainer, progress: Any, live: LiveLine, store: Store) -> 
         while thread.is_alive():
             thread.join(POLL_S)
             preempted.look()
-            _drain(progress, live, store.look())
+            heard = _drain(progress, live, store.look())
+            for line in silence.look(heard, time.monotonic()):
+                live.tell(line)
     finally:
         live.close()
     if "error" in outcome:
         raise unwrapped(outcome["error"]) from outcome["error"]
 
 
-def _drain(progress: Any, live: LiveLine, store_bytes: int) -> None:
+def _drain(progress: Any, live: LiveLine, store_bytes: int) -> bool:
+    """Whether there was anything."""
     all_metrics, news = ray.get(progress.drain.remote())
     for metrics in all_metrics:
         live.show(StepMetrics(**metrics | {"store_bytes": store_bytes}))
     for line in news:
         live.tell(line)
+    return bool(all_metrics or news)
+
+
+class Silence:
+    """What there is to say when the workers have made no step for a while."""
+
+    def __init__(self, need: Need) -> None:
+        self._need = need
+        self._since_s: float | None = None
+        self._patience_s = QUIET_S
+
+    def look(self, heard: bool, now_s: float) -> Iterator[str]:
+        """A line each time that the silence has lasted twice as long."""
+        if heard or self._since_s is None:
+            self._since_s, self._patience_s = now_s, QUIET_S
+        if now_s - self._since_s < self._patience_s:
+            return
+        self._patience_s *= 2
+        yield f"no step for {now_s - self._since_s:.0f} s: {self._why()}"
+
+    def _why(self) -> str:
+        try:
+            check_room([self._need])
+        except PlanError as error:
+            return f"{error}; it goes on when they are there"
+        return "the cluster has room for the run; a teacher may still be loading, or something hangs (Ray may say more)"
 
 
 class Preempted:

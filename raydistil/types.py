@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
+Verdict = Literal["teacher-bound", "student-bound", "balanced"]  # who holds a stream up
 Task = Literal["classification", "regression", "mlm", "clm"]  # texts with a class or a number, masked-LM, causal LM
 Labels = NDArray[np.int32] | NDArray[np.float32]
 Precision = Literal["float32", "bfloat16"]  # of the matrix products; weights are float32
@@ -129,7 +130,7 @@ class StepMetrics:
     eta_s: float
     queue_depth: float  # micro-batches that lay ready for this worker
     bytes_per_token: float  # over the wire
-    verdict: str | None  # who holds the stream up, see `tally`; None without a teacher
+    verdict: Verdict | None  # who holds the stream up, see `tally`; None without a teacher
     mfu: float  # share of the rate of matrix products that is made use of, see `tally`
     store_bytes: int = 0  # in use of the cluster's object stores, as the driver sees it
 
@@ -150,7 +151,7 @@ class TrainSummary:
     wire_bytes: int
     final_losses: dict[str, float]
     interrupted: bool
-    verdict: str | None  # who held the stream up; None without a teacher
+    verdict: Verdict | None  # who held the stream up; None without a teacher
     mfu: float  # see `StepMetrics`, since the first micro-batch
     skipped_steps: int  # since the training began, for a loss or a gradient that was no number
     checkpoints: int = 0  # that were made

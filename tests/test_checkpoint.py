@@ -104,7 +104,7 @@ def test_a_place_that_does_not_answer_loses_nothing(store: CheckpointStore, monk
 
 
 def test_old_ones_that_cannot_be_removed_cost_nothing(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: CheckpointStore, last: int, best: int) -> None:
+    def refuse(self: CheckpointStore, last: int, best: int, steps: int) -> None:
         raise OSError("busy")
 
     monkeypatch.setattr(CheckpointStore, "keep", refuse)
@@ -115,6 +115,15 @@ def test_old_ones_that_cannot_be_removed_cost_nothing(store: CheckpointStore, mo
 def test_the_newest_stay_and_the_best(store: CheckpointStore) -> None:
     saved(store, 1, 2, 3, 4, 5, keep_last=2, keep_best=1)
     assert names(store) == ["step-000000002-a", "step-000000004-a", "step-000000005-a"]
+
+
+def test_a_damaged_one_takes_no_whole_ones_place(store: CheckpointStore) -> None:
+    saved(store, 1, 2, 9)
+    store.write("step-000000009-a/deepspeed/rank-0", b"half of it")
+    saved(store, 3, 4, start="b", keep_last=1, keep_best=0)
+    assert names(store) == ["step-000000004-b", "step-000000009-a"]
+    kept = store.newest_whole("run", lambda line: None)
+    assert kept is not None and kept.state.steps == 4
 
 
 def test_workers_that_should_be_dead_harm_nobody(store: CheckpointStore) -> None:

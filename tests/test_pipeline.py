@@ -99,11 +99,15 @@ def test_the_student_loads_with_transformers_alone(finished: tuple[Config, dict[
 
 
 def test_a_finished_run_is_not_trained_again(finished: tuple[Config, dict[str, Any]]) -> None:
+    """And of what its driver was killed in the middle of clearing up, nothing stays."""
     config, report = finished
+    left = rundir.checkpoints_of(config, rundir.DISTILL)
+    left.write("step-1/state.json", b"{}")
     said: list[str] = []
     again = pipeline.run_all(config, said.append)
     assert again["student_score"] == report["student_score"]
     assert sum("done before" in line for line in said) == 1
+    assert left.local is not None and not left.local.exists()
 
 
 def test_another_runs_directory_is_refused(finished: tuple[Config, dict[str, Any]]) -> None:
