@@ -179,6 +179,7 @@ def show_chaos(result: dict[str, Any]) -> None:
         ("an audit of a spoilt trace tells", "yes" if result["audit_control"] else "no"),
         ("final loss", f"{result['final_loss']:.6f}"),
         ("without kills", f"{result['uninterrupted_final_loss']:.6f}"),
+        ("the same micro-batches in each step", "yes" if result["same_steps"] else "no"),
         ("the same weights", same),
         ("steps done again", f"{result['steps_repeated']:,} of {result['steps']:,}"),
         ("seconds", f"{result['wall_s']:.0f}, {result['uninterrupted_wall_s']:.0f} without kills"),

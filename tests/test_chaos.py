@@ -28,4 +28,6 @@ def test_teacher_student_node_and_driver_are_killed(tmp_path: Path) -> None:
     assert (result["lost"], result["duplicated"], result["audit_control"]) == (0, 0, True)
     assert result["kills_by_kind"] == QUICK and result["resumes"] == QUICK["driver"]
     assert result["positions_trained"] == result["positions_expected"]
-    assert result["same_weights"] and result["final_loss"] == result["uninterrupted_final_loss"]
+    assert (
+        result["same_weights"] and result["same_steps"] and result["final_loss"] == result["uninterrupted_final_loss"]
+    )
