@@ -35,24 +35,34 @@ class Elastic(ElasticScalingPolicy):
         nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
         stay = [node for node in nodes if matches(self._need.student_on, node.get("Labels", {}))]
         more = sum(self._fit(free.get(node["NodeID"], {}) if self._running else node["Resources"]) for node in stay)
-        cpus = sum(node["Resources"].get("CPU", 0.0) for node in nodes)
-        rest = cpus - self._need.teachers * self._need.teacher_cpus - READ_CPUS
-        return min(self._running + more, int(rest // self._need.student_cpus), self.scaling_config.max_workers)
+        whole = {kind: sum(node["Resources"].get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")}
+        rest = {
+            "CPU": whole["CPU"] - self._need.teachers * self._need.teacher_cpus - READ_CPUS,
+            "GPU": whole["GPU"] - self._need.teachers * self._need.teacher_gpus,
+        }
+        return min(self._running + more, self._fit(rest), self.scaling_config.max_workers)
 
     def _fit(self, free: dict[str, float]) -> int:
-        """Workers that so much of a node holds."""
+        """Workers that so much of a node, or of all of them, holds."""
         by_gpus = free.get("GPU", 0.0) // self._need.student_gpus if self._need.student_gpus else math.inf
         return int(min(free.get("CPU", 0.0) // self._need.student_cpus, by_gpus))
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any
     ) -> ScalingDecision:
+        try:
+            return self._decision(worker_group_state, worker_group_status)
+        except OSError:  # a store that does not answer for a moment
+            return NoopDecision()
+
+    def _decision(self, worker_group_state: Any, worker_group_status: Any) -> ScalingDecision:
         if self._wanted is None:
             self._running = worker_group_state.num_workers
             found = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
             if not isinstance(found, ResizeDecision):
                 return found
-            self._wanted, self._before = found, self._newest()
+            self._before = self._newest()
+            self._wanted = found
             news = f"there is room for {found.num_workers} student workers in place of {self._running}"
             self._progress.tell.remote(news)
             self._progress.wish.remote(Wish.SAVE)
