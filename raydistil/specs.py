@@ -91,6 +91,7 @@ class WorkerSpec:
     per_epoch: int
     mean_rows: float  # of a micro-batch: one of fewer rows counts for less
     flops_per_token: float  # matrix products that a real token takes on a student worker's cores or GPU, see `stages`
+    hang_timeout_s: float  # after which another worker that does not join in is taken for dead
     traced: tuple[Path, str] | None = None  # (run's directory, stage) of the trace of every micro-batch; None: no trace
 
     @property

@@ -138,6 +138,7 @@ def _worker(run: Prepared, training: Training, manifest: Manifest) -> WorkerSpec
         mean_rows=manifest.mean_rows,
         num_steps=-(-(training.micro_batches or manifest.num_micro_batches) // together), per_step=together,
         flops_per_token=_flops_per_token(run, training, teachers, head and not labels_texts(config.task)),
+        hang_timeout_s=config.cluster.hang_timeout_s,
         traced=(run.run_dir.resolve(), training.stage) if config.cluster.trace else None,
     )  # fmt: skip
 

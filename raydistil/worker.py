@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from itertools import count
 from typing import Any
@@ -84,6 +85,7 @@ class StudentWorker:
             config=config,
             dist_init_required=False,
         )
+        bound_waiting(spec.hang_timeout_s)
         if made.zero_optimization_stage() == 3:
             announce(model)
         leave_out_bad_steps(made)
@@ -241,6 +243,15 @@ def _deepspeed() -> Any:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def bound_waiting(seconds: float) -> None:
+    """Of all process groups there are: those that DeepSpeed makes for itself would wait for half an hour."""
+    from torch.distributed import distributed_c10d
+
+    if torch.distributed.is_initialized():
+        for group in list(distributed_c10d._world.pg_map):
+            distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def _mean_metrics(outs: list[tuple[LossOutputs, int]]) -> dict[str, Tensor]:
