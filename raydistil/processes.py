@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from uuid import uuid4
 
 import psutil
@@ -17,7 +18,24 @@ END_S = 15.0
 
 def new_mark() -> str:
     """Of a cluster that this process starts."""
-    return f"{os.getpid()}-{psutil.Process().create_time():.2f}-{uuid4().hex}"
+    return f"{os.getpid()}-{_started(os.getpid())}-{uuid4().hex}"
+
+
+def _started(pid: int) -> str:
+    """When it was: by Linux in ticks since the machine's start, which no setting of its clock changes.
+
+    Raises OSError or psutil.Error where it is gone.
+    """
+    if Path("/proc/self/stat").exists():
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]  # its 22nd field
+    return f"{psutil.Process(pid).create_time():.2f}"
+
+
+def _namespace(pid: int) -> str:
+    """In which its number is its number: a container's processes have others, too, as seen from outside."""
+    with suppress(OSError):
+        return str(Path(f"/proc/{pid}/ns/pid").readlink())
+    return ""
 
 
 def wait_for_the_end(mark: str) -> None:
@@ -37,17 +55,18 @@ def end_leftovers() -> None:
 
 def _marked() -> Iterator[tuple[psutil.Process, str]]:
     """(process, mark) of all but this one; what has ended and waits to be reaped is not among them."""
+    here = _namespace(os.getpid())
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):  # another user's, or gone
             mark = process.environ().get(MARK)
-            if mark and process.pid != os.getpid():
+            if mark and process.pid != os.getpid() and _namespace(process.pid) == here:
                 yield process, mark
 
 
 def _starter_lives(mark: str) -> bool:
     pid, started, _ = mark.split("-")
-    with suppress(psutil.Error):
-        return bool(abs(psutil.Process(int(pid)).create_time() - float(started)) < 1)
+    with suppress(psutil.Error, OSError):
+        return _started(int(pid)) == started
     return False
 
 

@@ -1,6 +1,7 @@
 """What a killed run left running ends with the next start; what others run is left alone."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -43,9 +44,40 @@ def test_what_a_killed_process_started_is_ended() -> None:
 
 
 def test_a_process_that_has_another_ones_number_is_not_taken_for_it() -> None:
-    process = sleeper(f"{os.getpid()}-{psutil.Process().create_time() - 60:.2f}-0")
+    pid, started, name = new_mark().split("-")
+    process = sleeper(f"{pid}-{float(started) - 60:g}-{name}")
     end_leftovers()
     assert process.wait(timeout=20) < 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="elsewhere a process keeps the time of its start")
+def test_a_clock_that_is_set_makes_no_one_a_leftover(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = sleeper(new_mark())
+    monkeypatch.setattr("psutil.Process.create_time", lambda self: 0.0)
+    try:
+        end_leftovers()
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None or os.geteuid() != 0, reason="needs the right to make a namespace of processes"
+)
+def test_the_processes_of_a_container_are_left_alone() -> None:
+    """Whose starter has another number there than here."""
+    alone = ["unshare", "--pid", "--fork", "--kill-child"]
+    outer = subprocess.Popen([*alone, "env", f"{MARK}=999999999-1-0", *SLEEPS])
+    try:
+        while not (inner := [one for one in psutil.Process(outer.pid).children() if one.environ().get(MARK)]):
+            time.sleep(0.05)
+        end_leftovers()
+        time.sleep(0.5)
+        assert inner[0].status() != psutil.STATUS_ZOMBIE and outer.poll() is None
+    finally:
+        outer.kill()
+        outer.wait()
 
 
 def test_what_outlives_its_time_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
