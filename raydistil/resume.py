@@ -12,8 +12,8 @@ import ray.train
 from torch import Tensor
 
 from raydistil.checkpoint import TAG, CheckpointStore, State
-from raydistil.errors import StorageError
-from raydistil.storage import scratch_directory
+from raydistil.errors import FullError, StorageError
+from raydistil.storage import is_disk_full, scratch_directory
 
 # DeepSpeed's own name for weights and moments that have been put together again out of all workers' pieces.
 UNIVERSAL = {"checkpoint": {"load_universal": True}}
@@ -68,6 +68,11 @@ def _put_together(pieces: Path, target: Path) -> None:
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     folders = ["--input_folder", str(pieces), "--output_folder", str(target)]
     done = subprocess.run([*command, *folders], capture_output=True, text=True)
+    if is_disk_full(OSError(done.stderr)):
+        raise FullError(
+            f"no space left in {target.parent} to put the pieces of {pieces} together: free some, or name another "
+            f"directory with TMPDIR, and run again"
+        )
     if done.returncode:
         *_, last = done.stderr.strip().splitlines() or ["it says nothing"]
         raise StorageError(

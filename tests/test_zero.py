@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from disks import small_disk
 from test_pipeline import LANGUAGE_MODEL, TRAIN, config_for, quiet, stop_at_step
 from torch import Tensor, nn
 
 from raydistil import pipeline, rundir
+from raydistil.checkpoint import TAG
 from raydistil.config import Config
-from raydistil.errors import Interrupted
+from raydistil.errors import FullError, Interrupted
 from raydistil.models import load_model
-from raydistil.resume import _set_apart
+from raydistil.resume import _put_together, _set_apart
 
 # Otherwise weights as small as these are left whole.
 PIECES = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -57,10 +59,20 @@ def test_workers_come_and_go(
         with pytest.raises(Interrupted, match="stopped after step"):
             pipeline.run_all(config, quiet)
         monkeypatch.undo()
+        if (stage, number) == (2, 0):
+            cannot_be_put_together_on_a_full_disk(config, tmp_path / "disk")
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"students": count})})
     pipeline.run_all(config, quiet)
     for name, weight in weights(config).items():
         torch.testing.assert_close(weight, alone[name], rtol=1e-2, atol=1e-3)
+
+
+def cannot_be_put_together_on_a_full_disk(config: Config, disk: Path) -> None:
+    store = rundir.checkpoints_of(config, rundir.DISTILL)
+    kept = store.newest()
+    assert kept is not None and store.local is not None
+    with small_disk(disk, 1 << 20), pytest.raises(FullError, match=f"no space left in {disk} .* directory with TMPDIR"):
+        _put_together(store.local / kept.name / TAG, disk / TAG)
 
 
 def test_what_one_group_of_weights_counts_is_not_counted_by_the_others() -> None:
