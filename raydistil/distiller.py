@@ -95,7 +95,7 @@ class Distiller(nn.Module):
         """Its vocabulary never changes: cast once, and not for every micro-batch."""
         made = _projection(teacher, states_ND, self.encoder.dtype)
         if self._taught_CD is None:
-            self._taught_CD = made.weight_CD.to(self.encoder.dtype)
+            self._taught_CD = made.weight_CD.detach().to(self.encoder.dtype)  # not a parameter: those are saved
         return replace(made, weight_CD=self._taught_CD)
 
 

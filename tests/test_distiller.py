@@ -55,3 +55,9 @@ def test_the_head_runs_in_the_chosen_precision() -> None:
     with Products():
         out_of("bfloat16")
     assert {dtype for dtype, width in seen if width == tiny.SHAPE["vocab_size"]} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_nothing_of_a_teacher_is_saved_with_the_student(precision: Precision) -> None:
+    _, used = out_of(precision)
+    assert {name.partition(".")[0] for name in used.state_dict()} == {"encoder"}
