@@ -81,3 +81,4 @@ def test_a_second_worker_joins_and_is_preempted(tiny_teacher: str, corpus_file: 
         for began in {record.began_s for record in traced}
     }
     assert [ranks[began] for began in sorted(ranks)] == [1, 2, 1]
+    assert max(record.from_step for record in traced) >= last  # the checkpoint that followed the notice
