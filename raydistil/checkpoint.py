@@ -6,6 +6,7 @@ when the optimizer step that used it is in the checkpoint; the stream of a resum
 No state of a random number generator is among it: what is drawn is a function of (seed, position).
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -110,12 +111,14 @@ class CheckpointStore:
         """None where there is none."""
         return next(reversed(self.complete()), None)
 
-    def newest_whole(self, run_hash: str, say: Callable[[str], object]) -> Kept | None:
-        """The newest one whose files are what they were when it was made; `say` which ones are not.
+    def newest_whole(self, run_hash: str, say: Callable[[str], object], below: str = "") -> Kept | None:
+        """The newest one whose files (`below`: those in a directory of it) are what they were when it was made. Damaged
+        ones are named, and removed: they would be kept in the place of whole ones.
 
-        Raises StorageError where there are some, but no whole one, or where they are another run's.
+        Raises StorageError where there are some, but no whole one, or where they are another run's; OSError for a place
+        that does not answer.
         """
-        kept = self.complete()
+        kept, named = self.complete(), list[str]()
         for name in set(self._names()) - {one.name for one in kept}:
             say(f"checkpoint {name} is damaged ({STATE} cannot be read): going on without it")
         for one in reversed(kept):
@@ -124,9 +127,12 @@ class CheckpointStore:
                     f"expected checkpoints of this run in {self.place}/{self.below}, got those of another one, or of "
                     f"another content of its corpus: choose another checkpoints.storage or name, or remove them"
                 )
-            damaged = self._damaged(one)
+            damaged = self._damaged(one, below)
             if damaged is None:
+                for name in named:
+                    self.remove(name)
                 return one
+            named.append(one.name)
             say(f"checkpoint {one.name} is damaged ({damaged}): going on from the one before")
         if kept:
             raise StorageError(
@@ -135,15 +141,19 @@ class CheckpointStore:
             )
         return None
 
-    def _damaged(self, kept: Kept) -> str | None:
+    def _damaged(self, kept: Kept, below: str) -> str | None:
         """What is wrong with its files; None: nothing."""
         filesystem, root = self.open()
         for relative, digest in kept.state.files.items():
+            if not relative.startswith(below):
+                continue
             try:
                 with filesystem.open_input_stream(f"{root}/{kept.name}/{relative}") as file:
                     if digest_of(file) != digest:
                         return f"{relative} is not what was written"
             except OSError as error:
+                if not isinstance(error, FileNotFoundError) and error.errno != errno.EIO:
+                    raise  # the place, and not the file
                 return f"{relative}: {error}"
         return None
 
@@ -181,10 +191,9 @@ class CheckpointStore:
             fs.copy_files(f"{root}/{relative}", str(scratch), source_filesystem=filesystem)
             yield scratch
 
-    def keep(self, last: int, best: int, steps: int) -> None:
-        """Remove the others, of the complete ones up to `steps`: those beyond are damaged, or they would have been
-        gone on from, and must not stand in the place of whole ones."""
-        kept = [one for one in self.complete() if one.state.steps <= steps]
+    def keep(self, last: int, best: int) -> None:
+        """Remove the others, of the complete ones."""
+        kept = self.complete()
         by_loss = sorted(kept, key=lambda one: one.state.mean_loss)
         stay = {one.name for one in (*kept[-last:], *by_loss[:best])}
         for one in kept:

@@ -246,7 +246,9 @@ class HeadedEncoder(nn.Module):
         found = {state: out.hidden_states[state] for state in states if state < self.num_layers}
         if self.num_layers in states:  # the head's input, which some families norm once more
             found[self.num_layers] = out.hidden_states[-1] if whole else out.last_hidden_state
-        whole_rows = bool(mask_BL.all())  # packed blocks: what a selection would copy, and add up again backward, stays
+        whole_rows = bool(found) and bool(
+            mask_BL.all()
+        )  # packed blocks: what a selection would copy, and add up again backward, stays
         unpadded = {
             state: (states_BLD.flatten(0, 1) if whole_rows else states_BLD[mask_BL]).float()
             for state, states_BLD in found.items()

@@ -117,7 +117,7 @@ class Saver:
                 self._store.commit(name, replace(state, files=self._everyones(name)))
         if self._rank == 0:
             with suppress(OSError):  # what stays too long harms nobody: it goes with the next one
-                self._store.keep(self._config.keep_last, self._config.keep_best, state.steps)
+                self._store.keep(self._config.keep_last, self._config.keep_best)
 
     def _publish(self, name: str, scratch: Path, files: list[str]) -> None:
         filesystem, root = self._store.open()

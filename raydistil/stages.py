@@ -62,7 +62,8 @@ def train_stage(run: Prepared, training: Training) -> None:
 
     stage, target = training.stage, run.run_dir / training.target
     if target.exists():
-        clear_up(run.config.checkpoints, rundir.checkpoints_of(run.config, stage))  # whoever made it was killed before
+        if run.config.checkpoints.storage is None:  # a place of its own: whoever made it was killed before
+            clear_up(run.config.checkpoints, rundir.checkpoints_of(run.config, stage))
         run.say(f"{stage}: done before, kept in {target}")
         return
     planned = train_run(run, training)

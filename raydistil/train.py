@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +22,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydistil import warm
-from raydistil.checkpoint import MODEL, CheckpointStore
+from raydistil.checkpoint import MODEL, CheckpointStore, Kept
 from raydistil.cluster import check_room
 from raydistil.config.checkpoints import CheckpointsConfig
 from raydistil.config.cluster import ClusterConfig
 from raydistil.elastic import Elastic, ElasticTrainer
-from raydistil.errors import Interrupted, PlanError, RaydistilError, unwrapped
+from raydistil.errors import Interrupted, PlanError, RaydistilError, StorageError, unwrapped
 from raydistil.payload import count_payload, counted
 from raydistil.plan import Need, need_of
 from raydistil.progress import Progress, Wish
@@ -40,6 +40,7 @@ from raydistil.types import StepMetrics, TrainSummary
 
 POLL_S = 0.5
 QUIET_S = 120.0  # without a step: then one should know why
+PAUSES_S = (1.0, 5.0, 25.0)  # between the tries to read a store
 SPINS = "GOMP_SPINCOUNT"
 Say = Callable[[str], None]
 
@@ -54,10 +55,14 @@ def train(run: TrainRun, target: Path, say: Say, record: Callable[[TrainSummary]
     kept = store.newest_whole(run.save.run_hash, say)
     if kept is None or kept.state.steps < run.worker.num_steps:
         summary = _trained(run)
-        kept = store.newest_whole(run.save.run_hash, say)
+        kept = store.newest_whole(run.save.run_hash, say, below=MODEL)
     else:
         summary = kept.state.summary  # the driver was killed on its way home
-    assert kept is not None
+    if kept is None or kept.state.steps < run.worker.num_steps:
+        raise StorageError(
+            f"expected the checkpoint of the last step in {store.place}/{store.below}, got one that is damaged: run "
+            f"again, and it is made once more from the one before"
+        )
     with whole_directory(target) as scratch, store.at_hand(f"{kept.name}/{MODEL}") as saved:
         shutil.copytree(saved, scratch, dirs_exist_ok=True)
         record(summary)
@@ -68,6 +73,7 @@ def clear_up(config: CheckpointsConfig, store: CheckpointStore) -> None:
     """The checkpoints of what was trained to its end, unless they are to be kept."""
     if not config.keep_at_end:
         store.remove_all()
+        _forget_ray_train(store)
 
 
 def _trained(run: TrainRun) -> TrainSummary:
@@ -176,13 +182,23 @@ def _refuse(error: RaydistilError, progress: Any) -> None:
 
 def _starting(save: SaveSpec, progress: Any) -> Any:
     """Called in Ray Train's controller when workers are about to start: from which step. Raises if they should not."""
-    save.store.sweep()
-    kept = save.store.newest_whole(save.run_hash, progress.tell.remote)
+    kept = _swept(save, progress)
     first, name = (kept.state.steps, kept.name) if kept else (0, None)
     refused = ray.get(progress.start.remote(first, name))
     if refused is not None:
         raise refused
     return first
+
+
+def _swept(save: SaveSpec, progress: Any) -> Kept | None:
+    """The newest whole checkpoint, what never was one removed; of a store that may not answer for a moment."""
+    for pause_s in PAUSES_S:
+        with suppress(OSError):
+            save.store.sweep()
+            return save.store.newest_whole(save.run_hash, progress.tell.remote)
+        time.sleep(pause_s)
+    save.store.sweep()
+    return save.store.newest_whole(save.run_hash, progress.tell.remote)
 
 
 class _Dealt(DataConfig):
@@ -276,7 +292,10 @@ class Silence:
             check_room([self._need])
         except PlanError as error:
             return f"{error}; it goes on when they are there"
-        return "the cluster has room for the run; a teacher may still be loading, or something hangs (Ray may say more)"
+        return (
+            "the cluster is large enough for the run; others may hold what it needs, a teacher or a checkpoint may "
+            "take long, or something hangs"
+        )
 
 
 class Preempted:

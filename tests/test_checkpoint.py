@@ -104,7 +104,7 @@ def test_a_place_that_does_not_answer_loses_nothing(store: CheckpointStore, monk
 
 
 def test_old_ones_that_cannot_be_removed_cost_nothing(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: CheckpointStore, last: int, best: int, steps: int) -> None:
+    def refuse(self: CheckpointStore, last: int, best: int) -> None:
         raise OSError("busy")
 
     monkeypatch.setattr(CheckpointStore, "keep", refuse)
@@ -120,10 +120,28 @@ def test_the_newest_stay_and_the_best(store: CheckpointStore) -> None:
 def test_a_damaged_one_takes_no_whole_ones_place(store: CheckpointStore) -> None:
     saved(store, 1, 2, 9)
     store.write("step-000000009-a/deepspeed/rank-0", b"half of it")
-    saved(store, 3, 4, start="b", keep_last=1, keep_best=0)
-    assert names(store) == ["step-000000004-b", "step-000000009-a"]
-    kept = store.newest_whole("run", lambda line: None)
-    assert kept is not None and kept.state.steps == 4
+    said: list[str] = []
+    kept = store.newest_whole("run", said.append, below=MODEL)
+    assert kept is not None and kept.state.steps == 9, "what is not looked at is not found out"
+    kept = store.newest_whole("run", said.append)
+    assert kept is not None and kept.state.steps == 2
+    assert len(said) == 1 and names(store) == ["step-000000002-a"]
+    saved(store, 3, 4, 9, 11, start="b", keep_last=2, keep_best=0)
+    assert names(store) == ["step-000000009-b", "step-000000011-b"]
+
+
+def test_a_file_that_cannot_be_read_for_a_moment_damages_nothing(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(file: object) -> str:
+        raise OSError("slow down")
+
+    saved(store, 1, 2)
+    with monkeypatch.context() as context:
+        context.setattr("raydistil.checkpoint.digest_of", fail)
+        with pytest.raises(OSError, match="slow down"):
+            store.newest_whole("run", pytest.fail)
+    assert names(store) == ["step-000000001-a", "step-000000002-a"]
 
 
 def test_workers_that_should_be_dead_harm_nobody(store: CheckpointStore) -> None:
@@ -154,7 +172,7 @@ def test_a_damaged_one_is_named_and_the_one_before_is_taken(store: CheckpointSto
                     "the one before"]  # fmt: skip
     filesystem, root = store.open()
     filesystem.delete_file(f"{root}/step-000000001-a/latest")
-    with pytest.raises(StorageError, match="got damaged ones only, step-000000001-a, step-000000002-a: remove them"):
+    with pytest.raises(StorageError, match="got damaged ones only, step-000000001-a: remove them"):
         store.newest_whole("run", said.append)
 
 

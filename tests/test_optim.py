@@ -152,4 +152,6 @@ def test_a_gradient_that_is_no_number_leaves_weights_and_moments_alone(fused: bo
 @pytest.mark.parametrize("fused", [True, False])
 def test_no_longest_cuts_nothing(fused: bool) -> None:
     """As DeepSpeed has it: `gradient_clipping` of 0."""
-    assert stepped([[30.0, 40.0]], 0.0, fused) == pytest.approx(stepped([[30.0, 40.0]], 100.0, fused))
+    gradients = [[30.0, 40.0], [0.3, -0.4]]  # two: a first step of Adam's is the same at any length
+    assert stepped(gradients, 0.0, fused) == pytest.approx(stepped(gradients, 100.0, fused))
+    assert stepped(gradients, 0.0, fused) != pytest.approx(stepped(gradients, 1.0, fused), rel=1e-2)

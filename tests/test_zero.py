@@ -1,5 +1,6 @@
 """How many workers there are, and how the student's state lies on them, changes nothing of what it learns."""
 
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,7 +61,8 @@ def test_workers_come_and_go(
             pipeline.run_all(config, quiet)
         monkeypatch.undo()
         if (stage, number) == (2, 0):
-            cannot_be_put_together_on_a_full_disk(config, tmp_path / "disk")
+            with suppress(pytest.skip.Exception):  # where nothing can be mounted
+                cannot_be_put_together_on_a_full_disk(config, tmp_path / "disk")
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"students": count})})
     pipeline.run_all(config, quiet)
     for name, weight in weights(config).items():
