@@ -7,6 +7,7 @@ vocabulary head, its attention's matrices) are used from outside of what is trai
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,7 +17,7 @@ from raydistil.config.loss import LossConfig
 from raydistil.layers import LayerPlan
 from raydistil.losses import Attention, LossInputs, LossOutputs, Projection, Weights, combined
 from raydistil.models import HeadedEncoder, document_pairs, on_device, positions_on, vocabulary_head
-from raydistil.places import compared_places
+from raydistil.places import compared_places, evened
 from raydistil.types import Mixture, Sparse, TeacherTargets, TokenBatch
 
 NO_TARGETS = TeacherTargets({}, None)
@@ -81,27 +82,28 @@ class Distiller(nn.Module):
         teacher, student = self._layers.last
         device = states[student].device
         places = compared_places(batch, self._loss, self._seed)
-        at_T, kd_N, labels_N = (
-            torch.from_numpy(part).to(device) for part in (places.at_T, places.kd_N, places.labels_N)
+        at_N = np.flatnonzero(places.at_T)
+        at_M, kd_N, labels_N = (
+            torch.from_numpy(part).to(device) for part in (evened(at_N), places.kd_N, places.labels_N)
         )
         taught: Tensor | Projection | Sparse | Mixture | None = targets.soft_labels
         if taught is None and self._teacher and teacher in targets.states:
-            state_TD = targets.states[teacher]
-            state_ND = state_TD[: len(labels_N)] if targets.compared else state_TD[at_T]
-            taught = self._of_teacher(self._teacher[0], state_ND)
-        return _projection(self.model, states[student][at_T], self.encoder.dtype), labels_N, taught, kd_N
+            sent_M = torch.from_numpy(evened(np.arange(len(at_N)))).to(device) if targets.compared else at_M
+            taught = self._of_teacher(self._teacher[0], targets.states[teacher].index_select(0, sent_M))
+        own_MD = states[student].index_select(0, at_M)
+        return _projection(self.model, own_MD, self.encoder.dtype), labels_N, taught, kd_N
 
-    def _of_teacher(self, teacher: PreTrainedModel, states_ND: Tensor) -> Projection:
+    def _of_teacher(self, teacher: PreTrainedModel, states_MD: Tensor) -> Projection:
         """Its vocabulary never changes: cast once, and not for every micro-batch."""
-        made = _projection(teacher, states_ND, self.encoder.dtype)
+        made = _projection(teacher, states_MD, self.encoder.dtype)
         if self._taught_CD is None:
             self._taught_CD = made.weight_CD.detach().to(self.encoder.dtype)  # not a parameter: those are saved
         return replace(made, weight_CD=self._taught_CD)
 
 
-def _projection(model: PreTrainedModel, states_ND: Tensor, dtype: torch.dtype) -> Projection:
+def _projection(model: PreTrainedModel, states_MD: Tensor, dtype: torch.dtype) -> Projection:
     head = vocabulary_head(model)
-    return Projection(head.transform(states_ND), head.weight_VE, head.bias_V, dtype)
+    return Projection(head.transform(states_MD), head.weight_VE, head.bias_V, dtype)
 
 
 def _pairs(batch: TokenBatch, mask_BL: Tensor) -> Tensor | None:

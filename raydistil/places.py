@@ -10,6 +10,7 @@ from raydistil.masking import row_keys, uniforms
 from raydistil.types import IGNORE, TokenBatch
 
 _SAMPLE = 4  # a stream of random numbers apart from those of the masking
+EVEN = 32  # rows of a matrix product, or a multiple of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,14 @@ def sent_places(batch: TokenBatch, loss: LossConfig, seed: int) -> NDArray[np.bo
     """Those that are compared at all; the first token where none is, since what is sent is never nothing."""
     at_T = compared_places(batch, loss, seed).at_T
     return at_T if at_T.any() else np.arange(len(at_T)) == 0
+
+
+def evened(at_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[M]: `at_N`, and its first again for as long as their number is not EVEN's: rows to be left out of what counts.
+
+    So that the shapes of products are few: for each new one oneDNN makes machine code, in milliseconds, and keeps it.
+    """
+    return np.concatenate([at_N, np.repeat(at_N[:1], -len(at_N) % EVEN)])
 
 
 def compared_share(loss: LossConfig, masked: float) -> float:

@@ -16,7 +16,10 @@ from raydistil.types import Mixture, Sparse
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """Logits that are not made yet: `features_ND @ weight_CD.T + bias_C`. A vocabulary makes them too many to keep."""
+    """Logits that are not made yet: `features_ND @ weight_CD.T + bias_C`. A vocabulary makes them too many to keep.
+
+    What there are more of than N (see `places.evened`) counts for nothing.
+    """
 
     features_ND: Tensor
     weight_CD: Tensor

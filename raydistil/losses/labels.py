@@ -72,6 +72,9 @@ class _Compared:
             self._has_label_N = torch.zeros_like(self._has_label_N)
         self._counts = (self._kd_N.sum().clamp(min=1), self._has_label_N.sum().clamp(min=1))
 
+    def __len__(self) -> int:
+        return len(self._labels_N)
+
     def mean(self, sums: Tensor) -> Tensor:
         """[KD, CE] as means, out of their sums."""
         return sums / torch.stack(self._counts)
@@ -207,9 +210,11 @@ class _ChunkedHead:
         return sums
 
     def _losses(self, compared: _Compared, rows: slice, logits_nC: Tensor, taught_nC: Tensor | None) -> Tensor:
-        """Sums of KD and CE over `rows`; their gradient then stands in `logits_nC`."""
+        """Sums of KD and CE over `rows`; their gradient then stands in `logits_nC`, 0 of those that do not count."""
         sums = logits_nC.new_zeros(2, dtype=self._exact)
-        for part in _passes(len(logits_nC), self._device):
+        counted = min(len(logits_nC), len(compared) - rows.start)
+        logits_nC[counted:] = 0
+        for part in _passes(counted, self._device):
             student_rC = _biased(logits_nC[part], self._student.bias_C, self._exact)
             where = slice(rows.start + part.start, rows.start + part.stop)
             made_rC = None if taught_nC is None else taught_nC[part]
