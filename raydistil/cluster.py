@@ -13,12 +13,13 @@ from raydistil.errors import PlanError
 from raydistil.plan import Need, Node, check_fits, check_placed, local_cpus
 from raydistil.processes import MARK, end_leftovers, new_mark, wait_for_the_end
 from raydistil.raylet import LOG, kept_in
+from raydistil.turns import behind
 
 # For every Ray process this run starts. Ray Data sizes its thread pools for large machines unless told; Ray runs its
 # workers at niceness 15, where anything else on the machine starves a training that waits for its own threads; and Ray
 # Train looks every two seconds whether a training is over, and starts an actor that watches for preemptions, of which
 # nothing here wants to know. Idle workers that Ray starts beforehand have an environment that no actor asks for. Nobody
-# reads what its log monitor finds ten times a second.
+# reads what its log monitor finds ten times a second, nor what its dashboard's agent says of every process.
 # glibc gives large blocks back to the system and faults in fresh pages for the next step's: kept, in one arena.
 ENVIRONMENT = {
     "RAY_worker_niceness": "0",
@@ -30,6 +31,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
     "LOG_NAME_UPDATE_INTERVAL_S": "10",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
@@ -45,7 +47,7 @@ def cluster(config: ClusterConfig, needs: list[Need], folder: Path) -> Iterator[
 
     `folder`: for what Ray says meanwhile. Raises PlanError where the cluster is too small.
     """
-    with kept_in(folder / LOG), connected(config):
+    with kept_in(folder / LOG), behind(), connected(config):
         check_room(needs)
         yield
 

@@ -4,18 +4,17 @@ Importing this module is cheap: the processes that only plan the stream meet the
 """
 
 import math
-import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
 
+from raydistil import turns
 from raydistil.places import compared_places, sent_places
 from raydistil.specs import TeacherSpec
 from raydistil.steps import MICRO_BATCHES_PER_BLOCK
@@ -123,10 +122,8 @@ def num_lanes(threads: int) -> int:
 
 
 def enter_lane(threads: int, behind: bool) -> None:
-    """Make this thread one of a teacher's. `behind`: in the scheduler's idle class, where there is one."""
+    """Make this thread one of a teacher's. `behind`: the students, whose cores it shares."""
     import torch
 
     torch.set_num_threads(threads)
-    if behind and hasattr(os, "SCHED_IDLE"):
-        with suppress(OSError):  # a sandbox may not have it
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    turns.last() if behind else turns.in_front()

@@ -149,12 +149,12 @@ def _need(run: TrainRun) -> Need:
 def spinning(worker: WorkerSpec) -> dict[str, str]:
     """How long a thread of a student's looks out for the others before it lets go of its core, in GNU OpenMP's turns.
 
-    Where teachers work behind it on the same cores: some ten microseconds. As long as it looks they cannot work, and
-    half a millisecond at each of a step's hundreds of products keeps so much from them that the student waits for them
-    in turn. Elsewhere, and where the environment says something of it, as it is.
+    Where teachers work behind it on the same cores: some hundred microseconds. As long as it looks they cannot work,
+    and the student waits for them in turn; a thread that looks for a shorter time sleeps when the next of a step's
+    hundreds of products comes, and wakes up late. Elsewhere, and where the environment says something of it, as it is.
     """
     said = any(key in os.environ for key in (SPINS, "OMP_WAIT_POLICY"))
-    return {SPINS: "1000"} if worker.shares_cores and not said else {}
+    return {SPINS: "5000"} if worker.shares_cores and not said else {}
 
 
 def _work(config: dict[str, Any]) -> None:

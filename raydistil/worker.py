@@ -20,7 +20,7 @@ import ray.train
 import torch
 from torch import Tensor
 
-from raydistil import wire
+from raydistil import turns, wire
 from raydistil.checkpoint import State
 from raydistil.distiller import Distiller
 from raydistil.ensemble import mixed_targets
@@ -51,6 +51,7 @@ class StudentWorker:
         context = ray.train.get_context()
         self._rank, self._world = context.get_world_rank(), context.get_world_size()
         self._steps = Steps(spec.per_step, 0, spec.num_steps, self._world)
+        turns.in_front()
         torch.set_num_threads(spec.threads)
         torch.manual_seed(spec.seed)
         self._rows = rows

@@ -13,7 +13,7 @@ import raydistil
 ORDER = (
     "errors", "types", "processor", "config", "layers", "storage", "raylet", "corpus", "manifest", "steps",
     "checkpoint", "masking", "augment", "documents", "places", "packing", "tokens", "warm", "specs", "models",
-    "roofline", "size", "codecs", "targets", "ensemble", "wire", "cache", "source", "plan", "losses",
+    "roofline", "size", "codecs", "targets", "ensemble", "wire", "cache", "source", "plan", "turns", "losses",
     "attention", "distiller", "partitioned", "student", "optim", "teacher", "pace", "payload", "stream", "fill",
     "trace", "tally", "progress", "report", "resume", "saving", "worker", "processes", "cluster", "rundir",
     "chain", "elastic", "train", "evaluate", "export", "prune", "prepare", "stages", "pipeline", "probe",

@@ -12,7 +12,7 @@ from raydistil.train import QUIET_S, Silence, spinning
 @pytest.mark.parametrize(
     ("shared", "said", "expected"),
     [
-        (True, {}, {"GOMP_SPINCOUNT": "1000"}),
+        (True, {}, {"GOMP_SPINCOUNT": "5000"}),
         (False, {}, {}),
         (True, {"GOMP_SPINCOUNT": "7"}, {}),
         (True, {"OMP_WAIT_POLICY": "active"}, {}),

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import time
@@ -68,23 +69,31 @@ def test_a_run_starts_no_process_beside_those_that_were_warmed(
     tiny_teacher: str, corpus_file: Path, tmp_path: Path
 ) -> None:
     """What Ray Train hands on to its actors must be known before they are: else Ray starts others for them. The student
-    shares its cores with the teacher, and knows it."""
+    shares its cores with the teacher, and knows it; its threads alone are in front."""
     config = write(tmp_path / "run.toml", {
         "output_dir": str(tmp_path), "task": "mlm", "corpus.source": str(corpus_file), "tokens.length": 16,
         "teacher.model": tiny_teacher, "student.layers": [0, 2], "distill.epochs": 1,
     })  # fmt: skip
     seen: dict[str, set[int]] = {"reader": set(), "teacher": set()}
-    spins = set()
+    spins, policies = set(), dict[str, set[int]]()
     driver = psutil.Popen([sys.executable, "-m", "raydistil", "distill", str(config)], stderr=subprocess.DEVNULL)
     while driver.poll() is None:
         for process in driver.children(recursive=True):
-            with suppress(psutil.Error):
+            with suppress(psutil.Error, OSError, IndexError):
                 role = process.environ().get("RAYDISTIL_ROLE")
                 if role is not None:
                     seen[role].add(process.pid)
-                if process.cmdline()[0].startswith("ray::RayTrainWorker"):
+                title = process.cmdline()[0]
+                kind = title.partition("(")[0].partition(".")[0] if title.startswith("ray::") else Path(title).name
+                policies.setdefault(kind, set()).update(
+                    os.sched_getscheduler(thread.id) for thread in process.threads()
+                )
+                if kind == "ray::RayTrainWorker":
                     spins.add(process.environ().get(SPINS))
         time.sleep(0.1)
     assert driver.returncode == 0
     assert {role: len(pids) for role, pids in seen.items()} == {"reader": 1, "teacher": 1}
-    assert spins == {"1000"}
+    assert spins == {"5000"}
+    assert policies["raylet"] == policies["ray::SplitCoordinator"] == {os.SCHED_BATCH}
+    assert policies["ray::MapWorker"] == {os.SCHED_BATCH, os.SCHED_IDLE}
+    assert policies["ray::RayTrainWorker"] == {os.SCHED_BATCH, os.SCHED_OTHER}
