@@ -198,7 +198,7 @@ def _measured(output: Path, source: SourceSpec, timers: Timers, pool: tuple[int,
     total = warm_up + round(rate * timers.window_s)
     manifest = replace(source.manifest, epochs=-(-total // source.manifest.per_epoch))
     spec = replace(source, manifest=manifest)
-    config = ClusterConfig(teachers=pool, teacher_label_selector={PART: "teacher"}, max_bytes_in_flight=64 << 20)
+    config = ClusterConfig(teachers=pool, teacher_label_selector={PART: "teacher"})
     dataset = on_teachers(build_source(spec, Steps(1, 0, total)), SleepingTeacher, (timers,), config)
     dataset.context.execution_options = execution_options(config)
     name = f"{pool[0]}-{pool[1]}-teachers"
