@@ -10,7 +10,7 @@ from raydistil.masking import row_keys, uniforms
 from raydistil.types import IGNORE, TokenBatch
 
 _SAMPLE = 4  # a stream of random numbers apart from those of the masking
-EVEN = 32  # rows of a matrix product, or a multiple of it
+EVEN = 32  # products have a multiple of so many rows: as many as a kernel takes at once
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,10 @@ from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from raydistil import turns
-from raydistil.places import compared_places, sent_places
+from raydistil.places import compared_places, evened, sent_places
 from raydistil.specs import TeacherSpec
 from raydistil.steps import MICRO_BATCHES_PER_BLOCK
 from raydistil.types import TeacherTiming, TokenBatch, labels_texts
@@ -90,7 +91,7 @@ class Teacher:
         import torch
 
         from raydistil.models import on_device, positions_on
-        from raydistil.targets import PLACES_AT_ONCE, encode_targets
+        from raydistil.targets import encode_targets
 
         wanted, device, visits_N = self._spec.targets, self._device, batch.visits_B
         with torch.inference_mode():
@@ -100,11 +101,21 @@ class Teacher:
                 sent_T = torch.from_numpy(sent_places(batch, wanted.loss, wanted.seed)).to(device)
                 states = {n: state_TD[sent_T] for n, state_TD in states.items()}
             if wanted.soft_labels and parts is None:
-                at_T = compared_places(batch, wanted.loss, wanted.seed).at_T
-                visits_N = np.repeat(visits_N, batch.lengths_B)[at_T]
-                compared_ND = states[self._model.num_layers][torch.from_numpy(at_T).to(device)]
-                parts = map(self._model.vocabulary_logits, compared_ND.split(PLACES_AT_ONCE))
+                at_N = np.flatnonzero(compared_places(batch, wanted.loss, wanted.seed).at_T)
+                visits_N = np.repeat(visits_N, batch.lengths_B)[at_N]
+                parts = self._logits(states[self._model.num_layers], at_N)
             return encode_targets(wanted, visits_N, states, parts)
+
+    def _logits(self, state_TD: "Tensor", at_N: NDArray[np.int64]) -> "Iterator[Tensor]":
+        """[n, V] of PLACES_AT_ONCE of the places at a time; one part, without rows, where there is none."""
+        import torch
+
+        from raydistil.targets import PLACES_AT_ONCE
+
+        state_MD = state_TD.index_select(0, torch.from_numpy(evened(at_N)).to(state_TD.device))
+        for start in range(0, max(1, len(at_N)), PLACES_AT_ONCE):
+            logits_mV = self._model.vocabulary_logits(state_MD[start : start + PLACES_AT_ONCE])
+            yield logits_mV[: len(at_N) - start]
 
 
 def _allowed(progress: Any) -> None:

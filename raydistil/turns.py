@@ -16,7 +16,7 @@ def behind() -> Iterator[None]:
 
     Nothing is changed for a process that is under another policy than the usual one: so its user wants it.
     """
-    usual = hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_OTHER
+    usual = hasattr(os, "SCHED_BATCH") and _own() == os.SCHED_OTHER
     if usual:
         _take(os.SCHED_BATCH)
     try:
@@ -27,8 +27,8 @@ def behind() -> Iterator[None]:
 
 
 def in_front() -> None:
-    """Take this thread, and those it will start, out of `behind`."""
-    if hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_BATCH:
+    """Take this thread, and those it will start, out of `behind` (as which a user's own SCHED_BATCH is taken)."""
+    if hasattr(os, "SCHED_BATCH") and _own() == os.SCHED_BATCH:
         _take(os.SCHED_OTHER)
 
 
@@ -38,6 +38,13 @@ def last() -> None:
         _take(os.SCHED_IDLE)
 
 
+def _own() -> int | None:
+    """This thread's policy; None in a sandbox that does not say."""
+    with suppress(OSError):
+        return os.sched_getscheduler(0)
+    return None
+
+
 def _take(policy: int) -> None:
-    with suppress(OSError):  # a sandbox may not have it
+    with suppress(OSError):  # nor let one choose
         os.sched_setscheduler(0, policy, os.sched_param(0))

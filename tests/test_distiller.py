@@ -12,6 +12,7 @@ from raydistil.distiller import Distiller
 from raydistil.layers import plan_layers
 from raydistil.losses import LossOutputs, weights_at
 from raydistil.models import HeadedEncoder
+from raydistil.places import EVEN
 from raydistil.types import IGNORE, Precision, TeacherTargets, TokenBatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,19 +43,21 @@ def test_losses_are_float32_whatever_the_products_are(loss: dict[str, Any]) -> N
     assert {p.grad.dtype for p in distiller.parameters() if p.grad is not None} == {torch.float32}
 
 
-def test_the_head_runs_in_the_chosen_precision() -> None:
-    seen: list[tuple[torch.dtype, int]] = []
+def test_the_head_runs_in_the_chosen_precision_and_in_few_shapes() -> None:
+    """Six places are compared: their products have EVEN rows, as those of any number up to it."""
+    seen: list[tuple[torch.dtype, torch.Size]] = []
 
     class Products(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
             if "mm" in func.__name__:
-                seen.append((out.dtype, out.shape[-1]))
+                seen.append((out.dtype, out.shape))
             return out
 
     with Products():
         out_of("bfloat16")
-    assert {dtype for dtype, width in seen if width == tiny.SHAPE["vocab_size"]} == {torch.bfloat16}
+    head = {(dtype, shape[0]) for dtype, shape in seen if shape[-1] == tiny.SHAPE["vocab_size"]}
+    assert head == {(torch.bfloat16, EVEN)}
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

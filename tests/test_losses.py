@@ -67,6 +67,21 @@ def test_a_projection_gives_what_its_logits_give(kd_everywhere: bool) -> None:
     torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("filler", [1, 4, 9])
+def test_rows_beyond_the_places_count_for_nothing(filler: int) -> None:
+    """They may fill a block, or be all of one."""
+    student, teacher, labels_N = projections()
+
+    def filled(head: Projection) -> Projection:
+        return replace(head, features_ND=torch.cat([head.features_ND, 9 * head.features_ND[:filler]]))
+
+    leaves, found = [student.features_ND, student.weight_CD, student.bias_C], []
+    for sides in ((student, teacher), (filled(student), filled(teacher))):
+        out = kd_and_task(LossInputs(sides[0], labels_N, sides[1]), LossConfig(), 5.0, 2.0)
+        found.append((out.loss, out.metrics, torch.autograd.grad(out.loss, leaves)))
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_a_frozen_vocabulary_saves_its_gradient_and_changes_no_other() -> None:
     student, teacher, labels_N = projections()
     frozen = replace(student, weight_CD=student.weight_CD.detach())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from raydistil.config.loss import LossConfig
-from raydistil.places import compared_places, compared_share
+from raydistil.places import EVEN, compared_places, compared_share, evened
 from raydistil.types import IGNORE, TokenBatch
 
 MASKED = 0.15
@@ -22,3 +22,12 @@ def test_the_share_that_is_expected_is_the_share_that_is_found(kd: float, task: 
     loss = LossConfig.model_construct(**{**dict(LossConfig()), "kd": kd, "task": task, "kd_positions": positions})
     found = compared_places(batch, loss, seed=0).at_T.mean()
     assert compared_share(loss, MASKED) == pytest.approx(found, abs=0.01)
+
+
+@pytest.mark.parametrize("count", [0, 1, EVEN - 1, EVEN, EVEN + 1])
+def test_places_are_filled_up_with_the_first(count: int) -> None:
+    at_N = np.arange(count) * 3 + 7
+    at_M = evened(at_N)
+    assert len(at_M) == -(-count // EVEN) * EVEN
+    assert np.array_equal(at_M[:count], at_N)
+    assert set(at_M[count:].tolist()) <= {7}

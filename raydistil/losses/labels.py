@@ -212,7 +212,7 @@ class _ChunkedHead:
     def _losses(self, compared: _Compared, rows: slice, logits_nC: Tensor, taught_nC: Tensor | None) -> Tensor:
         """Sums of KD and CE over `rows`; their gradient then stands in `logits_nC`, 0 of those that do not count."""
         sums = logits_nC.new_zeros(2, dtype=self._exact)
-        counted = min(len(logits_nC), len(compared) - rows.start)
+        counted = max(0, min(len(logits_nC), len(compared) - rows.start))
         logits_nC[counted:] = 0
         for part in _passes(counted, self._device):
             student_rC = _biased(logits_nC[part], self._student.bias_C, self._exact)
