@@ -16,9 +16,10 @@ from raydistil.attention import attention_of
 from raydistil.config.loss import LossConfig
 from raydistil.layers import LayerPlan
 from raydistil.losses import Attention, LossInputs, LossOutputs, Projection, Weights, combined
+from raydistil.losses.tied import tied
 from raydistil.models import HeadedEncoder, document_pairs, on_device, positions_on, vocabulary_head
 from raydistil.places import compared_places, evened
-from raydistil.types import Mixture, Sparse, TeacherTargets, TokenBatch
+from raydistil.types import Mixture, Sparse, TeacherTargets, TokenBatch, labels_texts
 
 NO_TARGETS = TeacherTargets({}, None)
 
@@ -36,6 +37,8 @@ class Distiller(nn.Module):
         self._teacher = None if teacher is None else (teacher.requires_grad_(False).train(False),)  # not a submodule
         self._taught_CD: Tensor | None = None  # its vocabulary, in the dtype of the matrix products
         self.projections = nn.ModuleDict()
+        words, head = self.model.get_input_embeddings(), not labels_texts(encoder.task)
+        self._tied = tied(words, vocabulary_head(self.model).weight_VE) if head else None
 
     def project(self, width: int) -> None:
         """Give the compared states a learned map to the teacher's `width`, where the student's differs."""
@@ -90,8 +93,8 @@ class Distiller(nn.Module):
         if taught is None and self._teacher and teacher in targets.states:
             sent_M = torch.from_numpy(evened(np.arange(len(at_N)))).to(device) if targets.compared else at_M
             taught = self._of_teacher(self._teacher[0], targets.states[teacher].index_select(0, sent_M))
-        own_MD = states[student].index_select(0, at_M)
-        return _projection(self.model, own_MD, self.encoder.dtype), labels_N, taught, kd_N
+        own = _projection(self.model, states[student].index_select(0, at_M), self.encoder.dtype)
+        return replace(own, tied=self._tied), labels_N, taught, kd_N
 
     def _of_teacher(self, teacher: PreTrainedModel, states_MD: Tensor) -> Projection:
         """Its vocabulary never changes: cast once, and not for every micro-batch."""

@@ -51,8 +51,8 @@ def evaluate(spec: EvaluateSpec, candidates: list[Candidate]) -> list[ModelRepor
 
 def _scored(spec: EvaluateSpec, candidate: Candidate, device: torch.device) -> ModelReport:
     loaded = [load_model(model, spec.task, spec.labels) for model in candidate.models]
-    models = [HeadedEncoder(model, spec.task, spec.precision).eval().to(device) for model in loaded]
-    parameters = sum(map(num_parameters, models))
+    parameters = sum(map(num_parameters, loaded))
+    models = [HeadedEncoder(model, spec.task, spec.precision).frozen().to(device) for model in loaded]
     size = sum(map(_size_on_disk, candidate.models)) or 4 * parameters
     flops = sum(describe_model(model, spec.config.latency_length).flops_per_token for model in loaded)
     score, figures = _judged(list(zip(models, candidate.weights, strict=True)), spec, device)

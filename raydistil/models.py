@@ -216,6 +216,16 @@ class HeadedEncoder(nn.Module):
         self.dtype = DTYPES[precision]
         self.num_layers: int = model.config.num_hidden_layers
 
+    def frozen(self) -> "HeadedEncoder":
+        """For use as it is, never to be trained: the matrices are kept in the dtype of their products, so that they are
+        not cast again for every micro-batch. The numbers that come out are the same.
+        """
+        for part in self.requires_grad_(False).eval().modules():
+            if isinstance(part, nn.Linear) and part.weight.dtype != self.dtype:
+                # Anew, so that embeddings tied to it stay exact.
+                part.weight = nn.Parameter(part.weight.to(self.dtype), requires_grad=False)
+        return self
+
     def reckoning(self, device: str) -> torch.autocast:
         """Matrix products in the chosen precision."""
         return torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
@@ -272,20 +282,6 @@ def document_mask(positions_BL: Tensor) -> Tensor:
     """float32 [B, 1, L, L] to be added to attention scores: 0 where a token may look, -inf elsewhere."""
     pairs_B1LL = document_pairs(positions_BL)[:, None]
     return torch.zeros(pairs_B1LL.shape, device=pairs_B1LL.device).masked_fill_(~pairs_B1LL, -torch.inf)
-
-
-def made_for_training(model: PreTrainedModel, dropout: float | None, device: torch.device) -> PreTrainedModel:
-    """`model` with this dropout in every part (its configuration keeps its own) and the device's fastest attention.
-
-    On CPUs that is the plain matrix products: the backward pass of torch's fused attention takes a quarter of a step
-    at 128 tokens, and with dropout it falls back to something slower still.
-    """
-    if device.type == "cpu":
-        model.set_attn_implementation("eager")
-    for part in model.modules():
-        if isinstance(part, nn.Dropout) and dropout is not None:
-            part.p = dropout
-    return model
 
 
 def on_device(batch: TokenBatch, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -64,7 +64,7 @@ class Teacher:
 
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = HeadedEncoder(load_model(spec.model, spec.task), spec.task, spec.precision)
-        self._model = model.eval().to(self._device)
+        self._model = model.frozen().to(self._device)
         head = spec.targets.soft_labels and not labels_texts(spec.task)
         self._states = tuple({*spec.targets.states, *((self._model.num_layers,) if head else ())})
         self._spec = spec

@@ -27,7 +27,7 @@ from raydistil.ensemble import mixed_targets
 from raydistil.errors import DivergedError
 from raydistil.losses import LossOutputs, weights_at
 from raydistil.manifest import Ledger, keyed
-from raydistil.models import HeadedEncoder, load_model, made_for_training
+from raydistil.models import HeadedEncoder, load_model
 from raydistil.optim import deepspeed_config, leave_out_bad_steps, linear_schedule, merged, parameter_groups
 from raydistil.partitioned import announce, own_part
 from raydistil.progress import Wish
@@ -37,6 +37,7 @@ from raydistil.roofline import gemm_rate
 from raydistil.saving import Saver
 from raydistil.specs import SaveSpec, WorkerSpec
 from raydistil.steps import FILLER, Steps
+from raydistil.student.training import made_for_training
 from raydistil.tally import Used
 from raydistil.targets import targets_for
 from raydistil.trace import Record, Trace, trace_path

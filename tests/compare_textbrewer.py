@@ -34,7 +34,7 @@ from raydistil.config import EvaluateConfig
 from raydistil.config.student import StudentConfig
 from raydistil.evaluate import Z95, class_outcomes
 from raydistil.manifest import Manifest
-from raydistil.models import HeadedEncoder, load_model, made_for_training, quiet_transformers
+from raydistil.models import HeadedEncoder, load_model, quiet_transformers
 from raydistil.optim import parameter_groups
 from raydistil.plan import cores
 from raydistil.prepare import Prepared, prepare
@@ -42,6 +42,7 @@ from raydistil.source import MicroBatches
 from raydistil.specs import EvaluateSpec, SourceSpec
 from raydistil.storage import whole_directory
 from raydistil.student import build_student, save_model
+from raydistil.student.training import made_for_training
 from raydistil.types import Split
 
 Batch = dict[str, torch.Tensor]

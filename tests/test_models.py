@@ -28,13 +28,13 @@ from raydistil.models import (
     HeadedEncoder,
     load_model,
     load_tokenizer,
-    made_for_training,
     num_parameters,
     on_device,
     outline,
     resolve,
     transformer_layers,
 )
+from raydistil.student.training import made_for_training
 from raydistil.types import TokenBatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -20,7 +20,7 @@ from raydistil.chain import links
 from raydistil.config import Config
 from raydistil.config.loss import LossConfig
 from raydistil.losses import weights_at
-from raydistil.models import HeadedEncoder, load_model, load_tokenizer, made_for_training, on_device, outline
+from raydistil.models import HeadedEncoder, load_model, load_tokenizer, on_device, outline
 from raydistil.pipeline import lesson
 from raydistil.plan import cores
 from raydistil.prepare import Prepared, prepare
@@ -30,6 +30,7 @@ from raydistil.size import forward_flops
 from raydistil.source import MicroBatches
 from raydistil.specs import TrainRun
 from raydistil.stages import train_run
+from raydistil.student.training import made_for_training
 from raydistil.types import IGNORE, TeacherTargets, TokenBatch
 from raydistil.worker import make_distiller
 
@@ -88,7 +89,7 @@ class InProcess(Loop):
         (spec,) = worker.teachers
         self._states, self._weights = spec.targets.states, weights_at(worker.loss, 0.0)
         teacher = HeadedEncoder(load_model(spec.model, spec.task), spec.task, spec.precision)
-        self._teacher = teacher.eval().to(self.device)
+        self._teacher = teacher.frozen().to(self.device)
         self._batches = cycle(batches)
 
     def losses(self) -> tuple[Tensor, int]:

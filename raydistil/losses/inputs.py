@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from raydistil.losses.tied import Tied
 from raydistil.types import Mixture, Sparse
 
 
@@ -25,6 +26,7 @@ class Projection:
     weight_CD: Tensor
     bias_C: Tensor | None
     dtype: torch.dtype | None = None  # of the matrix products; None: the weight's
+    tied: Tied | None = None  # where the weight is also that of the word embeddings
 
     def __len__(self) -> int:
         return len(self.features_ND)

@@ -20,6 +20,7 @@ from raydistil.ensemble import mixed
 from raydistil.losses.divergences import cross_entropy, divergence, squared_error
 from raydistil.losses.inputs import LossInputs, LossOutputs, Projection
 from raydistil.losses.sparse import sparse_kl
+from raydistil.losses.tied import Tied
 from raydistil.types import IGNORE, Mixture, Sparse
 
 ROWS_PER_PRODUCT = 1024  # places that go through the head at once: enough for the matrix products to run at full speed
@@ -42,7 +43,7 @@ def kd_and_task(inputs: LossInputs, config: LossConfig, kd: float, task: float) 
 
 def _apply(logits: Tensor | Projection, compared: "_Compared") -> tuple[Tensor, Tensor]:
     if isinstance(logits, Projection):
-        parts = (logits.features_ND, logits.weight_CD, logits.bias_C, logits.dtype)
+        parts = (logits.features_ND, logits.weight_CD, logits.bias_C, logits.dtype, logits.tied)
         return _FromFeatures.apply(*parts, compared)  # type: ignore[no-untyped-call, no-any-return]
     return _FromLogits.apply(logits, compared)  # type: ignore[no-untyped-call, no-any-return]
 
@@ -142,18 +143,25 @@ class _FromFeatures(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, features_ND: Tensor, weight_CD: Tensor, bias_C: Tensor | None, dtype: torch.dtype | None,
-        compared: _Compared,
+        tied: Tied | None, compared: _Compared,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         head = _ChunkedHead(Projection(features_ND, weight_CD, bias_C, dtype), learns=ctx.needs_input_grad[1])
         means = compared.mean(head.run(compared))
         ctx.save_for_backward(head.grad_features_ND, head.grad_weight_CD, head.grad_bias_C)
+        ctx.tied = tied
         ctx.mark_non_differentiable(means)
         return compared.total(means), means
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if grad is None else _scaled(grad, grad_loss) for grad in ctx.saved_tensors), None, None
+        features_ND, weight_CD, bias_C = (
+            None if part is None else _scaled(part, grad_loss) for part in ctx.saved_tensors
+        )
+        if ctx.tied is not None and weight_CD is not None:
+            ctx.tied.leave(weight_CD)
+            weight_CD = None
+        return features_ND, weight_CD, bias_C, None, None, None
 
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
