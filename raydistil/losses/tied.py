@@ -19,7 +19,8 @@ class Tied:
         """From now on `words` looks up by way of this object."""
         self._padding = words.padding_idx
         self._head_VD: Tensor | None = None
-        words.forward = lambda ids: _Lookup.apply(ids, words.weight, self)  # type: ignore[method-assign]
+        looked_up: Any = _Lookup.apply
+        words.__dict__["forward"] = lambda input: looked_up(input, words.weight, self)
 
     def leave(self, grad_VD: Tensor) -> None:
         """The head's gradient, for the words' to be added."""
