@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from raydistil.cache.sizes import sizes_of
+from raydistil.cache.sizes import Sizes, sizes_of
 from raydistil.cluster import address_of, check_before_start
 from raydistil.config import Config, explain, load_config, read_toml
 from raydistil.config.targets import variants_of
@@ -22,6 +22,7 @@ from raydistil.prepare import check_models, classes_of_teacher, corpus_of, descr
 from raydistil.probe import probe
 from raydistil.size import describe_model
 from raydistil.specs import TargetsSpec
+from raydistil.steps import MICRO_BATCHES_PER_BLOCK
 from raydistil.storage import free_bytes, mebibytes
 from raydistil.tally import advice
 from raydistil.targets import makes_logits, targets_spec
@@ -50,7 +51,12 @@ def check(path: Path, overrides: list[str], show: int, probes: bool = False) -> 
         "examples": _examples(config, rows[:show]),
         "models": _models(config, rows),
         "data": [*notes, *heads, f"read {len(rows):,} rows without complaint (run reads all)"],
-        "plan": [*_plan(config), *_kept(config, rows), *(_probed(config, rows) if probes else ())],
+        "plan": [
+            *_plan(config),
+            *_in_flight(config, rows),
+            *_kept(config, rows),
+            *(_probed(config, rows) if probes else ()),
+        ],
         "deepspeed": None if config.distill is None else deepspeed_config(config.distill, config.distill.accumulation),
     }
 
@@ -140,9 +146,8 @@ def _kept(config: Config, rows: list[TextRow]) -> Iterator[str]:
         return
     root = config.distill.targets.cache
     tokens, num_rows = _amount(config, rows)
-    for variants, wanted, teacher in _asked(config):
-        classes = _num_classes(config, rows, teacher)
-        sizes = sizes_of(config.task, wanted, config.masking.share, teacher.hidden_size, classes)
+    for variants, wanted, teacher, _ in _asked(config):
+        sizes = _sizes(config, rows, wanted, teacher)
         yield (
             f"targets: about {mebibytes(variants * sizes.of(tokens, num_rows))} in {root} before compression "
             f"({variants} x ({tokens:,.0f} tokens x {sizes.per_token:.4g} bytes + {num_rows:,.0f} rows x "
@@ -150,20 +155,46 @@ def _kept(config: Config, rows: list[TextRow]) -> Iterator[str]:
         )
 
 
+def _in_flight(config: Config, rows: list[TextRow]) -> Iterator[str]:
+    """That not all teachers will be at work, where the bound of what is on its way is too small for a block of each."""
+    if config.distill is None or _caches(config):
+        return
+    bound, most = config.cluster.max_bytes_in_flight, config.cluster.teachers[1]
+    block = max(_block_bytes(config, rows, wanted, teacher, part) for _, wanted, teacher, part in _asked(config))
+    if most * block > bound:
+        yield (
+            f"in flight: a teacher's blocks of about {mebibytes(block)} leave {max(1, bound // block)} of {most} at "
+            f"work within cluster.max_bytes_in_flight {bound}: raise it to {most * block}"
+        )
+
+
+def _block_bytes(config: Config, rows: list[TextRow], wanted: TargetsSpec, teacher: Any, train: DistillConfig) -> int:
+    """What a teacher makes in one call, at most: of micro-batches without padding."""
+    tokens = train.micro_batch_tokens or train.micro_batch_size * config.tokens.length
+    sizes = _sizes(config, rows, wanted, teacher)
+    return MICRO_BATCHES_PER_BLOCK * sizes.of(tokens, train.micro_batch_size)
+
+
+def _sizes(config: Config, rows: list[TextRow], wanted: TargetsSpec, teacher: Any) -> Sizes:
+    classes = _num_classes(config, rows, teacher)
+    return sizes_of(config.task, wanted, config.masking.share, teacher.hidden_size, classes)
+
+
 def _num_classes(config: Config, rows: list[TextRow], teacher: Any) -> int:
     """How many logits a soft label has."""
     return _num_outputs(config, rows) if labels_texts(config.task) else teacher.vocab_size
 
 
-def _asked(config: Config) -> Iterator[tuple[int, TargetsSpec, Any]]:
-    """(variants of each row, what is kept of it, the teacher's shape) for every teacher in the order of the work."""
+def _asked(config: Config) -> Iterator[tuple[int, TargetsSpec, Any, DistillConfig]]:
+    """(variants of each row, what is wanted of it, the teacher's shape, for which training) for every teacher in the
+    order of the work."""
     beside, pairs = len(config.ensemble), pairwise(made.config for made in outlines(config))
     for train, (teacher, student) in zip(config.trainings(), pairs, strict=True):
         for part in (train.general_training(), train) if train.general.epochs else (train,):
             variants, wanted = min(variants_of(part.targets) or 1, part.epochs), _wanted(config, part, teacher, student)
-            yield variants, wanted, teacher
+            yield variants, wanted, teacher, part
         for _ in range(beside):
-            yield variants, replace(wanted, states=(), soft_labels=True), teacher
+            yield variants, replace(wanted, states=(), soft_labels=True), teacher, train
         beside = 0  # only the first student has several
 
 

@@ -221,6 +221,26 @@ def test_check_says_what_a_cache_would_take(corpus_file: Path, tiny_teacher: str
     assert not (tmp_path / "kept").exists()
 
 
+def test_check_says_how_many_teachers_the_bound_in_flight_leaves_at_work(
+    corpus_file: Path, tiny_teacher: str, tmp_path: Path
+) -> None:
+    """Of 1024 rows of 32 tokens, 68 bytes each (and 40 a row), four make a block."""
+    file = tmp_path / "c.toml"
+    file.write_text(
+        f'task = "mlm"\ncorpus.source = "{corpus_file}"\ntokens.length = 32\nteacher.model = "{tiny_teacher}"\n'
+        f"student.layers = [0, 2]\ndistill.micro_batch_size = 1024\ncluster.teachers = [1, 4]\n"
+    )
+    block = 4 * 1024 * (32 * 68 + 40)
+    for bound, said in (
+        (2 * block, [f"2 of 4 at work within cluster.max_bytes_in_flight {2 * block}"]),
+        (4 * block, []),
+    ):
+        plan = check(file, [f"cluster.max_bytes_in_flight={bound}"], 0)["plan"]
+        lines = [line for line in plan if line.startswith("in flight: ")]
+        assert len(lines) == len(said)
+        assert all(f"leave {text}: raise it to {4 * block}" in line for text, line in zip(said, lines, strict=True))
+
+
 def test_check_counts_every_teacher_and_the_general_distillation(
     tiny_classifier: str, corpus_file: Path, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 from ray.data import DataContext, DataIterator
+from ray.data.exceptions import ExecutionTimeoutError
 from sources import CLUSTER, class_source, mlm_source, streamed
 
 from raydistil import pace, teacher, wire
@@ -96,6 +97,30 @@ def test_a_slow_student_bounds_what_the_teacher_makes(ray_cluster: None, tiny_te
     resumed = time.time()
     ahead = [row for row in (next(rows) for _ in range(total - 1)) if row["ended_s_0"][0].as_py() < resumed]
     assert 0 < sum(row.nbytes for row in ahead) < 8 * bound < total * first.nbytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guarded", [False, True])
+def test_a_student_may_stand_still_for_as_long_as_it_likes(
+    ray_cluster: None, tiny_teacher: str, tmp_path: Path, guarded: bool
+) -> None:
+    """Ray Data gives up what makes no progress for half an hour. `guarded`: for a second, which a stall is beyond."""
+    source = mlm_source(tmp_path, tiny_teacher, rows=600, epochs=4)
+    cluster = ClusterConfig(max_bytes_in_flight=1 << 20)
+    spec = TeacherSpec(tiny_teacher, "mlm", "float32", 1, ALL_STATES)
+    total = source.manifest.num_micro_batches
+    dataset = build_stream(source, Steps(1, 0, total), (spec,), cluster)
+    dataset.context.execution_options = execution_options(cluster)
+    if guarded:
+        dataset.context.execution_no_progress_timeout_s = 1.0
+    rows = iter(dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=1))
+    next(rows)
+    time.sleep(6)
+    if guarded:
+        with pytest.raises(ExecutionTimeoutError):
+            list(rows)
+    else:
+        assert len(list(rows)) == total - 1
 
 
 def test_the_scheduler_takes_one_step_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
