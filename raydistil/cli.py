@@ -130,11 +130,17 @@ def evaluate(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 @app.command()
-@_on_config
+@click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--to", "formats", metavar="FORMATS", help="Of hf, onnx and int8, with commas; else as configured.")
+@click.option("--force", is_flag=True, help="Keep what loses too much of the score, or is no faster.")
 @_json
-def export(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Write the student as a Hugging Face directory."""
-    _stage(load_config(config, list(overrides)), "export", as_json)
+def export(run_dir: Path, formats: str | None, force: bool, as_json: bool) -> None:
+    """Write the student as what is deployed. RUN: the directory of a run."""
+    from raydistil import pipeline, tables
+    from raydistil.export import formats_of
+
+    asked = formats_of(formats)
+    _emit(lambda: pipeline.export_run(run_dir, asked, force, _say), as_json, tables.show_export)
 
 
 @app.command()

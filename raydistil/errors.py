@@ -4,6 +4,7 @@
     ├── ConfigError           a key, a value or a combination of values in the configuration
     ├── DataError             a file, a row, a label, an encoding
     ├── ModelError            a checkpoint, a vocabulary, a layer choice
+    ├── ExportError           a format that a student cannot have, or loses too much in
     ├── PlanError             the run asks for more than the cluster has
     ├── StorageError          a directory of another run, one that cannot be written to
     │   └── FullError         exit code 1: no space left
@@ -35,6 +36,10 @@ class DataError(RaydistilError):
 
 class ModelError(RaydistilError):
     """The teacher, the student or the two together are wrong."""
+
+
+class ExportError(RaydistilError):
+    """A student cannot be had in a format; the text says what to do instead."""
 
 
 class PlanError(RaydistilError):

@@ -24,7 +24,7 @@ from sklearn.metrics import f1_score
 
 from raydistil.ensemble import mean_logits, mixed_logits
 from raydistil.manifest import Manifest
-from raydistil.models import HeadedEncoder, load_model, num_parameters, on_device, positions_on
+from raydistil.models import Headed, HeadedEncoder, load_model, num_parameters, on_device, positions_on
 from raydistil.size import describe_model
 from raydistil.source import MicroBatches
 from raydistil.specs import Candidate, EvaluateSpec, ModelReport, SourceSpec
@@ -33,7 +33,7 @@ from raydistil.tokens import TokenStore
 from raydistil.types import IGNORE, Score, TokenBatch, labels_texts
 
 Z95 = 1.959964
-Voices = list[tuple[HeadedEncoder, float]]  # models and their weights
+Voices = list[tuple[Headed, float]]  # models and their weights
 Floats = NDArray[np.float64]
 RESAMPLES, BOOTSTRAP_SEED = 1000, 1979
 MASK_SEED = 20_191_008  # fixed: a score must not change with the seed of the training
@@ -55,11 +55,11 @@ def _scored(spec: EvaluateSpec, candidate: Candidate, device: torch.device) -> M
     models = [HeadedEncoder(model, spec.task, spec.precision).frozen().to(device) for model in loaded]
     size = sum(map(_size_on_disk, candidate.models)) or 4 * parameters
     flops = sum(describe_model(model, spec.config.latency_length).flops_per_token for model in loaded)
-    score, figures = _judged(list(zip(models, candidate.weights, strict=True)), spec, device)
+    score, figures = judged(list(zip(models, candidate.weights, strict=True)), spec, device)
     return ModelReport(candidate.name, parameters, size, flops, score, **figures)
 
 
-def _judged(voices: Voices, spec: EvaluateSpec, device: torch.device) -> tuple[Score, dict[str, float]]:
+def judged(voices: Voices, spec: EvaluateSpec, device: torch.device) -> tuple[Score, dict[str, float]]:
     """(the task's score, its other figures by their names in ModelReport)."""
     if spec.task == "mlm":
         loss, score = _token_scores(voices, spec, device, "masked accuracy")

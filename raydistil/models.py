@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -201,6 +201,19 @@ def layer_list_name(model: PreTrainedModel) -> str:
             f"use a teacher such as BERT, RoBERTa, MPNet, ELECTRA, DeBERTa or ModernBERT"
         )
     return str(outer[0])
+
+
+class Headed(Protocol):
+    """What can be scored: see `HeadedEncoder`."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+    def __call__(
+        self, input_ids_BL: Tensor, mask_BL: Tensor, states: tuple[int, ...] = (), positions_BL: Tensor | None = None
+    ) -> tuple[dict[int, Tensor], Any]: ...  # None for a language model's texts
+
+    def vocabulary_logits(self, states_ND: Tensor) -> Tensor: ...
 
 
 class HeadedEncoder(nn.Module):

@@ -17,7 +17,7 @@ from raydistil.config import Config, EvaluateConfig, result_hash
 from raydistil.config.loss import LossConfig
 from raydistil.config.targets import variants_of
 from raydistil.errors import ConfigError, unwrapped
-from raydistil.export import export
+from raydistil.export import Format, export, run_config
 from raydistil.manifest import keyed
 from raydistil.models import load_model, resolve
 from raydistil.plan import cores
@@ -216,7 +216,8 @@ def run_all(config: Config, say: Say) -> dict[str, Any]:
     with cluster(config.cluster, needs(config), run.run_dir):
         report = _stages(run)
     if config.distill:
-        export(config, run.run_dir, report)
+        exported = export(run, report, config.export.to if config.export else ("hf",))
+        report |= {"artefacts": exported["artefacts"]} if exported["artefacts"] else {}
     report["wall_s"] = round(time.time() - started, 1)
     rundir.write_json(run.run_dir / rundir.REPORT, report)
     return report
@@ -234,14 +235,19 @@ def run_stage(config: Config, stage: str, say: Say) -> dict[str, Any]:
     """One stage of the chain; the ones before it must have left their results."""
     _check_stage(config, stage)
     run = prepare(config, say)
-    if stage == "export":
-        return {"student_dir": str(export(config, run.run_dir, rundir.read_report(run.run_dir)))}
     work = {"finetune": finetune, "distill": distill, "evaluate": evaluate}[stage]
     for teacher in run.teacher_dirs if stage in ("distill", "evaluate") and config.finetune else ():
         if not Path(teacher).exists():
             raise ConfigError(f"expected a fine-tuned teacher at {teacher}, found none: run finetune first")
     with cluster(config.cluster, needs(config), run.run_dir):
         return work(run) or {"stage": stage, **(rundir.read_summary(run.run_dir, stage) or {})}
+
+
+def export_run(run_dir: Path, formats: tuple[Format, ...], force: bool, say: Say) -> dict[str, Any]:
+    """The student of a run in other formats; `formats` empty: those that the run's configuration names."""
+    config = run_config(run_dir)
+    run, asked = prepare(config, say), config.export.to if config.export else ("hf",)
+    return export(run, rundir.read_report(run.run_dir), formats or asked, force)
 
 
 def _check_stage(config: Config, stage: str) -> None:

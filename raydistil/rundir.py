@@ -123,6 +123,13 @@ def read_summary(run_dir: Path, stage: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def read_config(run_dir: Path) -> dict[str, Any] | None:
+    """The resolved configuration that `claim` left there."""
+    path = run_dir / CONFIG
+    kept: dict[str, Any] | None = json.loads(path.read_text())["config"] if path.exists() else None
+    return kept
+
+
 def read_report(run_dir: Path) -> dict[str, Any]:
     """The report as far as there is one."""
     path = run_dir / REPORT

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import tiny
@@ -20,6 +20,8 @@ from raydistil.cluster import ENVIRONMENT
 
 if TYPE_CHECKING:
     from fastapi.testclient import TestClient
+
+    from raydistil.config import Config
 
 settings.load_profile("ci")  # no deadlines, the same examples every time
 
@@ -194,3 +196,17 @@ def classifier(classifier_run: Path) -> "TestClient":
     from raydistil.serve.run import find
 
     return TestClient(build_api(load(find(classifier_run))), raise_server_exceptions=False)
+
+
+@pytest.fixture(scope="session")
+def finished(
+    ray_cluster: None, able_classifier: str, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple["Config", dict[str, Any]]:
+    """A whole run with a teacher that knows the task, and its report."""
+    from test_pipeline import config_for, quiet
+
+    from raydistil import pipeline
+
+    folder = tmp_path_factory.mktemp("runs")
+    config = config_for(folder, able_classifier, corpus_file, finetune=None, distill={"epochs": 8})
+    return config, pipeline.run_all(config, quiet)

@@ -51,16 +51,6 @@ def losses(run_dir: Path, stage: str) -> list[tuple[int, float]]:
     return [(line["step"], line["losses"]["loss"]) for line in lines if line["stage"] == stage]
 
 
-@pytest.fixture(scope="session")
-def finished(
-    ray_cluster: None, able_classifier: str, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Config, dict[str, Any]]:
-    """A whole run with a teacher that knows the task, and its report."""
-    folder = tmp_path_factory.mktemp("runs")
-    config = config_for(folder, able_classifier, corpus_file, finetune=None, distill={"epochs": 8})
-    return config, pipeline.run_all(config, quiet)
-
-
 def test_the_report_holds_what_was_promised(finished: tuple[Config, dict[str, Any]]) -> None:
     config, report = finished
     assert report["teacher_score"] > 0.9

@@ -95,6 +95,8 @@ class EvaluateConfig(Section):
 
 
 class ExportConfig(Section):
+    to: Annotated[tuple[Literal["hf", "onnx", "int8"], ...], Field(min_length=1)] = ("hf",)
+    """`hf`: always there. `onnx`: for onnxruntime. `int8`: that in 8 bits, if it is as good and faster."""
     license: str | None = None
     """SPDX name for the model card."""
 

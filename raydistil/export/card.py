@@ -1,35 +1,16 @@
-"""export: the student as a Hugging Face directory with a model card made of the measured numbers."""
+"""The model card: what the student is, made of the measured numbers."""
 
-import shutil
-from pathlib import Path
 from typing import Any
 
-from raydistil import rundir
 from raydistil.chain import teacher_models
 from raydistil.config import Config
 from raydistil.config.student import StudentConfig
-from raydistil.errors import StorageError
-from raydistil.storage import whole_directory
 from raydistil.types import Task
 
 PIPELINE_TAGS: dict[Task, str] = {
     "classification": "text-classification", "regression": "text-classification", "mlm": "fill-mask",
     "clm": "text-generation",
 }  # fmt: skip
-NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
-
-
-def export(config: Config, run_dir: Path, report: dict[str, Any]) -> Path:
-    """Write run_dir/student, whole or not at all. Raises StorageError where there is nothing to export."""
-    source, target = run_dir / rundir.DISTILLED, run_dir / rundir.STUDENT
-    missing = [name for name in NEEDED if not (source / name).exists()]
-    if missing:
-        raise StorageError(f"expected a distilled student at {source}, {missing[0]} is not there: run distill first")
-    with whole_directory(target) as scratch:
-        shutil.copytree(source, scratch, dirs_exist_ok=True)
-        (scratch / "README.md").write_text(model_card(config, report))
-        rundir.write_json(scratch / "raydistil.json", report)
-    return target
 
 
 def model_card(config: Config, report: dict[str, Any]) -> str:
@@ -42,7 +23,29 @@ def model_card(config: Config, report: dict[str, Any]) -> str:
         f"A student of {teachers}, started from {_start(config.student)} and distilled on "
         f"`{config.corpus.source}` with raydistil (seed {config.seed}).\n"
     )
-    return head + body + (_card_table(report) if "models" in report else "\nNot evaluated.\n")
+    scores = _card_table(report) if "models" in report else "\nNot evaluated.\n"
+    return head + body + scores + (_files(report["artefacts"]) if report.get("artefacts") else "")
+
+
+def _files(artefacts: list[dict[str, Any]]) -> str:
+    """What was measured of the exported files."""
+    lines = [
+        "",
+        "| file | MiB | score | p50, p99 (ms) | texts a second | memory (MiB) | off by |",
+        "|---|" + "---|" * 6,
+    ]
+    for made in artefacts:
+        off = "" if made["difference"] is None else f"{made['difference']:.1e}"
+        lines.append(
+            f"| {made['file']} | {made['bytes'] / 2**20:.1f} | {made['score']['value']:.4f} | "
+            f"{made['latency_p50_ms']:.1f}, {made['latency_p99_ms']:.1f} | {made['rows_s']:.1f} | "
+            f"{made['peak_mib']:.0f} | {off} |"
+        )
+    first = artefacts[0]
+    return "\n".join(lines) + (
+        f"\n\nOn {first['score']['rows']:,} validation items; one thread, real texts of mixed length; off by: the "
+        f"largest difference of a logit from the PyTorch model's.\n"
+    )
 
 
 def _start(config: StudentConfig) -> str:

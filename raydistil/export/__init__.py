@@ -1,0 +1,163 @@
+"""export: the student as what people deploy, in one directory that appears whole or not at all.
+
+hf      config, tokenizer, weights, model card: loads with transformers alone
+onnx    onnx/model.onnx beside them, where users of onnxruntime and transformers.js look for it
+int8    onnx/model_int8.onnx: the same with weights and embeddings in 8 bits
+
+What loses more than `MOST_LOST` of the score on the validation rows, or is no faster than what it was made from, is
+refused. card.py writes the model card, onnx.py the files, measure.py finds out what they are worth.
+"""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from raydistil import rundir
+from raydistil.config import Config, EvaluateConfig
+from raydistil.errors import ExportError, StorageError
+from raydistil.evaluate import judged
+from raydistil.export.card import model_card
+from raydistil.export.measure import ROWS, Artefact, Speed, difference, load, real_rows, speeds
+from raydistil.export.onnx import to_int8, to_onnx
+from raydistil.models import load_model
+from raydistil.plan import cores
+from raydistil.prepare import Prepared
+from raydistil.specs import EvaluateSpec
+from raydistil.storage import whole_directory
+from raydistil.tokens import TokenStore
+from raydistil.types import Score, labels_texts
+
+Format = Literal["hf", "onnx", "int8"]
+NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
+ONNX, INT8 = Path("onnx", "model.onnx"), Path("onnx", "model_int8.onnx")
+MOST_LOST = 0.005  # of a score between 0 and 1
+NEAR = 1e-4  # what float32 logits may differ by
+BATCH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """One exported artefact and what it is worth."""
+
+    format: Format
+    file: str
+    bytes: int
+    difference: float | None  # of logits from the PyTorch model's; None: that is it
+    score: Score
+    speed: Speed
+
+
+def formats_of(text: str | None) -> tuple[Format, ...]:
+    """Of `--to`; none where it is left out. Raises ExportError for one that is unknown."""
+    names = [] if text is None else [name.strip() for name in text.split(",")]
+    known: tuple[Format, ...] = get_args(Format)
+    for name in names:
+        if name not in known:
+            raise ExportError(f"--to: expected some of {', '.join(known)}, with commas between, got {name!r}")
+    return tuple(name for name in known if name in names)
+
+
+def export(run: Prepared, report: dict[str, Any], formats: tuple[Format, ...], force: bool = False) -> dict[str, Any]:
+    """Write run_dir/student. Returns {student_dir, artefacts: one of each format that was measured}.
+
+    Raises StorageError where there is nothing to export, ExportError for a format that the student cannot have.
+    """
+    source, target = run.run_dir / rundir.DISTILLED, run.run_dir / rundir.STUDENT
+    missing = [name for name in NEEDED if not (source / name).exists()]
+    if missing:
+        raise StorageError(f"expected a distilled student at {source}, {missing[0]} is not there: run distill first")
+    with whole_directory(target) as scratch:
+        shutil.copytree(source, scratch, dirs_exist_ok=True)
+        made = [_row(each) for each in _files(run, scratch, formats, force)] if set(formats) - {"hf"} else []
+        known = {**report, "artefacts": made} if made else report
+        (scratch / "README.md").write_text(model_card(run.config, known))
+        rundir.write_json(scratch / "raydistil.json", known)
+    return {"student_dir": str(target), "artefacts": made}
+
+
+def _row(made: Made) -> dict[str, Any]:
+    speed = asdict(made.speed)
+    return {**{key: value for key, value in asdict(made).items() if key != "speed"}, **speed}
+
+
+def _files(run: Prepared, folder: Path, formats: tuple[Format, ...], force: bool) -> list[Made]:
+    """Write the files of `formats` to `folder`, and measure them beside the model in PyTorch."""
+    if run.config.task == "clm":
+        raise ExportError(
+            "expected a model of whole texts or masked tokens for ONNX, got a causal one: export it as hf"
+        )
+    spec = _spec(run)
+    artefacts = {"hf": Artefact("hf", "torch", folder), "onnx": Artefact("onnx", "onnx", folder / ONNX)}
+    (folder / ONNX.parent).mkdir()
+    to_onnx(load_model(str(folder), spec.task, spec.labels), folder / ONNX)
+    if "int8" in formats:
+        to_int8(folder / ONNX, folder / INT8)
+        artefacts["int8"] = Artefact("int8", "onnx", folder / INT8)
+    made = list(_measured(spec, artefacts, folder))
+    if not force:
+        _check(made)
+    if "onnx" not in formats:
+        (folder / ONNX).unlink()
+    return [each for each in made if each.format in (*formats, "hf")]
+
+
+def _spec(run: Prepared) -> EvaluateSpec:
+    config = run.config
+    spec = EvaluateSpec(
+        config.task, run.store.path, "validation", config.masking if config.task == "mlm" else None, run.labels,
+        "float32", EvaluateConfig(batch_size=BATCH), cores(),
+    )  # fmt: skip
+    if not sum(TokenStore(spec.store).bucket_rows("validation", labelled=labels_texts(config.task))):
+        raise ExportError(
+            "expected validation rows to check what is exported on, got none: set corpus.validation_share"
+        )
+    return spec
+
+
+def _measured(spec: EvaluateSpec, artefacts: dict[Any, Artefact], folder: Path) -> Iterator[Made]:
+    rows = real_rows(spec, ROWS)
+    speed = speeds(list(artefacts.values()), spec, threads=1, at_once=BATCH)
+    reference = load(artefacts["hf"], spec.task, spec.labels, spec.threads)
+    for name, each in artefacts.items():
+        model = reference if name == "hf" else load(each, spec.task, spec.labels, spec.threads)
+        path = folder / "model.safetensors" if name == "hf" else each.path
+        off = None if name == "hf" else difference(model, reference, rows)
+        score, _ = judged([(model, 1.0)], spec, torch.device("cpu"))
+        yield Made(name, str(path.relative_to(folder)), path.stat().st_size, off, score, speed[name])
+
+
+def _check(made: list[Made]) -> None:
+    """Raise ExportError for what says something else than the model, or is not worth having."""
+    found = {each.format: each for each in made}
+    exact = found["onnx"]
+    if exact.difference is None or exact.difference > NEAR:
+        raise ExportError(
+            f"onnx: expected logits within {NEAR:g} of the PyTorch model's, got {exact.difference}: export it as hf"
+        )
+    if "int8" not in found:
+        return
+    small, way_out = found["int8"], "leave int8 out of --to, or take it as it is with --force"
+    lost = exact.score.value - small.score.value
+    if lost > MOST_LOST:
+        raise ExportError(
+            f"int8: expected at most {MOST_LOST} of the {exact.score.metric} lost on {exact.score.rows:,} validation "
+            f"items, got {lost:.4f} ({exact.score.value:.4f} to {small.score.value:.4f}): {way_out}"
+        )
+    if small.speed.rows_s <= exact.speed.rows_s:
+        raise ExportError(
+            f"int8: expected more than the {exact.speed.rows_s:.1f} texts a second of float32 on this machine, got "
+            f"{small.speed.rows_s:.1f}: {way_out}"
+        )
+
+
+def run_config(run_dir: Path) -> Config:
+    """Of a run, as it was resolved, wherever its directory is now. Raises StorageError where there is none."""
+    kept = rundir.read_config(run_dir)
+    if kept is None:
+        raise StorageError(f"expected the directory of a run with its {rundir.CONFIG}, found none at {run_dir}")
+    path = run_dir.resolve()
+    return Config.model_validate({**kept, "output_dir": str(path.parent), "name": path.name})

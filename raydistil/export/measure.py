@@ -1,0 +1,163 @@
+"""What an exported file is worth: how near it is to the model, its score, its speed and its memory.
+
+Speed and memory: each artefact in a process of its own, with so many threads, on real texts of mixed length; rounds are
+interleaved, so that noise hits all alike.
+"""
+
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from raydistil.evaluate import batches
+from raydistil.models import Headed, HeadedEncoder, load_model, on_device
+from raydistil.specs import EvaluateSpec
+from raydistil.types import Task, TokenBatch, labels_texts
+
+Runtime = Literal["torch", "onnx"]
+ROUNDS, WARM_UP = 5, 10
+ROWS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Artefact:
+    """Something that can be run: a directory in hub layout, or an ONNX file."""
+
+    name: str
+    runtime: Runtime
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Of one artefact at `threads` threads."""
+
+    latency_p50_ms: float  # of one text
+    latency_p99_ms: float
+    rows_s: float  # texts a second in batches
+    peak_mib: float  # resident memory of the process, libraries and all
+
+
+def load(artefact: Artefact, task: Task, labels: tuple[str, ...], threads: int) -> Headed:
+    if artefact.runtime == "onnx":
+        from raydistil.export.onnx import OnnxModel
+
+        return OnnxModel(artefact.path, threads, labels_texts(task))
+    torch.set_num_threads(threads)
+    return HeadedEncoder(load_model(str(artefact.path), task, labels), task, "float32").frozen()
+
+
+def real_rows(spec: EvaluateSpec, most: int) -> list[TokenBatch]:
+    """So many rows of the split, each alone and without padding."""
+    singles = (single for batch in batches(spec) for single in _singles(batch))
+    found = [single for single, _ in zip(singles, range(most), strict=False)]
+    return sorted(found, key=lambda row: row.index)
+
+
+def _singles(batch: TokenBatch) -> Iterator[TokenBatch]:
+    for row in range(batch.num_rows):
+        length = int(batch.lengths_B[row])
+        yield replace(
+            batch, input_ids_BL=batch.input_ids_BL[row : row + 1, :length], lengths_B=batch.lengths_B[row : row + 1],
+            labels_B=None, labels_BL=None, num_rows=1, visits_B=batch.visits_B[row : row + 1],
+        )  # fmt: skip
+
+
+@torch.inference_mode()
+def difference(model: Headed, reference: Headed, rows: list[TokenBatch]) -> float:
+    """The largest between any two logits of the same text, in batches of mixed length."""
+    worst = 0.0
+    for start in range(0, len(rows), 8):
+        ids_BL, mask_BL = padded(rows[start : start + 8])
+        worst = max(worst, (_said(model, ids_BL, mask_BL) - _said(reference, ids_BL, mask_BL)).abs().max().item())
+    return worst
+
+
+def _said(model: Headed, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+    states, logits = model(ids_BL, mask_BL, (model.num_layers,))
+    made: torch.Tensor = model.vocabulary_logits(states[model.num_layers]) if logits is None else logits
+    return made
+
+
+def padded(rows: list[TokenBatch]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids int64, mask bool) [B, L] of the longest."""
+    lengths = np.array([row.lengths_B[0] for row in rows])
+    ids_BL = np.zeros((len(rows), int(lengths.max())), np.int64)
+    for line, row in zip(ids_BL, rows, strict=True):
+        line[: row.lengths_B[0]] = row.input_ids_BL[0]
+    return torch.from_numpy(ids_BL), torch.from_numpy(np.arange(ids_BL.shape[1])[None] < lengths[:, None])
+
+
+# ---- speed, each in a process of its own
+
+_loaded: dict[str, Any] = {}
+
+
+def speeds(artefacts: list[Artefact], spec: EvaluateSpec, threads: int, at_once: int) -> dict[str, Speed]:
+    """Of all, by their names; batches of `at_once` texts."""
+    rows = real_rows(spec, ROWS)
+    with ExitStack() as stack:
+        spawn = multiprocessing.get_context("spawn")
+        pools = {each.name: stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn)) for each in artefacts}
+        for each in artefacts:
+            pools[each.name].submit(_prepare, each, spec, threads, rows).result()
+        latencies = _interleaved(pools, _latencies)
+        rates = _interleaved(pools, _rate, at_once)
+        peaks = {name: pool.submit(_peak_mib).result() for name, pool in pools.items()}
+    return {name: _speed([ms for run in latencies[name] for ms in run], rates[name], peaks[name]) for name in pools}
+
+
+def _interleaved(pools: dict[str, ProcessPoolExecutor], work: Callable[..., Any], *given: Any) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {name: [] for name in pools}
+    for _ in range(ROUNDS):
+        for name, pool in pools.items():
+            found[name].append(pool.submit(work, *given).result())
+    return found
+
+
+def _speed(latencies: list[float], rates: list[float], peak_mib: float) -> Speed:
+    p50, p99 = np.percentile(latencies, (50, 99)).tolist()
+    return Speed(p50, p99, statistics.median(rates), peak_mib)
+
+
+def _prepare(artefact: Artefact, spec: EvaluateSpec, threads: int, rows: list[TokenBatch]) -> None:
+    _loaded["model"], _loaded["rows"] = load(artefact, spec.task, spec.labels, threads), rows
+    for row in rows[:WARM_UP]:
+        _run([row])
+
+
+def _run(rows: list[TokenBatch]) -> None:
+    with torch.inference_mode():
+        _said(_loaded["model"], *(padded(rows) if len(rows) > 1 else on_device(rows[0], torch.device("cpu"))))
+
+
+def _latencies() -> list[float]:
+    """Milliseconds of each text alone."""
+    found = []
+    for row in _loaded["rows"]:
+        started = time.perf_counter()
+        _run([row])
+        found.append(1000 * (time.perf_counter() - started))
+    return found
+
+
+def _rate(at_once: int) -> float:
+    """Texts a second, longest with longest."""
+    rows = sorted(_loaded["rows"], key=lambda row: int(row.lengths_B[0]))
+    started = time.perf_counter()
+    for start in range(0, len(rows), at_once):
+        _run(rows[start : start + at_once])
+    return len(rows) / (time.perf_counter() - started)
+
+
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
