@@ -66,8 +66,8 @@ def show_export(result: dict[str, Any]) -> None:
     """A line a file."""
     console = Console()
     if result["artefacts"]:
-        score = result["artefacts"][0]["score"]
-        title = f"{score['metric']} on {score['rows']:,} validation items; one thread, real texts of mixed length"
+        score, split = result["artefacts"][0]["score"], result["artefacts"][0]["split"]
+        title = f"{score['metric']} on {score['rows']:,} {split} items; one thread, real texts of mixed length"
         table = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
         table.add_column("file")
         for heading in ("MiB", "score", "p50 (ms)", "p99 (ms)", "texts/s", "memory (MiB)", "off by"):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,19 @@ def test_a_file_says_what_its_model_says_for_any_batch_and_length(tmp_path: Path
         made = torch.from_numpy(logits(tmp_path / "model.onnx", ids_BL, mask_BL))
         where = mask_BL if task == "mlm" else slice(None)
         torch.testing.assert_close(made[where], expected[where], atol=1e-4, rtol=1e-4)
+
+
+def test_an_operation_that_onnx_lacks_is_named(tmp_path: Path) -> None:
+    class Odd(torch.nn.Module):
+        def set_attn_implementation(self, name: str) -> None:
+            pass
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=torch.special.bessel_j0(input_ids.float()))
+
+    with pytest.raises(ExportError, match=r"expected a model that ONNX can say, Odd is none \(.*bessel_j0.*\): export"):
+        to_onnx(Odd(), tmp_path / "model.onnx")  # type: ignore[arg-type]
+    assert not (tmp_path / "model.onnx").exists()
 
 
 @pytest.mark.slow
@@ -201,18 +215,20 @@ def test_what_is_no_run_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[st
         pipeline.export_run(tmp_path, (), False, quiet)
 
 
-@pytest.mark.slow
-def test_a_run_without_validation_rows_cannot_be_checked(
-    finished: tuple[Config, dict[str, Any]], tmp_path: Path
+@pytest.mark.parametrize(
+    ("validation", "test", "split"), [(0.2, 0.2, "validation"), (0.0, 0.2, "test"), (0.0, 0.0, None)]
+)
+def test_rows_to_check_on_are_those_that_nobody_learned_from(
+    able_classifier: str, corpus_file: Path, tmp_path: Path, validation: float, test: float, split: str | None
 ) -> None:
-    config, _ = finished
-    corpus = config.corpus.model_copy(update={"validation_share": 0.0})
-    bare = config.model_copy(update={"output_dir": tmp_path, "name": "bare", "corpus": corpus})
-    shutil.copytree(config.run_dir / rundir.DISTILLED, tmp_path / "bare" / rundir.DISTILLED)
-    (tmp_path / "bare" / rundir.CONFIG).write_text(json.dumps({"config": bare.model_dump(mode="json"), "hash": ""}))
-    shutil.rmtree(tmp_path / "bare" / rundir.DISTILLED / "nothing", ignore_errors=True)
-    with pytest.raises((ExportError, StorageError)):
-        pipeline.export_run(tmp_path / "bare", ("onnx",), False, quiet)
+    corpus = {"validation_share": validation, "test_share": test}
+    config = config_for(tmp_path, able_classifier, corpus_file, finetune=None, evaluate=None, corpus=corpus)
+    run = pipeline.prepare(config, quiet)
+    if split is not None:
+        assert exporting._spec(run).split == split
+    else:
+        with pytest.raises(ExportError, match="expected validation rows to check what is exported on, got none"):
+            exporting._spec(run)
 
 
 @pytest.mark.slow

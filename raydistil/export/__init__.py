@@ -4,8 +4,9 @@ hf      config, tokenizer, weights, model card: loads with transformers alone
 onnx    onnx/model.onnx beside them, where users of onnxruntime and transformers.js look for it
 int8    onnx/model_int8.onnx: the same with weights and embeddings in 8 bits
 
-What loses more than `MOST_LOST` of the score on the validation rows, or is no faster than what it was made from, is
-refused. card.py writes the model card, onnx.py the files, measure.py finds out what they are worth.
+What loses more than `MOST_LOST` of the score on the validation rows (those of the test where there are none), or is no
+faster than what it was made from, is refused. card.py writes the model card, onnx.py the files, measure.py finds out
+what they are worth.
 """
 
 import shutil
@@ -29,7 +30,7 @@ from raydistil.prepare import Prepared
 from raydistil.specs import EvaluateSpec
 from raydistil.storage import whole_directory
 from raydistil.tokens import TokenStore
-from raydistil.types import Score, labels_texts
+from raydistil.types import Score, Split, labels_texts
 
 Format = Literal["hf", "onnx", "int8"]
 NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
@@ -47,6 +48,7 @@ class Made:
     file: str
     bytes: int
     difference: float | None  # of logits from the PyTorch model's; None: that is it
+    split: Split  # that it was scored on
     score: Score
     speed: Speed
 
@@ -106,16 +108,18 @@ def _files(run: Prepared, folder: Path, formats: tuple[Format, ...], force: bool
 
 
 def _spec(run: Prepared) -> EvaluateSpec:
-    config = run.config
-    spec = EvaluateSpec(
-        config.task, run.store.path, "validation", config.masking if config.task == "mlm" else None, run.labels,
+    """On the validation rows; where there are none, on the test rows."""
+    config, store = run.config, TokenStore(run.store.path)
+    held_out: tuple[Split, ...] = ("validation", "test")
+    full = [split for split in held_out if sum(store.bucket_rows(split, labelled=labels_texts(config.task)))]
+    if not full:
+        raise ExportError(
+            "expected validation rows to check what is exported on, got none: set corpus.validation_share or test_share"
+        )
+    return EvaluateSpec(
+        config.task, store.path, full[0], config.masking if config.task == "mlm" else None, run.labels,
         "float32", EvaluateConfig(batch_size=BATCH), cores(),
     )  # fmt: skip
-    if not sum(TokenStore(spec.store).bucket_rows("validation", labelled=labels_texts(config.task))):
-        raise ExportError(
-            "expected validation rows to check what is exported on, got none: set corpus.validation_share"
-        )
-    return spec
 
 
 def _measured(spec: EvaluateSpec, artefacts: dict[Any, Artefact], folder: Path) -> Iterator[Made]:
@@ -127,7 +131,7 @@ def _measured(spec: EvaluateSpec, artefacts: dict[Any, Artefact], folder: Path) 
         path = folder / "model.safetensors" if name == "hf" else each.path
         off = None if name == "hf" else difference(model, reference, rows)
         score, _ = judged([(model, 1.0)], spec, torch.device("cpu"))
-        yield Made(name, str(path.relative_to(folder)), path.stat().st_size, off, score, speed[name])
+        yield Made(name, str(path.relative_to(folder)), path.stat().st_size, off, spec.split, score, speed[name])
 
 
 def _check(made: list[Made]) -> None:
@@ -144,8 +148,8 @@ def _check(made: list[Made]) -> None:
     lost = exact.score.value - small.score.value
     if lost > MOST_LOST:
         raise ExportError(
-            f"int8: expected at most {MOST_LOST} of the {exact.score.metric} lost on {exact.score.rows:,} validation "
-            f"items, got {lost:.4f} ({exact.score.value:.4f} to {small.score.value:.4f}): {way_out}"
+            f"int8: expected at most {MOST_LOST} of the {exact.score.metric} lost on {exact.score.rows:,} "
+            f"{exact.split} items, got {lost:.4f} ({exact.score.value:.4f} to {small.score.value:.4f}): {way_out}"
         )
     if small.speed.rows_s <= exact.speed.rows_s:
         raise ExportError(

@@ -43,8 +43,8 @@ def _files(artefacts: list[dict[str, Any]]) -> str:
         )
     first = artefacts[0]
     return "\n".join(lines) + (
-        f"\n\nOn {first['score']['rows']:,} validation items; one thread, real texts of mixed length; off by: the "
-        f"largest difference of a logit from the PyTorch model's.\n"
+        f"\n\nOn {first['score']['rows']:,} {first['split']} items; one thread, real texts of mixed length; off by: "
+        f"the largest difference of a logit from the PyTorch model's.\n"
     )
 
 
