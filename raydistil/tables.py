@@ -69,14 +69,14 @@ def show_export(result: dict[str, Any]) -> None:
         score, split = result["artefacts"][0]["score"], result["artefacts"][0]["split"]
         title = f"{score['metric']} on {score['rows']:,} {split} items; one thread, real texts of mixed length"
         table = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
-        table.add_column("file")
-        for heading in ("MiB", "score", "p50 (ms)", "p99 (ms)", "texts/s", "memory (MiB)", "off by"):
+        table.add_column("")
+        for heading in ("MiB", "score", "p50 (ms)", "p99 (ms)", "texts/s", "memory", "off by"):
             table.add_column(heading, justify="right")
         for made in result["artefacts"]:
             table.add_row(
-                made["file"], f"{made['bytes'] / 2**20:.1f}", f"{made['score']['value']:.4f}",
+                made["format"], f"{made['bytes'] / 2**20:.1f}", f"{made['score']['value']:.4f}",
                 f"{made['latency_p50_ms']:.1f}", f"{made['latency_p99_ms']:.1f}", f"{made['rows_s']:.1f}",
-                f"{made['peak_mib']:.0f}", _number(made["difference"], ".1e"),
+                f"{made['peak_mib']:.0f} MiB", _number(made["difference"], ".1e"),
             )  # fmt: skip
         console.print(table)
     console.print(f"student in {result['student_dir']}", markup=False, highlight=False)

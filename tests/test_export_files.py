@@ -140,7 +140,7 @@ def test_every_artefact_is_measured_and_stands_on_the_card(exported: dict[str, A
     assert made["int8"]["bytes"] < made["onnx"]["bytes"]
     for each in made.values():
         assert (run_dir / rundir.STUDENT / each["file"]).stat().st_size == each["bytes"]
-        assert 0 < each["latency_p50_ms"] <= each["latency_p99_ms"] and each["rows_s"] > 0 and each["peak_mib"] > 10
+        assert 0 < each["latency_p50_ms"] <= each["latency_p99_ms"] and each["rows_s"] > 0 and each["peak_mib"] > 1
     card = (run_dir / rundir.STUDENT / "README.md").read_text()
     assert all(f"| {each['file']} |" in card for each in made.values())
     assert json.loads((run_dir / rundir.STUDENT / "raydistil.json").read_text())["artefacts"] == json.loads(

@@ -5,6 +5,7 @@ interleaved, so that noise hits all alike.
 """
 
 import multiprocessing
+import re
 import resource
 import statistics
 import time
@@ -44,7 +45,7 @@ class Speed:
     latency_p50_ms: float  # of one text
     latency_p99_ms: float
     rows_s: float  # texts a second in batches
-    peak_mib: float  # resident memory of the process, libraries and all
+    peak_mib: float  # resident memory, beyond what the process held before it loaded the model
 
 
 def load(artefact: Artefact, task: Task, labels: tuple[str, ...], threads: int) -> Headed:
@@ -130,6 +131,7 @@ def _speed(latencies: list[float], rates: list[float], peak_mib: float) -> Speed
 
 
 def _prepare(artefact: Artefact, spec: EvaluateSpec, threads: int, rows: list[TokenBatch]) -> None:
+    _loaded["before_mib"] = _most_mib()
     _loaded["model"], _loaded["rows"] = load(artefact, spec.task, spec.labels, threads), rows
     for row in rows[:WARM_UP]:
         _run([row])
@@ -160,4 +162,13 @@ def _rate(at_once: int) -> float:
 
 
 def _peak_mib() -> float:
+    """What the process has held at most, beyond `_loaded["before_mib"]`."""
+    return max(0.0, _most_mib() - _loaded["before_mib"])
+
+
+def _most_mib() -> float:
+    """Of this program: what the one that started it held counts in `getrusage`, not in Linux's own figure."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
