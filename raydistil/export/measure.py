@@ -163,7 +163,8 @@ def _rate(at_once: int) -> float:
 
 def _peak_mib() -> float:
     """What the process has held at most, beyond `_loaded["before_mib"]`."""
-    return max(0.0, _most_mib() - _loaded["before_mib"])
+    before_mib: float = _loaded["before_mib"]
+    return max(0.0, _most_mib() - before_mib)
 
 
 def _most_mib() -> float:
