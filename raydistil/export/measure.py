@@ -109,8 +109,8 @@ def speeds(artefacts: list[Artefact], spec: EvaluateSpec, threads: int, at_once:
     with ExitStack() as stack:
         spawn = multiprocessing.get_context("spawn")
         pools = {each.name: stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn)) for each in artefacts}
-        for each in artefacts:
-            pools[each.name].submit(_prepare, each, spec, threads, rows).result()
+        for ready in [pools[each.name].submit(_prepare, each, spec, threads, rows) for each in artefacts]:
+            ready.result()
         latencies = _interleaved(pools, _latencies)
         rates = _interleaved(pools, _rate, at_once)
         peaks = {name: pool.submit(_peak_mib).result() for name, pool in pools.items()}
