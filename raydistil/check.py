@@ -17,6 +17,7 @@ from raydistil.errors import DataError
 from raydistil.layers import plan_layers
 from raydistil.models import load_tokenizer, quiet_transformers
 from raydistil.optim import deepspeed_config
+from raydistil.places import compared_share
 from raydistil.plan import cores, local_cpus, threads
 from raydistil.prepare import check_models, classes_of_teacher, corpus_of, describe_heads, needs, outlines
 from raydistil.probe import probe
@@ -170,7 +171,9 @@ def _in_flight(config: Config, rows: list[TextRow]) -> Iterator[str]:
 
 def _block_bytes(config: Config, rows: list[TextRow], wanted: TargetsSpec, teacher: Any, train: DistillConfig) -> int:
     """What a teacher makes in one call, at most: of micro-batches without padding."""
-    tokens = train.micro_batch_tokens or train.micro_batch_size * config.tokens.length
+    tokens: float = train.micro_batch_tokens or train.micro_batch_size * config.tokens.length
+    if wanted.compared:
+        tokens *= compared_share(wanted.loss, config.masking.share if config.task == "mlm" else 1.0)
     sizes = _sizes(config, rows, wanted, teacher)
     return MICRO_BATCHES_PER_BLOCK * sizes.of(tokens, train.micro_batch_size)
 

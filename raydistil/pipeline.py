@@ -13,11 +13,11 @@ import ray
 from raydistil import rundir
 from raydistil.chain import Link, assistants, links, teacher_models, weights_of
 from raydistil.cluster import cluster
-from raydistil.config import Config, EvaluateConfig, result_hash
+from raydistil.config import Config, EvaluateConfig, ExportConfig, result_hash
 from raydistil.config.loss import LossConfig
 from raydistil.config.targets import variants_of
 from raydistil.errors import ConfigError, unwrapped
-from raydistil.export import Format, export, run_config
+from raydistil.export import export, run_config
 from raydistil.manifest import keyed
 from raydistil.models import load_model, resolve
 from raydistil.plan import cores
@@ -26,7 +26,7 @@ from raydistil.specs import Candidate, EvaluateSpec, ModelReport
 from raydistil.stages import Training, manifest_of, train_stage
 from raydistil.storage import whole_directory
 from raydistil.student import build_student, save_model, take_layers
-from raydistil.types import labels_texts
+from raydistil.types import Format, labels_texts
 
 LABELS_ONLY = LossConfig(kd=0, task=1, cosine=0)
 
@@ -216,8 +216,9 @@ def run_all(config: Config, say: Say) -> dict[str, Any]:
     with cluster(config.cluster, needs(config), run.run_dir):
         report = _stages(run)
     if config.distill:
-        exported = export(run, report, config.export.to if config.export else ("hf",))
-        report |= {"artefacts": exported["artefacts"]} if exported["artefacts"] else {}
+        export(run, report, ("hf",))  # there, whatever else is refused
+        if set(_formats(config)) - {"hf"}:
+            report["artefacts"] = export(run, report, _formats(config))["artefacts"]
     report["wall_s"] = round(time.time() - started, 1)
     rundir.write_json(run.run_dir / rundir.REPORT, report)
     return report
@@ -246,8 +247,12 @@ def run_stage(config: Config, stage: str, say: Say) -> dict[str, Any]:
 def export_run(run_dir: Path, formats: tuple[Format, ...], force: bool, say: Say) -> dict[str, Any]:
     """The student of a run in other formats; `formats` empty: those that the run's configuration names."""
     config = run_config(run_dir)
-    run, asked = prepare(config, say), config.export.to if config.export else ("hf",)
-    return export(run, rundir.read_report(run.run_dir), formats or asked, force)
+    run = prepare(config, say)
+    return export(run, rundir.read_report(run.run_dir), formats or _formats(config), force)
+
+
+def _formats(config: Config) -> tuple[Format, ...]:
+    return (config.export or ExportConfig()).to
 
 
 def _check_stage(config: Config, stage: str) -> None:

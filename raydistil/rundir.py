@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -124,10 +125,12 @@ def read_summary(run_dir: Path, stage: str) -> dict[str, Any] | None:
 
 
 def read_config(run_dir: Path) -> dict[str, Any] | None:
-    """The resolved configuration that `claim` left there."""
+    """The resolved configuration that `claim` left there; None where it was not, as in a model's directory."""
     path = run_dir / CONFIG
-    kept: dict[str, Any] | None = json.loads(path.read_text())["config"] if path.exists() else None
-    return kept
+    with suppress(ValueError):
+        found = json.loads(path.read_text()) if path.exists() else {}
+        return dict(found["config"]) if {"hash", "config"} <= found.keys() else None
+    return None
 
 
 def read_report(run_dir: Path) -> dict[str, Any]:

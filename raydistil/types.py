@@ -23,6 +23,7 @@ Verdict = Literal["teacher-bound", "student-bound", "balanced"]  # who holds a s
 Task = Literal["classification", "regression", "mlm", "clm"]  # texts with a class or a number, masked-LM, causal LM
 Labels = NDArray[np.int32] | NDArray[np.float32]
 Precision = Literal["float32", "bfloat16"]  # of the matrix products; weights are float32
+Format = Literal["hf", "onnx", "int8"]  # of what is exported
 IGNORE = -100  # a label no loss looks at, the convention of torch.nn.functional.cross_entropy; of numbers it is nan
 
 

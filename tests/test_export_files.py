@@ -21,10 +21,12 @@ from raydistil.cli import _guarded
 from raydistil.config import Config
 from raydistil.errors import ExportError, StorageError
 from raydistil.export import MOST_LOST, ONNX, formats_of
-from raydistil.export.measure import padded, real_rows
+from raydistil.export.measure import difference, padded, real_rows
 from raydistil.export.onnx import OPSET, OnnxModel, to_int8, to_onnx
+from raydistil.models import HeadedEncoder
+from raydistil.types import Format, TokenBatch
 
-WHOLE: tuple[exporting.Format, ...] = ("hf", "onnx", "int8")
+WHOLE: tuple[Format, ...] = ("hf", "onnx", "int8")
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +121,7 @@ def test_embeddings_and_matrices_are_in_eight_bits(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_directory_is_in_hub_layout_with_onnx_beside(exported: dict[str, Any], run_dir: Path) -> None:
     student = run_dir / rundir.STUDENT
-    assert exported["student_dir"] == str(student.resolve()) or exported["student_dir"] == str(student)
+    assert student.samefile(exported["student_dir"])
     assert {path.name for path in (student / "onnx").iterdir()} == {"model.onnx", "model_int8.onnx"}
     model = AutoModelForSequenceClassification.from_pretrained(student).eval()
     ids_BL, mask_BL = tiny.ids()
@@ -152,7 +154,7 @@ def test_every_artefact_is_measured_and_stands_on_the_card(exported: dict[str, A
 # ---- what is refused
 
 
-def spoilt(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
     """A quantizer that spoils the weights."""
 
     def broken(source: Path, path: Path) -> None:
@@ -163,7 +165,7 @@ def spoilt(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
                 tensor.CopyFrom(onnx.numpy_helper.from_array(-values, tensor.name))
         onnx.save(proto, str(path))
 
-    monkeypatch.setattr(exporting, name, broken)
+    monkeypatch.setattr(exporting, "to_int8", broken)
 
 
 @pytest.mark.slow
@@ -171,7 +173,7 @@ def test_one_that_loses_too_much_is_refused_and_what_was_there_stays(
     exported: dict[str, Any], run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in (run_dir / rundir.STUDENT).rglob("*")}
-    spoilt(monkeypatch, "to_int8")
+    spoilt(monkeypatch)
     with pytest.raises(ExportError, match=rf"int8: expected at most {MOST_LOST} of the accuracy lost .* --force"):
         pipeline.export_run(run_dir, WHOLE, False, quiet)
     assert before == {path: path.stat().st_mtime_ns for path in (run_dir / rundir.STUDENT).rglob("*")}
@@ -204,8 +206,21 @@ def test_what_is_no_run_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert _guarded(["export", str(tmp_path)]) == 2
     said = capfd.readouterr().err
     assert said == f"error: expected the directory of a run with its config.json, found none at {tmp_path}\n"
-    with pytest.raises(StorageError):
-        pipeline.export_run(tmp_path, (), False, quiet)
+    tiny.write_model(tmp_path / "model", "mlm")  # has a config.json, too
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / rundir.CONFIG).write_text('{"config": {')
+    for name in ("model", "cut"):
+        with pytest.raises(StorageError, match="expected the directory of a run"):
+            pipeline.export_run(tmp_path / name, (), False, quiet)
+
+
+def test_a_file_whose_logits_are_no_numbers_is_not_near(tmp_path: Path) -> None:
+    row = TokenBatch(0, np.full((1, 4), 7, np.int32), np.array([4], np.int32), None, None, 1, np.zeros(1, np.int64))
+    whole, broken = (tiny.model(tiny.FAMILIES["bert"], "classification") for _ in range(2))
+    broken.classifier.bias.data[1] = torch.nan
+    headed = [HeadedEncoder(model, "classification", "float32").frozen() for model in (whole, broken)]
+    assert difference(headed[0], headed[0], [row] * 9) == 0
+    assert np.isnan(difference(headed[1], headed[0], [row] * 9))
 
 
 @pytest.mark.parametrize(

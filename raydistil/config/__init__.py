@@ -25,7 +25,7 @@ from raydistil.config.targets import check_drawn, variants_of, what_is_drawn
 from raydistil.config.teacher import EnsembleConfig, TeacherConfig, check_ensemble
 from raydistil.config.train import DistillConfig, TrainConfig
 from raydistil.errors import ConfigError
-from raydistil.types import Task, labels_texts
+from raydistil.types import Format, Task, labels_texts
 
 
 class CorpusConfig(Section):
@@ -95,7 +95,7 @@ class EvaluateConfig(Section):
 
 
 class ExportConfig(Section):
-    to: Annotated[tuple[Literal["hf", "onnx", "int8"], ...], Field(min_length=1)] = ("hf",)
+    to: Annotated[tuple[Format, ...], Field(min_length=1)] = ("hf",)
     """`hf`: always there. `onnx`: for onnxruntime. `int8`: that in 8 bits, if it is as good and faster."""
     license: str | None = None
     """SPDX name for the model card."""

@@ -13,12 +13,12 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
 from raydistil import rundir
-from raydistil.config import Config, EvaluateConfig
+from raydistil.config import Config, EvaluateConfig, config_of
 from raydistil.errors import ExportError, StorageError
 from raydistil.evaluate import judged
 from raydistil.export.card import model_card
@@ -30,9 +30,8 @@ from raydistil.prepare import Prepared
 from raydistil.specs import EvaluateSpec
 from raydistil.storage import whole_directory
 from raydistil.tokens import TokenStore
-from raydistil.types import Score, Split, labels_texts
+from raydistil.types import Format, Score, Split, labels_texts
 
-Format = Literal["hf", "onnx", "int8"]
 NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
 ONNX, INT8 = Path("onnx", "model.onnx"), Path("onnx", "model_int8.onnx")
 MOST_LOST = 0.005  # of a score between 0 and 1
@@ -138,7 +137,7 @@ def _check(made: list[Made]) -> None:
     """Raise ExportError for what says something else than the model, or is not worth having."""
     found = {each.format: each for each in made}
     exact = found["onnx"]
-    if exact.difference is None or exact.difference > NEAR:
+    if exact.difference is None or not exact.difference <= NEAR:  # nor nan
         raise ExportError(
             f"onnx: expected logits within {NEAR:g} of the PyTorch model's, got {exact.difference}: export it as hf"
         )
@@ -164,4 +163,4 @@ def run_config(run_dir: Path) -> Config:
     if kept is None:
         raise StorageError(f"expected the directory of a run with its {rundir.CONFIG}, found none at {run_dir}")
     path = run_dir.resolve()
-    return Config.model_validate({**kept, "output_dir": str(path.parent), "name": path.name})
+    return config_of({**kept, "output_dir": str(path.parent), "name": path.name})

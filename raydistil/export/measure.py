@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,8 +61,7 @@ def load(artefact: Artefact, task: Task, labels: tuple[str, ...], threads: int) 
 def real_rows(spec: EvaluateSpec, most: int) -> list[TokenBatch]:
     """So many rows of the split, each alone and without padding."""
     singles = (single for batch in batches(spec) for single in _singles(batch))
-    found = [single for single, _ in zip(singles, range(most), strict=False)]
-    return sorted(found, key=lambda row: row.index)
+    return list(islice(singles, most))
 
 
 def _singles(batch: TokenBatch) -> Iterator[TokenBatch]:
@@ -75,12 +75,10 @@ def _singles(batch: TokenBatch) -> Iterator[TokenBatch]:
 
 @torch.inference_mode()
 def difference(model: Headed, reference: Headed, rows: list[TokenBatch]) -> float:
-    """The largest between any two logits of the same text, in batches of mixed length."""
-    worst = 0.0
-    for start in range(0, len(rows), 8):
-        ids_BL, mask_BL = padded(rows[start : start + 8])
-        worst = max(worst, (_said(model, ids_BL, mask_BL) - _said(reference, ids_BL, mask_BL)).abs().max().item())
-    return worst
+    """The largest between any two logits of the same text, in batches of mixed length; nan where one is no number."""
+    groups = (padded(rows[start : start + 8]) for start in range(0, len(rows), 8))
+    worst = [(_said(model, *group) - _said(reference, *group)).abs().max() for group in groups]
+    return torch.stack(worst).max().item()
 
 
 def _said(model: Headed, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
