@@ -87,13 +87,9 @@ def marked(pid: int) -> list[psutil.Process]:
 def test_what_a_killed_driver_leaves_behind_ends_with_the_next_start(config: Path) -> None:
     with driver(config) as first:
         patiently(lambda: any(record.step > 60 for record in records(config)), first)
-        suspended = [process for process in marked(first.pid) if "ray::" in " ".join(process.cmdline())]
-        assert suspended
-        for process in suspended:  # ones that would not notice by themselves
-            process.suspend()
         first.send_signal(signal.SIGKILL)
         first.wait()
-    assert {process.pid for process in suspended} <= {process.pid for process in marked(first.pid)}
+    assert marked(first.pid)  # Ray's own have not noticed yet; what ends them is in test_processes, too
     with driver(config) as second:
         assert second.wait(PATIENCE_S) == 0, said(config)
     assert not marked(first.pid) and not marked(second.pid)
