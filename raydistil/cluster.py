@@ -20,6 +20,7 @@ from raydistil.turns import behind
 # Train looks every two seconds whether a training is over, and starts an actor that watches for preemptions, of which
 # nothing here wants to know. Idle workers that Ray starts beforehand have an environment that no actor asks for. Nobody
 # reads what its log monitor finds ten times a second, nor what its dashboard's agent says of every process.
+# Ray's agents write their titles over their environment, where the mark stands that says whose they are, unless told.
 # glibc gives large blocks back to the system and faults in fresh pages for the next step's: kept, in one arena.
 ENVIRONMENT = {
     "RAY_worker_niceness": "0",
@@ -32,6 +33,7 @@ ENVIRONMENT = {
     "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
     "LOG_NAME_UPDATE_INTERVAL_S": "10",
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
+    "SPT_NOENV": "1",
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
