@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from raydistil.cache.sizes import Sizes, sizes_of
+from raydistil.cache.sizes import Sizes, num_logits, sizes_of
 from raydistil.cluster import address_of, check_before_start
 from raydistil.config import Config, explain, load_config, read_toml
 from raydistil.config.targets import variants_of
@@ -27,10 +27,12 @@ from raydistil.steps import MICRO_BATCHES_PER_BLOCK
 from raydistil.storage import free_bytes, mebibytes
 from raydistil.tally import advice
 from raydistil.targets import makes_logits, targets_spec
-from raydistil.tokens import class_names
-from raydistil.types import TextRow, labels_texts
+from raydistil.tokens import class_names, data_classes
+from raydistil.tokens.writer import STRIDE
+from raydistil.types import TextRow, models_language
 
 ROWS_READ = 1000  # enough to meet most defects; `run` reads all
+CLASSED = ("classification", "token_classification")
 SHOWN_CHARACTERS = 200
 SHOWN_TOKENS = 40
 
@@ -67,20 +69,21 @@ def _sample(config: Config) -> tuple[list[TextRow], tuple[str, ...]]:
     rows = list(islice(corpus.rows(), ROWS_READ))
     if not any(row.text.strip() for row in rows):
         raise DataError(f"corpus.source: expected texts in {config.corpus.source}, found none: the corpus is empty")
-    if config.task == "classification" and len(rows) < ROWS_READ:
+    if config.task in CLASSED and len(rows) < ROWS_READ:
         class_names(rows, classes_of_teacher(config))
     return rows, corpus.notes
 
 
 def _num_outputs(config: Config, rows: list[TextRow]) -> int:
-    """Of a class head, by the rows that were read; of a regression's."""
-    known = classes_of_teacher(config) or {row.label for row in rows} - {None}
-    return len(known) if config.task == "classification" else 1
+    """Of a class head, by the rows that were read; of another one."""
+    if config.task in CLASSED:
+        return len(classes_of_teacher(config) or data_classes(rows))
+    return 2 if config.task == "question_answering" else 1
 
 
 def _models(config: Config, rows: list[TextRow]) -> dict[str, dict[str, Any]]:
     """The sizes of teacher and student, with a class head for the classes of the rows that were read."""
-    classes = _num_outputs(config, rows) if config.task == "classification" and config.finetune else None
+    classes = _num_outputs(config, rows) if config.task in CLASSED and config.finetune else None
     outlined = outlines(config, classes)
     sizes = [describe_model(model, config.tokens.length) for model in outlined]
     between = [f"assistant-{number}" for number in range(1, len(sizes) - 1)]
@@ -95,12 +98,21 @@ def _examples(config: Config, rows: list[TextRow]) -> list[dict[str, Any]]:
     return [
         {
             "source": row.source,
-            "label": row.label,
-            "text": " ".join(row.text.split())[:SHOWN_CHARACTERS],
+            "label": _label(row),
+            "text": " ".join(f"{row.text} {row.context or ''}".split())[:SHOWN_CHARACTERS],
             "tokens": tokenizer.tokenize(row.text)[:SHOWN_TOKENS],
         }
         for row in rows
     ]
+
+
+def _label(row: TextRow) -> str | None:
+    """What is known of it, as one line."""
+    if row.tags is not None:
+        return " ".join(row.tags)[:SHOWN_CHARACTERS]
+    if row.answers is not None:
+        return " | ".join(answer.text for answer in row.answers) or "no answer"
+    return row.label
 
 
 def _plan(config: Config) -> list[str]:
@@ -185,7 +197,7 @@ def _sizes(config: Config, rows: list[TextRow], wanted: TargetsSpec, teacher: An
 
 def _num_classes(config: Config, rows: list[TextRow], teacher: Any) -> int:
     """How many logits a soft label has."""
-    return _num_outputs(config, rows) if labels_texts(config.task) else teacher.vocab_size
+    return num_logits(config.task, _num_outputs(config, rows), teacher, config.tokens.length)
 
 
 def _asked(config: Config) -> Iterator[tuple[int, TargetsSpec, Any, DistillConfig]]:
@@ -209,11 +221,17 @@ def _wanted(config: Config, train: DistillConfig, teacher: Any, student: Any) ->
 
 def _amount(config: Config, rows: list[TextRow]) -> tuple[float, float]:
     """(tokens, rows) of the training split's store: by all of its texts, each as long as those of the sample."""
-    labelled = labels_texts(config.task)
-    sample = [row.text for row in rows if row.split == "train"]
+    most, sample = config.tokens.length, [row for row in rows if row.split == "train"]
     texts = len(sample)
     if len(rows) == ROWS_READ:
         texts = sum(row.split == "train" for row in corpus_of(config).rows())
-    lengths = [len(ids) for ids in load_tokenizer(config.teacher.model)(sample, verbose=False)["input_ids"]]
-    mean = sum(min(length, config.tokens.length) if labelled else length for length in lengths) / max(1, len(lengths))
-    return texts * mean, texts if labelled else texts * mean / config.tokens.length
+    said = [f"{row.text} {row.context or ''}".strip() for row in sample]
+    lengths = [len(ids) for ids in load_tokenizer(config.teacher.model)(said, verbose=False)["input_ids"]]
+    kept = [length if models_language(config.task) else min(length, most) for length in lengths]
+    mean = sum(kept) / max(1, len(kept))
+    if models_language(config.task):
+        return texts * mean, texts * mean / most
+    new = most - (config.tokens.stride or most // STRIDE)  # what each window of a long context adds
+    windows = sum(1 + max(0, -(-(length - most) // new)) for length in lengths) / max(1, len(lengths))
+    rows_each = windows if config.task == "question_answering" else 1.0
+    return texts * mean * rows_each, texts * rows_each

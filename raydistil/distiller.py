@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 
 from raydistil.attention import attention_of
 from raydistil.config.loss import LossConfig
+from raydistil.heads import Inputs
 from raydistil.layers import LayerPlan
 from raydistil.losses import Attention, LossInputs, LossOutputs, Projection, Weights, combined
 from raydistil.losses.tied import tied
-from raydistil.models import HeadedEncoder, document_pairs, on_device, positions_on, vocabulary_head
+from raydistil.models import HeadedEncoder, document_pairs, on_device, vocabulary_head
 from raydistil.places import compared_places, evened
-from raydistil.types import Mixture, Sparse, TeacherTargets, TokenBatch, labels_texts
+from raydistil.types import IGNORE, Mixture, Sparse, TeacherTargets, TokenBatch, models_language
 
 NO_TARGETS = TeacherTargets({}, None)
 
@@ -37,7 +38,7 @@ class Distiller(nn.Module):
         self._teacher = None if teacher is None else (teacher.requires_grad_(False).train(False),)  # not a submodule
         self._taught_CD: Tensor | None = None  # its vocabulary, in the dtype of the matrix products
         self.projections = nn.ModuleDict()
-        words, head = self.model.get_input_embeddings(), not labels_texts(encoder.task)
+        words, head = self.model.get_input_embeddings(), models_language(encoder.task)
         self._tied = tied(words, vocabulary_head(self.model).weight_VE) if head else None
 
     def project(self, width: int) -> None:
@@ -54,34 +55,33 @@ class Distiller(nn.Module):
     def forward(self, batch: TokenBatch, targets: TeacherTargets | None, weights: Weights) -> LossOutputs:
         """`targets` None: there is no teacher."""
         device = next(self.encoder.parameters()).device
-        ids_BL, mask_BL = on_device(batch, device)
-        states, logits_BC = self.encoder(ids_BL, mask_BL, self._layers.student_states, positions_on(batch, device))
+        shown = on_device(batch, device)
+        states, logits_NC = self.encoder(shown, self._layers.student_states)
         with self.encoder.reckoning(device.type):
-            inputs = self._inputs(batch, mask_BL, states, logits_BC, targets or NO_TARGETS)
+            inputs = self._inputs(batch, shown, states, logits_NC, targets or NO_TARGETS)
         return combined(inputs, self._loss, self._layers, weights)
 
     def _inputs(
-        self, batch: TokenBatch, mask_BL: Tensor, states: Mapping[int, Tensor], logits_BC: Tensor | None,
+        self, batch: TokenBatch, shown: Inputs, states: Mapping[int, Tensor], logits_NC: Tensor | None,
         targets: TeacherTargets,
     ) -> LossInputs:  # fmt: skip
         teacher_layers, student_layers = self._layers.attention_layers
         attention = _attention(self.model, student_layers, states)
         taught = _attention(self._teacher[0], teacher_layers, targets.states) if self._teacher else {}
         projected = {int(n): project(states[int(n)]).float() for n, project in self.projections.items()}
-        logits, labels_N, teacher_logits, kd_N = self._labels(batch, states, logits_BC, targets)
+        logits, labels_N, teacher_logits, kd_N = self._labels(batch, states, logits_NC, targets)
         return LossInputs(
-            logits, labels_N, teacher_logits, kd_N, states, targets.states, attention, taught, mask_BL,
-            _pairs(batch, mask_BL) if attention else None, projected,
+            logits, labels_N, teacher_logits, kd_N, states, targets.states, attention, taught, shown.mask_BL,
+            _pairs(shown) if attention else None, projected,
         )  # fmt: skip
 
     def _labels(
-        self, batch: TokenBatch, states: Mapping[int, Tensor], logits_BC: Tensor | None, targets: TeacherTargets
+        self, batch: TokenBatch, states: Mapping[int, Tensor], logits_NC: Tensor | None, targets: TeacherTargets
     ) -> tuple[Tensor | Projection, Tensor, Tensor | Projection | Sparse | Mixture | None, Tensor | None]:
         """(student's logits, data's labels, teacher's logits, where those are compared), at the compared places."""
-        if logits_BC is not None:
-            assert batch.labels_B is not None
-            labels_B = torch.from_numpy(batch.labels_B.copy()).to(logits_BC.device)
-            return logits_BC, labels_B if labels_B.is_floating_point() else labels_B.long(), targets.soft_labels, None
+        if logits_NC is not None:
+            labels_N, kd_N = _own_labels(batch, logits_NC.device)
+            return logits_NC, labels_N, targets.soft_labels, kd_N
         teacher, student = self._layers.last
         device = states[student].device
         places = compared_places(batch, self._loss, self._seed)
@@ -109,10 +109,23 @@ def _projection(model: PreTrainedModel, states_MD: Tensor, dtype: torch.dtype) -
     return Projection(head.transform(states_MD), head.weight_VE, head.bias_V, dtype)
 
 
-def _pairs(batch: TokenBatch, mask_BL: Tensor) -> Tensor | None:
+def _own_labels(batch: TokenBatch, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """(the data's labels of a head's rows, where soft labels are compared): of words at their first tokens alone."""
+    if batch.tags_BL is not None:
+        real_BL = np.arange(batch.tags_BL.shape[1])[None, :] < batch.lengths_B[:, None]
+        tags_T = torch.from_numpy(batch.tags_BL[real_BL].astype(np.int64)).to(device)
+        return tags_T.where(tags_T >= 0, IGNORE), tags_T != IGNORE
+    given = batch.labels_B if batch.spans_B2 is None else batch.spans_B2.ravel()
+    assert given is not None
+    labels_N = torch.from_numpy(given.copy()).to(device)
+    return labels_N if labels_N.is_floating_point() else labels_N.long(), None
+
+
+def _pairs(shown: Inputs) -> Tensor | None:
     """bool [B, L, L]: which tokens of its own document each real one may look at; None where that is all of its row."""
-    positions_BL = positions_on(batch, mask_BL.device)
-    return None if positions_BL is None else document_pairs(positions_BL) & mask_BL[:, :, None]
+    if shown.positions_BL is None:
+        return None
+    return document_pairs(shown.positions_BL) & shown.mask_BL[:, :, None]
 
 
 def _attention(model: PreTrainedModel, layers: tuple[int, ...], states: Mapping[int, Tensor]) -> dict[int, Attention]:

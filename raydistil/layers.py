@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from raydistil.config.loss import LossConfig
 from raydistil.errors import ConfigError
-from raydistil.types import Task, labels_texts
+from raydistil.types import Task, models_language
 
 Pair = tuple[int, int]  # (teacher, student)
 
@@ -60,7 +60,7 @@ def plan_layers(loss: LossConfig, task: Task, teacher_head: bool, num_teacher: i
     uses_last = weights["cosine"] > 0, weights["triplet"] > 0, weights["contrastive"] > 0
     states = [*hidden, *pkd, *((t - 1, s - 1) for t, s in attention + minilm)]
     teacher = {t for t, _ in states} | ({last[0]} if uses_last[0] or guided or teacher_head else set())
-    student = {s for _, s in states} | ({last[1]} if any(uses_last) or not labels_texts(task) else set())
+    student = {s for _, s in states} | ({last[1]} if any(uses_last) or models_language(task) else set())
     alone = teacher_head and not (states or uses_last[0] or guided)
     return LayerPlan(last, hidden, pkd, attention, minilm, tuple(sorted(teacher)), tuple(sorted(student)), alone)
 

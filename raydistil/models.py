@@ -6,15 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,11 +27,14 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from raydistil.errors import ModelError
-from raydistil.types import Precision, Task, TokenBatch, labels_texts
+from raydistil.heads import Inputs, has_types, pooling_of, said
+from raydistil.types import Precision, Task, TokenBatch, models_language
 
 LOADERS: dict[Task, Any] = {
     "mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification, "regression": AutoModelForSequenceClassification,
+    "token_classification": AutoModelForTokenClassification, "question_answering": AutoModelForQuestionAnswering,
+    "embedding": AutoModel,
 }  # fmt: skip
 NUMBER: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}  # of a configuration: one number a text
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -92,21 +100,29 @@ def load_model(model: str, task: Task, labels: tuple[str, ...] = (), key: str = 
         inner = [name for name, *_ in found["mismatched_keys"] if name.startswith(f"{loaded.base_model_prefix}.")]
         if inner:
             raise ValueError(f"the size of {inner[0]} is another than its configuration says")
-        made: PreTrainedModel = loaded
-        return made
+        return _pooled(loaded, resolve(model, key)) if task == "embedding" else loaded
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise unloadable(model, f"{task} model", error, key) from error
+
+
+def _pooled(model: PreTrainedModel, found: str) -> PreTrainedModel:
+    """Which says how its states become a vector. BERT's pooler, which has no part in that, is never trained."""
+    model.config.pooling = pooling_of(found, model.config)
+    pooler = getattr(model, "pooler", None)
+    if pooler is not None:
+        pooler.requires_grad_(False)
+    return model
 
 
 def _head(task: Task, labels: tuple[str, ...]) -> dict[str, Any]:
     """What a configuration says of the head for these classes, or one number; nothing: it stays as it is."""
     if task == "regression":
         return NUMBER
-    names = dict(enumerate(labels)) if task == "classification" else {}
+    names = dict(enumerate(labels)) if task in ("classification", "token_classification") else {}
     if not names:
         return {}
-    inverse = {name: n for n, name in names.items()}
-    return {"id2label": names, "label2id": inverse, "problem_type": "single_label_classification"}
+    kind = {"problem_type": "single_label_classification"} if task == "classification" else {}
+    return {"id2label": names, "label2id": {name: n for n, name in names.items()}, **kind}
 
 
 def outline(model: str, task: Task, num_labels: int | None = None, key: str = "teacher.model") -> PreTrainedModel:
@@ -209,15 +225,13 @@ class Headed(Protocol):
     @property
     def num_layers(self) -> int: ...
 
-    def __call__(
-        self, input_ids_BL: Tensor, mask_BL: Tensor, states: tuple[int, ...] = (), positions_BL: Tensor | None = None
-    ) -> tuple[dict[int, Tensor], Any]: ...  # None for a language model's texts
+    def __call__(self, inputs: Inputs, states: tuple[int, ...] = ()) -> tuple[dict[int, Tensor], Any]: ...
 
     def vocabulary_logits(self, states_ND: Tensor) -> Tensor: ...
 
 
 class HeadedEncoder(nn.Module):
-    """A Hugging Face model as (hidden states, texts' logits); language models' heads are applied where they are needed.
+    """A Hugging Face model as (hidden states, what its head says); a vocabulary's is applied where it is needed.
 
     Rows come padded; what leaves is without padding: states hold the real tokens, row after row.
     """
@@ -228,6 +242,7 @@ class HeadedEncoder(nn.Module):
         self.task = task
         self.dtype = DTYPES[precision]
         self.num_layers: int = model.config.num_hidden_layers
+        self._typed = task == "question_answering" and has_types(model)
 
     def frozen(self) -> "HeadedEncoder":
         """For use as it is, never to be trained: the matrices are kept in the dtype of their products, so that they are
@@ -243,32 +258,24 @@ class HeadedEncoder(nn.Module):
         """Matrix products in the chosen precision."""
         return torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
 
-    def forward(
-        self, input_ids_BL: Tensor, mask_BL: Tensor, states: tuple[int, ...] = (), positions_BL: Tensor | None = None
-    ) -> tuple[dict[int, Tensor], Tensor | None]:
-        """({n: state n as [T, D]}, logits [B, C] or None), float32 whatever the precision of the products.
+    def forward(self, inputs: Inputs, states: tuple[int, ...] = ()) -> tuple[dict[int, Tensor], Tensor | None]:
+        """({n: state n as [T, D]}, what `heads.said` tells, [N, C]), float32 whatever the precision of the products.
 
-        C classes, or 1 for a number.
-
-        State n is what layer n made of the tokens, 0 the embeddings. `positions_BL`: those of the documents in causal
-        language models' blocks, each of which then comes out as if it were alone.
+        State n is what layer n made of the tokens, 0 the embeddings. With positions, each document of a causal language
+        model's blocks comes out as if it were alone.
         """
-        with self.reckoning(input_ids_BL.device.type):
-            return self._forward(input_ids_BL, mask_BL, states, positions_BL)
+        with self.reckoning(inputs.ids_BL.device.type):
+            return self._forward(inputs, states)
 
-    def _forward(
-        self, input_ids_BL: Tensor, mask_BL: Tensor, states: tuple[int, ...], positions_BL: Tensor | None
-    ) -> tuple[dict[int, Tensor], Tensor | None]:
-        whole = labels_texts(self.task)
+    def _forward(self, inputs: Inputs, states: tuple[int, ...]) -> tuple[dict[int, Tensor], Tensor | None]:
+        whole, mask_BL = not models_language(self.task), inputs.mask_BL
         run: Any = self.model if whole else self.model.base_model
-        inner = any(state < self.num_layers for state in states) or (whole and bool(states))
-        attended: dict[str, Any] = {"attention_mask": mask_BL}
-        if positions_BL is not None:
-            attended = {"attention_mask": document_mask(positions_BL), "position_ids": positions_BL, "use_cache": False}
-        out = run(input_ids=input_ids_BL, output_hidden_states=inner, **attended)
+        headed = whole and self.task != "embedding"
+        inner = any(state < self.num_layers for state in states) or (headed and bool(states))
+        out = run(input_ids=inputs.ids_BL, output_hidden_states=inner, **self._attended(inputs))
         found = {state: out.hidden_states[state] for state in states if state < self.num_layers}
         if self.num_layers in states:  # the head's input, which some families norm once more
-            found[self.num_layers] = out.hidden_states[-1] if whole else out.last_hidden_state
+            found[self.num_layers] = out.hidden_states[-1] if headed else out.last_hidden_state
         whole_rows = bool(found) and bool(
             mask_BL.all()
         )  # packed blocks: what a selection would copy, and add up again backward, stays
@@ -276,7 +283,15 @@ class HeadedEncoder(nn.Module):
             state: (states_BLD.flatten(0, 1) if whole_rows else states_BLD[mask_BL]).float()
             for state, states_BLD in found.items()
         }
-        return unpadded, out.logits.float() if whole else None
+        return unpadded, said(self.task, self.model, out, inputs)
+
+    def _attended(self, inputs: Inputs) -> dict[str, Any]:
+        """Who may look at whom, and what tells the tokens apart beside their place."""
+        if inputs.positions_BL is not None:
+            mask = document_mask(inputs.positions_BL)
+            return {"attention_mask": mask, "position_ids": inputs.positions_BL, "use_cache": False}
+        types = {"token_type_ids": inputs.types_BL()} if self._typed else {}
+        return {"attention_mask": inputs.mask_BL, **types}
 
     def vocabulary_logits(self, states_ND: Tensor) -> Tensor:
         """[N, V] float32 of the last states of some tokens."""
@@ -297,18 +312,18 @@ def document_mask(positions_BL: Tensor) -> Tensor:
     return torch.zeros(pairs_B1LL.shape, device=pairs_B1LL.device).masked_fill_(~pairs_B1LL, -torch.inf)
 
 
-def on_device(batch: TokenBatch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(ids, mask) [B, L] of a micro-batch: int64 and bool."""
-    ids_BL = torch.from_numpy(batch.input_ids_BL.astype("int64")).to(device)
-    lengths_B = torch.from_numpy(batch.lengths_B.astype("int64")).to(device)
-    return ids_BL, torch.arange(ids_BL.shape[1], device=device)[None, :] < lengths_B[:, None]
+def on_device(batch: TokenBatch, device: torch.device) -> Inputs:
+    """Those of a micro-batch."""
+    lengths_B = _whole(batch.lengths_B, device)
+    mask_BL = torch.arange(batch.input_ids_BL.shape[1], device=device)[None, :] < lengths_B[:, None]
+    positions, contexts = (
+        None if part is None else _whole(part, device) for part in (batch.positions_BL, batch.contexts_B)
+    )
+    return Inputs(_whole(batch.input_ids_BL, device), mask_BL, positions, contexts)
 
 
-def positions_on(batch: TokenBatch, device: torch.device) -> Tensor | None:
-    """int64 [B, L] positions of a causal language model's micro-batch; None for the other tasks."""
-    if batch.positions_BL is None:
-        return None
-    return torch.from_numpy(batch.positions_BL.astype("int64")).to(device)
+def _whole(numbers: NDArray[np.int32], device: torch.device) -> Tensor:
+    return torch.from_numpy(numbers.astype("int64")).to(device)
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -6,6 +6,7 @@ document of its own, with no bos, and the token across the cut is nobody's label
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from raydistil.errors import ModelError
@@ -70,6 +71,28 @@ def edges(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
     if first is None or last is None:
         raise ModelError("expected an encoder's tokenizer, with [CLS] and [SEP], got one without: use an encoder")
     return [first], [last]
+
+
+@dataclass(frozen=True, slots=True)
+class Joints:
+    """Tokens before, between and after a question and its context."""
+
+    first: list[int]
+    middle: list[int]
+    last: list[int]
+
+    def room(self, question: list[int], length: int) -> int:
+        """Tokens of the context that fit into a row of `length`."""
+        return length - len(self.first) - len(question) - len(self.middle) - len(self.last)
+
+
+def joints(tokenizer: "PreTrainedTokenizerBase") -> Joints:
+    """As the tokenizer joins two texts: [CLS] a [SEP] b [SEP], or with two separators between."""
+    first, last = edges(tokenizer)
+    one: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    pair: list[int] = tokenizer("a", "a")["input_ids"]
+    middle = pair[len(first) + len(one) : len(pair) - len(one) - len(last)]
+    return Joints(first, middle, last)
 
 
 def document_edges(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:

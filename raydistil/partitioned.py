@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from raydistil.distiller import Distiller
 from raydistil.models import vocabulary_head
-from raydistil.types import labels_texts
+from raydistil.types import models_language
 
 
 def announce(distiller: Distiller) -> None:
     """The vocabulary matrix: the losses put it to use themselves, a few tokens at a time."""
     import deepspeed
 
-    if labels_texts(distiller.encoder.task):
+    if not models_language(distiller.encoder.task):
         return
     head = vocabulary_head(distiller.model)
     for part in (head.weight_VE, head.bias_V):

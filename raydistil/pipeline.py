@@ -26,7 +26,7 @@ from raydistil.specs import Candidate, EvaluateSpec, ModelReport
 from raydistil.stages import Training, manifest_of, train_stage
 from raydistil.storage import whole_directory
 from raydistil.student import build_student, save_model, take_layers
-from raydistil.types import Format, labels_texts
+from raydistil.types import Format, takes_labels
 
 LABELS_ONLY = LossConfig(kd=0, task=1, cosine=0)
 
@@ -76,7 +76,7 @@ def train_baseline(run: Prepared) -> None:
     """
     distill = run.config.distill
     assert distill is not None
-    rows, labelled = (sum(run.store.bucket_rows("train", only)) for only in (False, labels_texts(run.config.task)))
+    rows, labelled = (sum(run.store.bucket_rows("train", only)) for only in (False, takes_labels(run.config.task)))
     epochs = math.ceil(distill.epochs * rows / labelled) + 1  # the last of them is cut short
     config = distill.model_copy(update={"lr": _baseline_lr(run.config), "epochs": epochs})
     seed, name = run.config.seed, _no_teacher(run.config)
@@ -149,7 +149,7 @@ def score(config: Config, spec: EvaluateSpec, candidates: list[Candidate]) -> li
 def _candidates(run: Prepared, config: EvaluateConfig) -> list[Candidate]:
     """What stands in the table: teacher and student, and what the configuration wants beside them."""
     found = [teacher_of(run, True), _candidate(run, "student", rundir.DISTILLED, True)]
-    if not labels_texts(run.config.task):
+    if not takes_labels(run.config.task):
         found.append(_candidate(run, "untrained", rundir.STUDENT_INIT, False))
     found += [_candidate(run, name, name, True) for _, _, name in assistants(run.config)]
     if config.no_teacher_baseline:
@@ -173,7 +173,7 @@ def build_report(run: Prepared, rows: dict[str, Any]) -> dict[str, Any]:
     """The one JSON object of a run: flat figures first, then what they were made from."""
     teacher, student = rows["teacher"], rows["student"]
     report: dict[str, Any] = {f"{name}_score": row.score.value for name, row in rows.items()}
-    for figure in ("mlm_loss", "clm_loss", "perplexity", "pearson", "rmse"):
+    for figure in ("mlm_loss", "clm_loss", "perplexity", "pearson", "rmse", "accuracy", "exact_match"):
         found = {f"{name}_{figure}": getattr(row, figure) for name, row in rows.items()}
         report |= {name: value for name, value in found.items() if value is not None}
     report |= {

@@ -52,6 +52,13 @@ def evened(at_N: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.concatenate([at_N, np.repeat(at_N[:1], -len(at_N) % EVEN)])
 
 
+def said_of_rows(batch: TokenBatch) -> NDArray[np.int64]:
+    """[B] how many rows of logits a head gives of each of the micro-batch's; see `heads`."""
+    if batch.tags_BL is not None:
+        return batch.lengths_B.astype(np.int64)
+    return np.full(len(batch.lengths_B), 1 if batch.spans_B2 is None else 2, np.int64)
+
+
 def compared_share(loss: LossConfig, masked: float) -> float:
     """The share of a language model's tokens that `compared_places` finds, `masked` of them having a label."""
     kd = {"all": 1.0, "sample": loss.kd_sample, "masked": masked}[loss.kd_positions] if loss.kd else 0.0

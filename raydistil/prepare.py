@@ -22,7 +22,7 @@ from raydistil.plan import Need, need_of
 from raydistil.prune import pruned_teacher
 from raydistil.student import check_student, check_vocabularies, student_outline
 from raydistil.tokens import TokenStore, build_store
-from raydistil.types import Task, labels_texts
+from raydistil.types import CONTENT, Content, Task, models_language, takes_labels
 
 Say = Callable[[str], None]
 
@@ -56,7 +56,7 @@ def prepare(config: Config, say: Say) -> Prepared:
     check_before_start(config.cluster, needs(config))
     store, used = TokenStore(make_store(config)), config
     check_store(config, store)
-    heads = list(describe_heads(config, len(store.meta.labels) or 1))
+    heads = list(describe_heads(config, len(store.meta.labels) or (2 if config.task == "question_answering" else 1)))
     if config.student.vocabulary == "corpus":
         used = _in_words_of(config, store, say)
         store = TokenStore(make_store(used))
@@ -118,7 +118,11 @@ def outlines(config: Config, num_labels: int | None = None) -> list[PreTrainedMo
 HEADS: dict[Task, tuple[str, ...]] = {
     "mlm": ("ForMaskedLM", "ForPreTraining"), "clm": ("ForCausalLM", "LMHeadModel"),
     "classification": ("ForSequenceClassification",), "regression": ("ForSequenceClassification",),
+    "token_classification": ("ForTokenClassification",), "question_answering": ("ForQuestionAnswering",),
+    "embedding": (),  # any encoder's states make a vector
 }  # fmt: skip
+UNPLACED: dict[Content, str] = {"tags": "words without a token", "answers": "answers longer than windows share"}
+LABELLED = ("classes", "numbers", "tags", "answers")
 DECODERS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")  # they take positions and masks of documents as they come
 
 
@@ -131,7 +135,8 @@ def _named(config: Config) -> Iterator[tuple[str, str]]:
 def _check_head(config: Config, whose: str, shape: Any) -> None:
     """A teacher that is used as it came must have a head: a random one would teach nothing, and differ each time."""
     kinds = tuple(shape.architectures or ())
-    if not config.finetune and not any(kind.endswith(HEADS[config.task]) for kind in kinds):
+    heads = HEADS[config.task]
+    if heads and not config.finetune and not any(kind.endswith(heads) for kind in kinds):
         raise ModelError(
             f"{whose}.model: expected a teacher with a head for task {config.task}, got {', '.join(kinds) or 'none'}: "
             f"add [finetune] to give it one"
@@ -146,7 +151,7 @@ def _check_head(config: Config, whose: str, shape: Any) -> None:
 def _check_rows(config: Config, whose: str, shape: Any) -> None:
     """Teachers whose distributions are mixed must have them over the same entries."""
     rows = shape_of(config.teacher.model, "teacher.model").vocab_size
-    if not labels_texts(config.task) and shape.vocab_size != rows:
+    if models_language(config.task) and shape.vocab_size != rows:
         raise ModelError(
             f"{whose}.model: expected a vocabulary of {rows} entries, as teacher.model has, got {shape.vocab_size}: "
             f"use teachers padded to one size"
@@ -218,6 +223,11 @@ def check_losses(task: Task, loss: LossConfig, teacher: Any, student: Any) -> No
     for name in ("triplet", "contrastive"):
         if weights[name] and task != "classification":
             raise ConfigError(f"distill.loss.{name}: expected task classification, got {task}: leave it out")
+    if task == "embedding" and weights["kd"] and teacher.hidden_size != student.hidden_size:
+        raise ModelError(
+            f"distill.loss.kd compares vectors of one width, got {teacher.hidden_size} in the teacher and "
+            f"{student.hidden_size} in the student: leave student.hidden_size out"
+        )
     for name, pairs in (("attention", layers.attention), ("minilm", layers.minilm)):
         if pairs:
             minilm = loss.minilm if name == "minilm" else None
@@ -253,22 +263,18 @@ def _attention_widths(shape: Any) -> tuple[int, int]:
 
 
 def make_store(config: Config) -> Path:
-    tokenizer, labelled = load_tokenizer(config.teacher.model), labels_texts(config.task)
-    return build_store(
-        corpus_of(config), tokenizer, config.tokens, labelled, config.task == "clm", classes_of_teacher(config)
-    )
+    tokenizer = load_tokenizer(config.teacher.model)
+    return build_store(corpus_of(config), tokenizer, config.tokens, CONTENT[config.task], classes_of_teacher(config))
 
 
 def corpus_of(config: Config) -> Corpus:
     """A teacher that is used as it came can label texts that have no label at all."""
-    return open_corpus(
-        config.corpus, labels_texts(config.task), config.task == "regression", needed=config.finetune is not None
-    )
+    return open_corpus(config.corpus, CONTENT[config.task], needed=config.finetune is not None)
 
 
 def classes_of_teacher(config: Config) -> tuple[str, ...]:
     """Of one that is used as it came, in the order of its ids; none where it is taught the data's."""
-    if config.task != "classification" or config.finetune:
+    if config.task not in ("classification", "token_classification") or config.finetune:
         return ()
     names: dict[int, str] = shape_of(config.teacher.model, "teacher.model").id2label
     return tuple(names[number] for number in sorted(names))
@@ -290,10 +296,11 @@ def describe_store(store: TokenStore) -> list[str]:
             f"{number:,} {what}"
             for number, what in (
                 (counts.truncated, "cut"), (counts.too_short, "too short"), (counts.too_unknown, "too unknown"),
+                (counts.unplaced, UNPLACED.get(meta.content, "")),
             ) if number
         ]  # fmt: skip
         waste = counts.padding / max(1, counts.padding + counts.tokens)
-        if (meta.labels or meta.numbers) and counts.labelled_rows < counts.rows:
+        if meta.content in LABELLED and counts.labelled_rows < counts.rows:
             left_out.insert(0, f"{counts.rows - counts.labelled_rows:,} of them without a label")
         notes = "".join(f", {note}" for note in left_out)
         lines.append(f"{split}: {counts.rows:,} rows, {counts.tokens:,} tokens, {waste:.1%} padding{notes}")
@@ -302,7 +309,7 @@ def describe_store(store: TokenStore) -> list[str]:
 
 def describe_heads(config: Config, wanted: int) -> Iterator[str]:
     """Heads with another number of outputs than the data's classes, or than one number: they do not outlive loading."""
-    if not labels_texts(config.task):
+    if models_language(config.task) or config.task == "embedding":
         return
     given = [(f"{whose}.model", model) for whose, model in _named(config) if config.finetune]
     given += [("student.model", config.student.model)] if config.student.model else []
@@ -315,7 +322,7 @@ def describe_heads(config: Config, wanted: int) -> Iterator[str]:
 
 def check_store(config: Config, store: TokenStore) -> None:
     """Raise where the data cannot be scored, or speaks of other classes than a teacher that is used as it came."""
-    labelled = labels_texts(config.task)
+    labelled = takes_labels(config.task)
     if config.evaluate and not sum(store.bucket_rows("test", labelled)):
         raise DataError(
             f"expected {'labelled ' * labelled}rows in the test split to evaluate on, found "
@@ -325,26 +332,33 @@ def check_store(config: Config, store: TokenStore) -> None:
     if config.task == "regression":
         _check_numbers(config, store)
         return
+    if config.task == "question_answering":
+        _check_labelled(config, store)
+        return
     classes = store.meta.splits["train"].classes
     if labelled and _trains_on_labels(config) and len(classes) < 2:
         raise DataError(
             f"expected labelled training rows of at least two classes, found {', '.join(classes) or 'none'}: raise "
             f"corpus.labelled_share, or leave [finetune] and evaluate.no_teacher_baseline out"
         )
-    if config.task == "classification" and not config.finetune:
+    if labelled and not config.finetune:
         for whose, model in _named(config):
             _check_classes(whose, shape_of(model, f"{whose}.model"), store.meta.labels)
 
 
 def _check_numbers(config: Config, store: TokenStore) -> None:
     """Numbers that are all the same rank nothing, and none teach nothing."""
-    test, train = (store.meta.splits[split].numbers for split in ("test", "train"))
+    test = store.meta.splits["test"].numbers
     if config.evaluate and test is not None and test[0] == test[1]:
         raise DataError(
             f"expected different labels in the test split to rank predictions by, all are {test[0]:g}: raise "
             f"corpus.test_share, or name files with corpus.test_source"
         )
-    if _trains_on_labels(config) and train is None:
+    _check_labelled(config, store)
+
+
+def _check_labelled(config: Config, store: TokenStore) -> None:
+    if _trains_on_labels(config) and not store.meta.splits["train"].labelled_rows:
         raise DataError(
             "expected labelled training rows, found none: raise corpus.labelled_share, or leave [finetune] and "
             "evaluate.no_teacher_baseline out"

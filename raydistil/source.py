@@ -67,9 +67,17 @@ class MicroBatches:
 
     def _batch(self, index: int, bucket: int, rows: Ints, visits: Ints) -> TokenBatch:
         ids, lengths, labels = self._store.read(self._spec.split, bucket, rows)
-        if self._store.meta.documents:
-            places = positions_of(self._store.starts(self._spec.split, bucket, rows))
+        content, extra = self._store.meta.content, partial(self._store.extra, self._spec.split, bucket, rows)
+        if content == "documents":
+            places = positions_of(extra("starts"))
             return TokenBatch(index, ids, lengths, None, next_tokens(ids, places), len(rows), visits, places)
+        if content == "tags":
+            return TokenBatch(index, ids, lengths, None, None, len(rows), visits, tags_BL=extra("tags"))
+        if content == "answers":
+            return TokenBatch(
+                index, ids, lengths, None, None, len(rows), visits, spans_B2=extra("span"),
+                contexts_B=extra("context")[:, 0],
+            )  # fmt: skip
         if self._spec.masking is None:
             return self._varied(TokenBatch(index, ids, lengths, labels, None, len(rows), visits), bucket)
         masked, token_labels = mask_tokens(

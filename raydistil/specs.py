@@ -143,6 +143,8 @@ class ModelReport:
     score: Score
     latency_p50_ms: float | None = None
     macro_f1: float | None = None
+    accuracy: float | None = None  # of words, where the score is of entities
+    exact_match: float | None = None  # of answers
     mlm_loss: float | None = None  # nats per masked token
     clm_loss: float | None = None  # nats per token that follows another one
     perplexity: float | None = None  # exp of that

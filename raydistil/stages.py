@@ -6,7 +6,7 @@ from pathlib import Path
 
 from raydistil import rundir
 from raydistil.cache.inputs import inputs_of
-from raydistil.cache.sizes import cache_spec, sizes_of
+from raydistil.cache.sizes import cache_spec, num_logits, sizes_of
 from raydistil.chain import Link
 from raydistil.cluster import address_of
 from raydistil.config.loss import LossConfig
@@ -23,12 +23,12 @@ from raydistil.specs import CacheSpec, SaveSpec, SourceSpec, TeacherSpec, TrainR
 from raydistil.storage import mebibytes
 from raydistil.tally import advice
 from raydistil.targets import makes_logits, targets_spec
-from raydistil.types import TrainSummary, labels_texts
+from raydistil.types import TrainSummary, models_language, takes_labels
 
 
 def manifest_of(run: Prepared, config: TrainConfig, with_teacher: bool, seed: int) -> Manifest:
     """All rows where there is a teacher; without one, what has no label cannot be learned from."""
-    labelled = labels_texts(run.config.task) and not with_teacher
+    labelled = takes_labels(run.config.task) and not with_teacher
     rows = run.store.bucket_rows("train", labelled)
     budget, lengths = config.micro_batch_tokens, run.store.lengths("train")
     sizes = tuple(budget // length for length in lengths) if budget else ()
@@ -107,7 +107,7 @@ def _kept(
     from raydistil.fill import fill_cache
 
     shape = shape_of(teacher.model, "teacher.model")
-    classes = 1 if run.store.meta.numbers else len(run.labels) or shape.vocab_size
+    classes = num_logits(teacher.task, len(run.labels), shape, run.config.tokens.length)
     sizes = sizes_of(teacher.task, teacher.targets, run.config.masking.share, shape.hidden_size, classes)
     inputs = inputs_of(teacher, source)
     cache = cache_spec(root, inputs, teacher.targets, source, sizes)
@@ -138,7 +138,7 @@ def _worker(run: Prepared, training: Training, manifest: Manifest) -> WorkerSpec
         seed=training.seed, threads=planned.student, per_epoch=manifest.per_epoch,
         mean_rows=manifest.mean_rows,
         num_steps=-(-(training.micro_batches or manifest.num_micro_batches) // together), per_step=together,
-        flops_per_token=_flops_per_token(run, training, teachers, head and not labels_texts(config.task)),
+        flops_per_token=_flops_per_token(run, training, teachers, head and models_language(config.task)),
         hang_timeout_s=config.cluster.hang_timeout_s,
         traced=(run.run_dir.resolve(), training.stage) if config.cluster.trace else None,
     )  # fmt: skip
@@ -151,7 +151,7 @@ def _flops_per_token(run: Prepared, training: Training, teachers: tuple[TeacherS
     """
     config, counts = run.config, run.store.meta.splits["train"]
     length, compared = counts.tokens / counts.rows, 1.0
-    if not labels_texts(config.task):
+    if models_language(config.task):
         compared = compared_share(training.loss, config.masking.share if config.task == "mlm" else 1.0)
     flops = 3 * forward_flops(outline(training.init, config.task), length, compared)
     for number, teacher in enumerate(teachers):

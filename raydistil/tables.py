@@ -50,6 +50,8 @@ def _rows(models: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
         ("perplexity", [_number(model["perplexity"], ".2f") for model in models]),
         ("Pearson", [_number(model["pearson"], ".4f") for model in models]),
         ("RMSE", [_number(model["rmse"], ".4g") for model in models]),
+        ("word accuracy", [_number(model["accuracy"], ".4f") for model in models]),
+        ("exact match", [_number(model["exact_match"], ".4f") for model in models]),
         ("score", [f"{score['value']:.4f}" for score in scores]),
         ("95 % interval", [f"{score['low']:.3f} to {score['high']:.3f}" for score in scores]),
         ("retention", [f"{score['value'] / first:.3f}" if first else "" for score in scores]),

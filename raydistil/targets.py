@@ -22,7 +22,7 @@ from raydistil.manifest import keyed, mix
 from raydistil.masking import row_keys
 from raydistil.places import sent_places
 from raydistil.specs import TargetsSpec
-from raydistil.types import Sparse, Task, TeacherTargets, TokenBatch, labels_texts
+from raydistil.types import Sparse, Task, TeacherTargets, TokenBatch, models_language
 
 PLACES_AT_ONCE = 512  # whose vocabulary logits a teacher makes before it encodes them
 _DRAWS = 5  # a stream of random numbers apart from those of masking and sampling
@@ -37,7 +37,7 @@ def soft_label_codec(config: TargetsConfig) -> SoftLabelCodec:
 
 def makes_logits(config: TargetsConfig, loss: LossConfig, task: Task) -> bool:
     """Whether the student's side makes a language model's soft labels, of the last state and the teacher's head."""
-    return config.codec == "hidden" and not labels_texts(task) and loss.kd > 0
+    return config.codec == "hidden" and models_language(task) and loss.kd > 0
 
 
 def targets_spec(config: TargetsConfig, loss: LossConfig, task: Task, layers: LayerPlan, seed: int) -> TargetsSpec:

@@ -16,10 +16,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raydistil import turns
-from raydistil.places import compared_places, evened, sent_places
+from raydistil.places import compared_places, evened, said_of_rows, sent_places
 from raydistil.specs import TeacherSpec
 from raydistil.steps import MICRO_BATCHES_PER_BLOCK
-from raydistil.types import TeacherTiming, TokenBatch, labels_texts
+from raydistil.types import TeacherTiming, TokenBatch, models_language
 from raydistil.wire import batch_of, with_targets
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Teacher:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = HeadedEncoder(load_model(spec.model, spec.task), spec.task, spec.precision)
         self._model = model.frozen().to(self._device)
-        head = spec.targets.soft_labels and not labels_texts(spec.task)
+        head = spec.targets.soft_labels and models_language(spec.task)
         self._states = tuple({*spec.targets.states, *((self._model.num_layers,) if head else ())})
         self._spec = spec
         self.name = uuid4().hex
@@ -90,19 +90,20 @@ class Teacher:
         """The wire columns of one micro-batch, made in this thread."""
         import torch
 
-        from raydistil.models import on_device, positions_on
+        from raydistil.models import on_device
         from raydistil.targets import encode_targets
 
-        wanted, device, visits_N = self._spec.targets, self._device, batch.visits_B
+        wanted, device = self._spec.targets, self._device
+        visits_N = np.repeat(batch.visits_B, said_of_rows(batch))
         with torch.inference_mode():
-            states, logits = self._model(*on_device(batch, device), self._states, positions_on(batch, device))
+            states, logits = self._model(on_device(batch, device), self._states)
             parts: Iterable[Tensor] | None = None if logits is None else [logits]
             if wanted.compared:
                 sent_T = torch.from_numpy(sent_places(batch, wanted.loss, wanted.seed)).to(device)
                 states = {n: state_TD[sent_T] for n, state_TD in states.items()}
             if wanted.soft_labels and parts is None:
                 at_N = np.flatnonzero(compared_places(batch, wanted.loss, wanted.seed).at_T)
-                visits_N = np.repeat(visits_N, batch.lengths_B)[at_N]
+                visits_N = np.repeat(batch.visits_B, batch.lengths_B)[at_N]
                 parts = self._logits(states[self._model.num_layers], at_N)
             return encode_targets(wanted, visits_N, states, parts)
 

@@ -20,16 +20,42 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 Verdict = Literal["teacher-bound", "student-bound", "balanced"]  # who holds a stream up
-Task = Literal["classification", "regression", "mlm", "clm"]  # texts with a class or a number, masked-LM, causal LM
+Task = Literal[
+    "classification", "regression", "token_classification", "question_answering", "embedding", "mlm", "clm"
+]  # texts with a class or a number, words with one, spans of contexts, vectors of texts; masked-LM, causal LM
+Content = Literal["classes", "numbers", "tags", "answers", "texts", "blocks", "documents"]
+CONTENT: dict[Task, Content] = {
+    "classification": "classes", "regression": "numbers", "token_classification": "tags",
+    "question_answering": "answers", "embedding": "texts", "mlm": "blocks", "clm": "documents",
+}  # fmt: skip
 Labels = NDArray[np.int32] | NDArray[np.float32]
 Precision = Literal["float32", "bfloat16"]  # of the matrix products; weights are float32
 Format = Literal["hf", "onnx", "int8"]  # of what is exported
 IGNORE = -100  # a label no loss looks at, the convention of torch.nn.functional.cross_entropy; of numbers it is nan
+NO_TAG = -1  # the label of a word's first token where nobody knows the word's class
+
+
+def models_language(task: Task) -> bool:
+    """Whether the task predicts tokens of the vocabulary; the others have a head, or vectors, of their own."""
+    return task in ("mlm", "clm")
 
 
 def labels_texts(task: Task) -> bool:
-    """Whether the task gives every text one label, a class or a number; the others predict tokens."""
+    """Whether the task gives every text one label, a class or a number."""
     return task in ("classification", "regression")
+
+
+def takes_labels(task: Task) -> bool:
+    """Whether the data's rows have labels, all of them or some."""
+    return not models_language(task) and task != "embedding"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A span of a context, as SQuAD has it."""
+
+    start: int  # of its first character
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +66,24 @@ class TextRow:
     label: str | None  # a class, or a finite number as it is written
     source: str  # where it came from: "module:qualname" or "file:row"
     split: Split
+    words: tuple[str, ...] = ()  # token classification: the text is these with spaces between
+    tags: tuple[str, ...] | None = None  # the class of each word; None: not known
+    context: str | None = None  # question answering: where the answer to the text stands
+    answers: tuple[Answer, ...] | None = None  # none of them: there is no answer; None: not known
+
+    @property
+    def is_labelled(self) -> bool:
+        return self.label is not None or self.tags is not None or self.answers is not None
 
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
     """One micro-batch: the unit that is loaded, masked, labelled by the teacher, shipped and trained on.
 
-    `labels_BL` holds the masked or the next tokens (IGNORE elsewhere); `labels_B` holds class ids (IGNORE: no label) or
-    numbers (nan: no label). One of the two is None.
+    One of the four kinds of labels is there, the others are None. `labels_BL` holds the masked or the next tokens
+    (IGNORE elsewhere); `labels_B` class ids (IGNORE: no label) or numbers (nan: no label); `tags_BL` the class of each
+    word at its first token (NO_TAG: not known; IGNORE elsewhere); `spans_B2` an answer's first and last token, (0, 0)
+    where the row does not hold it, IGNORE twice where it is not known.
     """
 
     index: int  # place in the manifest, 0 .. num_micro_batches - 1
@@ -58,6 +94,9 @@ class TokenBatch:
     num_rows: int  # rows that count; rows beyond are padding with no weight
     visits_B: NDArray[np.int64]  # what each row's random draws hang on
     positions_BL: NDArray[np.int32] | None = None  # causal LM: place in its document, 0 starts one; see documents
+    tags_BL: NDArray[np.int32] | None = None  # token classification
+    spans_B2: NDArray[np.int32] | None = None  # question answering
+    contexts_B: NDArray[np.int32] | None = None  # question answering: the first token of the context
 
     @property
     def num_tokens(self) -> int:

@@ -23,6 +23,9 @@ BATCH = pa.schema([
     ("token_labels", pa.binary()),  # int32 [B, L], masked-LM and causal LM
     ("visits", pa.binary()),  # int64 [B]
     ("positions", pa.binary()),  # int32 [B, L], causal LM
+    ("tags", pa.binary()),  # int32 [B, L], token classification
+    ("spans", pa.binary()),  # int32 [B, 2], question answering
+    ("contexts", pa.binary()),  # int32 [B], question answering
 ])  # fmt: skip
 TARGETS = {  # a set for each teacher, its number behind the name
     "states": pa.large_binary(),  # see targets
@@ -56,10 +59,17 @@ def _row(batch: TokenBatch) -> dict[str, Any]:
         "lengths": batch.lengths_B.tobytes(),
         "labels": _kind(batch.labels_B, np.int32),
         "numbers": _kind(batch.labels_B, np.float32),
-        "token_labels": b"" if batch.labels_BL is None else batch.labels_BL.tobytes(),
+        "token_labels": _if_there(batch.labels_BL),
         "visits": batch.visits_B.tobytes(),
-        "positions": b"" if batch.positions_BL is None else batch.positions_BL.tobytes(),
+        "positions": _if_there(batch.positions_BL),
+        "tags": _if_there(batch.tags_BL),
+        "spans": _if_there(batch.spans_B2),
+        "contexts": _if_there(batch.contexts_B),
     }
+
+
+def _if_there(values: NDArray[np.int32] | None) -> bytes:
+    return b"" if values is None else values.tobytes()
 
 
 def _kind(labels_B: Labels | None, dtype: type[np.generic]) -> bytes:
@@ -70,7 +80,8 @@ def _kind(labels_B: Labels | None, dtype: type[np.generic]) -> bytes:
 def batch_of(row: pa.Table) -> TokenBatch:
     """The micro-batch of a one-row table with at least the columns of BATCH."""
     width = row["width"][0].as_py()
-    classes, token_labels, positions = (_ints(row, name) for name in ("labels", "token_labels", "positions"))
+    names = ("labels", "token_labels", "positions", "tags", "spans", "contexts")
+    classes, token_labels, positions, tags, spans, contexts = (_ints(row, name) for name in names)
     labels: Labels = classes if classes.size else np.frombuffer(_bytes(row, "numbers"), np.float32)
     return TokenBatch(
         index=row["index"][0].as_py(),
@@ -81,6 +92,9 @@ def batch_of(row: pa.Table) -> TokenBatch:
         num_rows=row["num_rows"][0].as_py(),
         visits_B=np.frombuffer(_bytes(row, "visits"), np.int64),
         positions_BL=positions.reshape(-1, width) if positions.size else None,
+        tags_BL=tags.reshape(-1, width) if tags.size else None,
+        spans_B2=spans.reshape(-1, 2) if spans.size else None,
+        contexts_B=contexts if contexts.size else None,
     )
 
 

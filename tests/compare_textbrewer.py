@@ -32,12 +32,13 @@ from raydistil import rundir
 from raydistil.bench.fidelity import DEFAULTS, Row, config_for
 from raydistil.config import EvaluateConfig
 from raydistil.config.student import StudentConfig
-from raydistil.evaluate import Z95, class_outcomes
+from raydistil.evaluate import class_outcomes
 from raydistil.manifest import Manifest
 from raydistil.models import HeadedEncoder, load_model, quiet_transformers
 from raydistil.optim import parameter_groups
 from raydistil.plan import cores
 from raydistil.prepare import Prepared, prepare
+from raydistil.scores import Z95
 from raydistil.source import MicroBatches
 from raydistil.specs import EvaluateSpec, SourceSpec
 from raydistil.storage import whole_directory

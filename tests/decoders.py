@@ -74,8 +74,8 @@ def write_model(path: Path, family: str, with_bos: bool = False, spread: float =
 
 def write_store(corpus: Path, teacher: str, length: int = 32) -> Path:
     """The token store of the documents of a file."""
-    opened = open_corpus(CorpusConfig(source=str(corpus)), labelled=False)
-    return build_store(opened, load_tokenizer(teacher), TokensConfig(length=length), labelled=False, documents=True)
+    opened = open_corpus(CorpusConfig(source=str(corpus)), "blocks")
+    return build_store(opened, load_tokenizer(teacher), TokensConfig(length=length), "documents")
 
 
 def source(folder: Path, teacher: str, size: int = 8, length: int = 32, epochs: int = 2) -> SourceSpec:

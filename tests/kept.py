@@ -8,12 +8,13 @@ import pyarrow as pa
 
 from raydistil.cache.check import missing_shards, vouch
 from raydistil.cache.inputs import inputs_of
-from raydistil.cache.sizes import cache_spec, sizes_of
+from raydistil.cache.sizes import cache_spec, num_logits, sizes_of
 from raydistil.config.loss import LossConfig
 from raydistil.config.targets import TargetsConfig
 from raydistil.fill import Filler, FillSpec
 from raydistil.models import shape_of
 from raydistil.specs import SourceSpec, TargetsSpec, TeacherSpec
+from raydistil.tokens import TokenStore
 
 SEED = 3  # of the sources in `sources`
 
@@ -34,7 +35,7 @@ def teacher_of(
 def with_cache(source: SourceSpec, teacher: TeacherSpec, root: Path) -> SourceSpec:
     """`source` with the place of its targets, which need not be there yet."""
     shape = shape_of(teacher.model, "teacher.model")
-    classes = shape.num_labels if teacher.task == "classification" else shape.vocab_size
+    classes = num_logits(teacher.task, shape.num_labels, shape, max(TokenStore(source.store).lengths(source.split)))
     masked = source.masking.share if source.masking else 0
     sizes = sizes_of(teacher.task, teacher.targets, masked, shape.hidden_size, classes)
     return replace(source, caches=(cache_spec(root, inputs_of(teacher, source), teacher.targets, source, sizes),))

@@ -9,21 +9,21 @@ import pytest
 from raydistil.config import CorpusConfig
 from raydistil.corpus import open_corpus
 from raydistil.errors import DataError
-from raydistil.types import TextRow
+from raydistil.types import Content, TextRow
 
 
-def read(source: Path | str, labelled: bool = False, **keys: Any) -> list[TextRow]:
-    return list(open_corpus(CorpusConfig(source=str(source), **keys), labelled).rows())
+def read(source: Path | str, content: Content = "blocks", **keys: Any) -> list[TextRow]:
+    return list(open_corpus(CorpusConfig(source=str(source), **keys), content).rows())
 
 
 def fingerprint(source: Path | str, **keys: Any) -> str:
-    return open_corpus(CorpusConfig(source=str(source), **keys), labelled=False).fingerprint
+    return open_corpus(CorpusConfig(source=str(source), **keys), "blocks").fingerprint
 
 
-def complaint(source: Path | str, labelled: bool = False, **keys: Any) -> str:
+def complaint(source: Path | str, content: Content = "blocks", **keys: Any) -> str:
     """What is said of a bad corpus, on its one line."""
     with pytest.raises(DataError) as caught:
-        read(source, labelled, **keys)
+        read(source, content, **keys)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 

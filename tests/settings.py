@@ -26,10 +26,11 @@ DEFINING: dict[str, Any] = {
     "seed": 7, "task": "mlm",
     "corpus.source": "others.csv", "corpus.validation_source": "v.csv", "corpus.test_source": "t.csv",
     "corpus.validation_share": 0.25, "corpus.test_share": 0.5, "corpus.text_column": "body",
-    "corpus.label_column": "kind", "corpus.hub_config": "20231101.en", "corpus.libraries": ["json", "email"],
-    "corpus.labelled_share": 0.5,
+    "corpus.label_column": "kind", "corpus.context_column": "page", "corpus.hub_config": "20231101.en",
+    "corpus.libraries": ["json", "email"], "corpus.labelled_share": 0.5,
     "corpus.max_bad_rows": 1, "corpus.max_rows": 10, "corpus.max_rows_per_label": 11, "corpus.max_rows_per_module": 12,
-    "tokens.length": 64, "tokens.buckets": [16, 32], "tokens.min_tokens": 3, "tokens.max_unknown_share": 0.5,
+    "tokens.length": 64, "tokens.buckets": [16, 32], "tokens.stride": 16, "tokens.min_tokens": 3,
+    "tokens.max_unknown_share": 0.5,
     "masking.kind": "frequency", "masking.share": 0.3, "masking.smoothing": 0.5,
     "teacher.model": "another", "teacher.precision": "bfloat16", "teacher.weight": 2.0,
     "ensemble": [{"model": "third", "weight": 0.5}],
@@ -87,6 +88,7 @@ NEEDED: dict[str, dict[str, Any]] = {  # keys that make no sense alone
     "distill.loss.triplet.largest_margin": {"distill.loss.triplet.guided": True},
     "distill.targets.top_k": {"distill.targets.codec": "topk"},
     "distill.targets.num_draws": {"distill.targets.codec": "sampled"},
+    "tokens.stride": {"task": "question_answering"}, "corpus.context_column": {"task": "question_answering"},
     "teacher.weight": {"ensemble": [{"model": "third"}]},
 }  # fmt: skip
 

@@ -19,17 +19,17 @@ CLUSTER = ClusterConfig()
 
 def mlm_source(folder: Path, teacher: str, rows: int = 240, epochs: int = 2) -> SourceSpec:
     path = write_jsonl(folder / "corpus.jsonl", sentences(rows))
-    corpus = open_corpus(CorpusConfig(source=str(path)), labelled=False)
-    store = build_store(corpus, load_tokenizer(teacher), TokensConfig(length=32), labelled=False)
+    corpus = open_corpus(CorpusConfig(source=str(path)), "blocks")
+    store = build_store(corpus, load_tokenizer(teacher), TokensConfig(length=32), "blocks")
     manifest = Manifest(TokenStore(store).bucket_rows("train"), epochs, 8, seed=3)
     return SourceSpec(store, "train", manifest, MaskingConfig())
 
 
 def class_source(folder: Path, teacher: str) -> SourceSpec:
     path = write_jsonl(folder / "labelled.jsonl", sentences(240))
-    corpus = open_corpus(CorpusConfig(source=str(path)), labelled=True)
+    corpus = open_corpus(CorpusConfig(source=str(path)), "classes")
     tokens = TokensConfig(length=48, buckets=(16, 32))
-    store = build_store(corpus, load_tokenizer(teacher), tokens, labelled=True)
+    store = build_store(corpus, load_tokenizer(teacher), tokens, "classes")
     manifest = Manifest(TokenStore(store).bucket_rows("train"), 1, 8, seed=3)
     return SourceSpec(store, "train", manifest, None)
 

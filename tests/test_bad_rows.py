@@ -15,7 +15,7 @@ from raydistil.errors import DataError
 
 def notes_of(path: Path, **config: Any) -> tuple[list[str], tuple[str, ...]]:
     """(texts, what is said of what was left out)."""
-    corpus = open_corpus(CorpusConfig(source=str(path), **config), labelled=False)
+    corpus = open_corpus(CorpusConfig(source=str(path), **config), "blocks")
     return texts(list(corpus.rows())), corpus.left_out()
 
 

@@ -191,7 +191,7 @@ def test_a_stage_the_configuration_says_nothing_of(capfd: pytest.CaptureFixture[
 
 def test_a_labelled_share_is_of_classes(capfd: pytest.CaptureFixture[str], config: Path) -> None:
     overrides = ["--set", "task=mlm", "--set", "corpus.labelled_share=0.5"]
-    assert "corpus.labelled_share is of task classification" in complaint(capfd, "check", str(config), *overrides)
+    assert "corpus.labelled_share is of labelled texts" in complaint(capfd, "check", str(config), *overrides)
 
 
 def test_check_names_a_head_that_does_not_fit_the_data(

@@ -24,7 +24,7 @@ from raydistil.attention import attention_of
 from raydistil.config.loss import LossConfig
 from raydistil.config.targets import TargetsConfig
 from raydistil.errors import ModelError
-from raydistil.models import HeadedEncoder, load_model, on_device, positions_on, vocabulary_head
+from raydistil.models import HeadedEncoder, load_model, on_device, vocabulary_head
 from raydistil.places import compared_places
 from raydistil.source import MicroBatches
 from raydistil.specs import TargetsSpec, TeacherSpec
@@ -70,7 +70,7 @@ def test_a_block_gives_what_its_documents_give_alone(tmp_path: Path, family: str
     model.set_attn_implementation(attention)
     encoder = HeadedEncoder(model, "clm", "float32")
     with torch.no_grad():
-        states, _ = encoder(*on_device(batch, CPU), ALL_STATES, positions_on(batch, CPU))
+        states, _ = encoder(on_device(batch, CPU), ALL_STATES)
         alone = [model(input_ids=ids[None], output_hidden_states=True) for ids in documents(batch)]
     assert len(alone) > 2 * len(batch.lengths_B)
     for n in ALL_STATES:

@@ -101,7 +101,7 @@ def test_a_typo_of_a_required_key_is_named_before_the_missing_key(tmp_path: Path
         ("cluster.teachers", [2, 1], "cluster.teachers: expected the fewest, then the most, got [2, 1]"),
         ("cluster.teachers", [1, 2, 3], "cluster.teachers: "),
         ("distill.betas", [0.9, 1.0], "distill.betas.1: input should be less than 1, got 1.0"),
-        ("task", "qa", "task: input should be 'classification', 'regression', 'mlm' or 'clm', got 'qa'"),
+        ("task", "qa", "task: input should be 'classification', 'regression', 'token_classification', "),
         ("tokens.buckets", [128], "tokens.buckets must lie below tokens.length = 128"),
         (
             "distill.micro_batch_tokens",

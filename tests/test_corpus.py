@@ -24,7 +24,7 @@ from raydistil.types import TextRow
 def test_jsonl_rows_have_text_label_and_place(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "one", "label": "a"}\n\n{"text": "two", "label": 2}\n')
-    rows = read(path, labelled=True, validation_share=0, test_share=0)
+    rows = read(path, "classes", validation_share=0, test_share=0)
     assert rows == [TextRow("one", "a", f"{path}:1", "train"), TextRow("two", "2", f"{path}:3", "train")]
     assert [row.label for row in read(path)] == [None, None]
 
@@ -52,14 +52,14 @@ def test_a_bad_line_of_jsonl_is_named(tmp_path: Path, line: bytes, expected: str
 def test_numbers_of_a_column_that_lacks_some_are_classes(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"text": ["a", "b", "c"], "label": [1.0, None, float("nan")]}), path)
-    assert [row.label for row in read(path, labelled=True)] == ["1", None, None]
+    assert [row.label for row in read(path, "classes")] == ["1", None, None]
 
 
 @pytest.mark.parametrize("value", [1.5, ["a"], {}])
 def test_a_label_is_text_or_a_whole_number(tmp_path: Path, value: Any) -> None:
     path = jsonl(tmp_path / "x.jsonl", {"text": "one", "label": "a"}, {"text": "two", "label": value})
     expected = f"{path}:2: expected a class as text or whole number, or null, got {value!r}: mend the row"
-    assert complaint(path, labelled=True) == expected
+    assert complaint(path, "classes") == expected
 
 
 def test_a_row_may_lack_its_label(tmp_path: Path) -> None:
@@ -67,13 +67,13 @@ def test_a_row_may_lack_its_label(tmp_path: Path) -> None:
     table = tmp_path / "x.csv"
     table.write_text("text,label\none,\ntwo,\n")
     for source in (path, table):
-        assert [row.label for row in read(source, labelled=True)] == [None, None]
+        assert [row.label for row in read(source, "classes")] == [None, None]
 
 
 def test_csv_keeps_newlines_in_quotes_and_numbers_the_rows(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_text('\ntext,label\n"one\ntwo",a\n\n"say ""hi"", you",b\n')
-    rows = read(path, labelled=True)
+    rows = read(path, "classes")
     assert [(row.text, row.label, row.source) for row in rows] == [
         ("one\ntwo", "a", f"{path}:3"),
         ('say "hi", you', "b", f"{path}:6"),
@@ -109,7 +109,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
 def test_parquet_rows(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"text": [f"text {n}" for n in range(2500)], "label": list(range(2500))}), path)
-    rows = read(path, labelled=True)
+    rows = read(path, "classes")
     assert [(row.text, row.label, row.source) for row in rows] == [
         (f"text {n}", str(n), f"{path}:{n + 1}") for n in range(2500)
     ]
@@ -156,21 +156,21 @@ def test_a_missing_file_an_empty_one_and_one_of_no_known_kind(tmp_path: Path) ->
 
 def test_guessed_columns_are_noted_and_named_ones_are_not(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", {"title": "t", "review": "good", "category": "a"})
-    corpus = open_corpus(CorpusConfig(source=str(path)), labelled=True)
+    corpus = open_corpus(CorpusConfig(source=str(path)), "classes")
     assert corpus.notes == (
         "text column guessed: 'review' (corpus.text_column names another)",
         "label column guessed: 'category' (corpus.label_column names another)",
     )
     named = CorpusConfig(source=str(path), text_column="title", label_column="review")
-    assert open_corpus(named, labelled=True).notes == ()
-    assert [(row.text, row.label) for row in open_corpus(named, labelled=True).rows()] == [("t", "good")]
+    assert open_corpus(named, "classes").notes == ()
+    assert [(row.text, row.label) for row in open_corpus(named, "classes").rows()] == [("t", "good")]
 
 
 def test_no_column_to_guess_and_a_named_one_that_is_not_there(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", {"title": "t", "stars": 5})
     assert complaint(path).startswith(f"{path}:1: expected a text column (text, sentence, ")
     assert complaint(path).endswith("found title, stars: name it with corpus.text_column")
-    assert "name it with corpus.label_column" in complaint(path, labelled=True, text_column="title")
+    assert "name it with corpus.label_column" in complaint(path, "classes", text_column="title")
     assert complaint(path, text_column="body").startswith(f"{path}:1: expected the text column 'body', found title")
 
 
@@ -188,7 +188,7 @@ def test_only_training_rows_lose_their_label_and_a_larger_share_keeps_them(share
 
 def test_the_labelled_share_is_a_share(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", *({"text": f"t{n}", "label": "ab"[n % 2]} for n in range(2000)))
-    every, some = (read(path, labelled=True, labelled_share=share) for share in (1.0, 0.25))
+    every, some = (read(path, "classes", labelled_share=share) for share in (1.0, 0.25))
     assert texts(every) == texts(some)
     train = [row for row in some if row.split == "train"]
     labelled = sum(row.label is not None for row in train)
@@ -200,9 +200,9 @@ def test_the_labelled_share_is_a_share(tmp_path: Path) -> None:
 def test_caps_on_all_rows_and_on_each_label(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", *({"text": f"t{n}", "label": "ab"[n % 2]} for n in range(20)))
     assert texts(read(path, max_rows=3)) == ["t0", "t1", "t2"]
-    rows = read(path, labelled=True, max_rows_per_label=2)
+    rows = read(path, "classes", max_rows_per_label=2)
     assert [(row.text, row.label) for row in rows] == [("t0", "a"), ("t1", "b"), ("t2", "a"), ("t3", "b")]
-    assert len(read(path, labelled=True, max_rows_per_label=9, max_rows=4)) == 4
+    assert len(read(path, "classes", max_rows_per_label=9, max_rows=4)) == 4
 
 
 def test_sources_of_their_own_make_their_splits(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_the_fingerprint_knows_which_file_holds_a_row(tmp_path: Path) -> None:
 
 def test_rows_can_be_read_again(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", *({"text": f"t{n}"} for n in range(9)))
-    corpus = open_corpus(CorpusConfig(source=str(path), max_rows=5), labelled=False)
+    corpus = open_corpus(CorpusConfig(source=str(path), max_rows=5), "blocks")
     assert list(corpus.rows()) == list(corpus.rows())
     assert len(list(corpus.rows())) == 5
 
@@ -303,7 +303,7 @@ def test_a_data_set_with_a_test_split_keeps_its_training_rows(tmp_path: Path, hu
     folder.mkdir()
     jsonl(folder / "train.jsonl", *({"text": f"train {n}", "label": n % 2} for n in range(60)))
     jsonl(folder / "test.jsonl", *({"text": f"test {n}", "label": n % 2} for n in range(5)))
-    rows = read(folder, labelled=True, test_share=0.5, validation_share=0.3)
+    rows = read(folder, "classes", test_share=0.5, validation_share=0.3)
     assert {row.text for row in rows if row.split == "test"} == {f"test {n}" for n in range(5)}
     assert len(rows) == 65
     assert {row.split for row in rows} == {"train", "validation", "test"}
@@ -318,7 +318,7 @@ def test_minus_1_of_a_named_class_is_no_label(tmp_path: Path, hub_cache: None) -
     for split, labels in (("train", [0, -1]), ("test", [-1, -1]), ("validation", [1, 0])):
         rows = {"text": [f"{split} {n}" for n in range(2)], "label": labels}
         datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "set" / f"{split}.parquet")
-    opened = open_corpus(CorpusConfig(source=str(tmp_path / "set"), validation_share=0), labelled=True)
+    opened = open_corpus(CorpusConfig(source=str(tmp_path / "set"), validation_share=0), "classes")
     assert [(row.text, row.label, row.split) for row in opened.rows()] == [
         ("train 0", "0", "train"), ("train 1", None, "train"),
         ("validation 0", "1", "test"), ("validation 1", "0", "test"),
@@ -335,12 +335,12 @@ def test_a_data_set_without_labels_is_for_a_teacher_that_needs_none(
     for split in ("train", "validation", "test"):
         jsonl(folder / f"{split}.jsonl", {"text": f"{split} text"})
     config = CorpusConfig(source=str(folder))
-    opened = open_corpus(config, True, numbers, needed=False)
+    opened = open_corpus(config, "numbers" if numbers else "classes", needed=False)
     assert [(row.text, row.label) for row in opened.rows()] == [
         (f"{split} text", None) for split in ("train", "validation", "test")
     ]
     if not numbers:
-        assert "expected a label column" in complaint(folder, labelled=True)
+        assert "expected a label column" in complaint(folder, "classes")
 
 
 def test_a_data_set_without_training_rows(tmp_path: Path, hub_cache: None) -> None:
@@ -354,7 +354,7 @@ def test_a_data_set_without_training_rows(tmp_path: Path, hub_cache: None) -> No
 def test_a_label_after_a_first_row_without_one_is_named(tmp_path: Path, label: float | None) -> None:
     """Where a teacher could do without: the others would be left out in silence."""
     path = jsonl(tmp_path / "x.jsonl", {"text": "one"}, {"text": "two", "score": label})
-    opened = open_corpus(CorpusConfig(source=str(path)), True, True, needed=False)
+    opened = open_corpus(CorpusConfig(source=str(path)), "numbers", needed=False)
     with pytest.raises(DataError, match=r"x.jsonl:2: expected no label, as in the first row, found the column 'score'"):
         list(opened.rows())
     assert [row.label for row in read(path)] == [None, None]

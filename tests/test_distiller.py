@@ -9,6 +9,7 @@ import torch
 
 from raydistil.config.loss import LossConfig
 from raydistil.distiller import Distiller
+from raydistil.heads import Inputs
 from raydistil.layers import plan_layers
 from raydistil.losses import LossOutputs, weights_at
 from raydistil.models import HeadedEncoder
@@ -27,7 +28,7 @@ def out_of(precision: Precision, **loss: Any) -> tuple[LossOutputs, Distiller]:
     teacher, student = (tiny.model(tiny.FAMILIES["bert"], "mlm", seed) for seed in (0, 1))
     layers = plan_layers(config, "mlm", True, 6, 6)
     with torch.no_grad():
-        states, _ = HeadedEncoder(teacher, "mlm", "float32")(*tiny.ids(), layers.teacher_states)
+        states, _ = HeadedEncoder(teacher, "mlm", "float32")(Inputs(*tiny.ids()), layers.teacher_states)
     distiller = Distiller(HeadedEncoder(student, "mlm", precision), config, layers, 0, teacher)
     return distiller(batch, TeacherTargets(states, None), weights_at(config, 0.0)), distiller
 

@@ -20,10 +20,12 @@ from raydistil.places import compared_places
 from raydistil.source import MicroBatches
 from raydistil.specs import SourceSpec
 from raydistil.tokens import TokenStore, build_store
-from raydistil.types import IGNORE, TextRow, TokenBatch
+from raydistil.types import IGNORE, Content, TextRow, TokenBatch
 
 X = IGNORE
 Rows = list[tuple[list[int], list[int]]]  # (real tokens, 1 where a document begins)
+
+KINDS: tuple[Content, ...] = ("blocks", "documents")
 
 
 def corpus(texts: list[str]) -> Corpus:
@@ -33,10 +35,10 @@ def corpus(texts: list[str]) -> Corpus:
 
 def stored(texts: list[str], length: int, with_bos: bool) -> tuple[TokenStore, Rows]:
     config = TokensConfig(length=length)
-    store = TokenStore(build_store(corpus(texts), decoders.tokenizer(with_bos), config, False, documents=True))
+    store = TokenStore(build_store(corpus(texts), decoders.tokenizer(with_bos), config, "documents"))
     (count,) = store.bucket_rows("train")
     ids, lengths, _ = store.read("train", 0, np.arange(count))
-    starts = store.starts("train", 0, np.arange(count))
+    starts = store.extra("train", 0, np.arange(count), "starts")
     assert all(row[real:].all() for row, real in zip(starts, lengths, strict=True))
     return store, [(i[:n].tolist(), s[:n].tolist()) for i, s, n in zip(ids, starts, lengths, strict=True)]
 
@@ -74,14 +76,14 @@ def test_a_block_by_hand() -> None:
 def test_stores_of_both_kinds_lie_apart() -> None:
     texts, tokenizer = corpus(["aa ae"]), tiny.tokenizer()
     tokenizer.eos_token = "[SEP]"
-    blocks, documents = (build_store(texts, tokenizer, TokensConfig(length=8), False, kind) for kind in (False, True))
+    blocks, documents = (build_store(texts, tokenizer, TokensConfig(length=8), kind) for kind in KINDS)
     assert blocks != documents
-    assert [TokenStore(path).meta.documents for path in (blocks, documents)] == [False, True]
+    assert tuple(TokenStore(path).meta.content for path in (blocks, documents)) == KINDS
 
 
 def test_an_encoders_tokenizer_has_no_end() -> None:
     with pytest.raises(ModelError, match="expected a decoder's tokenizer, with an eos token"):
-        build_store(corpus(["aa"]), tiny.tokenizer(), TokensConfig(length=8), False, documents=True)
+        build_store(corpus(["aa"]), tiny.tokenizer(), TokensConfig(length=8), "documents")
 
 
 # ---- positions and labels

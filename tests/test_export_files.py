@@ -23,8 +23,9 @@ from raydistil.errors import ExportError, StorageError
 from raydistil.export import MOST_LOST, ONNX, formats_of
 from raydistil.export.measure import difference, padded, real_rows
 from raydistil.export.onnx import OPSET, OnnxModel, to_int8, to_onnx
+from raydistil.heads import Inputs
 from raydistil.models import HeadedEncoder
-from raydistil.types import Format, TokenBatch
+from raydistil.types import Format, Task, TokenBatch
 
 WHOLE: tuple[Format, ...] = ("hf", "onnx", "int8")
 
@@ -44,8 +45,9 @@ def exported(run_dir: Path) -> dict[str, Any]:
     return pipeline.export_run(run_dir, WHOLE, True, quiet)
 
 
-def logits(path: Path, ids: torch.Tensor, mask: torch.Tensor) -> np.ndarray[Any, Any]:
-    return OnnxModel(path, 1, True).logits(ids.numpy(), mask.long().numpy())
+def logits(path: Path, task: Task, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    (made,) = OnnxModel(path, 1, task).outputs(Inputs(ids, mask))
+    return made
 
 
 # ---- the files
@@ -63,12 +65,12 @@ def logits(path: Path, ids: torch.Tensor, mask: torch.Tensor) -> np.ndarray[Any,
 )
 def test_a_file_says_what_its_model_says_for_any_batch_and_length(tmp_path: Path, family: str, task: Any) -> None:
     model = tiny.model(tiny.FAMILIES[family], task)
-    to_onnx(model, tmp_path / "model.onnx")
+    to_onnx(model, task, tmp_path / "model.onnx")
     for rows, length in ((1, 1), (2, 9), (5, 20)):
         ids_BL, mask_BL = tiny.ids(rows, length) if length > 3 else (torch.full((1, 1), 7), torch.ones(1, 1).bool())
         with torch.inference_mode():
             expected = model(input_ids=ids_BL, attention_mask=mask_BL).logits
-        made = torch.from_numpy(logits(tmp_path / "model.onnx", ids_BL, mask_BL))
+        made = logits(tmp_path / "model.onnx", task, ids_BL, mask_BL)
         where = mask_BL if task == "mlm" else slice(None)
         torch.testing.assert_close(made[where], expected[where], atol=1e-4, rtol=1e-4)
 
@@ -83,7 +85,7 @@ def test_an_operation_that_onnx_lacks_is_named(tmp_path: Path) -> None:
             return SimpleNamespace(logits=torch.special.bessel_j0(input_ids.float()))
 
     with pytest.raises(ExportError, match=r"expected a model that ONNX can say, Odd is none \(.*bessel_j0.*\): export"):
-        to_onnx(Odd(), tmp_path / "model.onnx")  # type: ignore[arg-type]
+        to_onnx(Odd(), "classification", tmp_path / "model.onnx")  # type: ignore[arg-type]
     assert not (tmp_path / "model.onnx").exists()
 
 
@@ -101,7 +103,7 @@ def test_a_file_is_one_that_runtimes_in_browsers_take(exported: dict[str, Any]) 
 @pytest.mark.slow
 def test_embeddings_and_matrices_are_in_eight_bits(tmp_path: Path) -> None:
     """What is left in 32: norms, biases and scales."""
-    to_onnx(tiny.model(tiny.FAMILIES["bert"], "classification"), tmp_path / "model.onnx")
+    to_onnx(tiny.model(tiny.FAMILIES["bert"], "classification"), "classification", tmp_path / "model.onnx")
     to_int8(tmp_path / "model.onnx", tmp_path / "int8.onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["int8.onnx", "model.onnx"]
     proto = onnx.load(str(tmp_path / "int8.onnx"))
@@ -244,7 +246,7 @@ def test_rows_are_real_ones_without_their_padding(exported: dict[str, Any], run_
     run = pipeline.prepare(exporting.run_config(run_dir), quiet)
     rows = real_rows(exporting._spec(run), 7)
     assert len(rows) == 7 and all(row.input_ids_BL.shape == (1, row.lengths_B[0]) for row in rows)
-    ids_BL, mask_BL = padded(rows)
+    ids_BL, mask_BL, *_ = padded(rows)
     assert ids_BL.shape == mask_BL.shape == (7, max(row.lengths_B[0] for row in rows))
     assert mask_BL.sum() == sum(row.lengths_B[0] for row in rows)
     assert all((ids_BL[n][mask_BL[n]].numpy() == row.input_ids_BL[0]).all() for n, row in enumerate(rows))

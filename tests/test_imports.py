@@ -12,11 +12,11 @@ import raydistil
 
 ORDER = (
     "errors", "types", "processor", "config", "layers", "storage", "raylet", "corpus", "manifest", "steps",
-    "checkpoint", "masking", "augment", "documents", "places", "packing", "tokens", "warm", "specs", "models",
+    "checkpoint", "masking", "augment", "documents", "places", "packing", "tokens", "warm", "specs", "heads", "models",
     "roofline", "size", "codecs", "targets", "ensemble", "wire", "cache", "source", "plan", "turns", "losses",
     "attention", "distiller", "partitioned", "student", "optim", "teacher", "pace", "payload", "stream", "fill",
     "trace", "tally", "progress", "report", "resume", "saving", "worker", "processes", "cluster", "rundir",
-    "chain", "elastic", "train", "evaluate", "prune", "prepare", "export", "stages", "pipeline", "probe",
+    "chain", "elastic", "train", "scores", "evaluate", "prune", "prepare", "export", "stages", "pipeline", "probe",
     "check", "doctor", "tables", "serve", "bench", "cli", "__main__",
 )  # fmt: skip
 ROOT = Path(raydistil.__file__).parent

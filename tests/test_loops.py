@@ -39,7 +39,7 @@ def test_every_loop_has_the_losses_of_the_published_one(planned: TrainRun, one_t
     (batch,) = made = batches(planned, 1)
     assert batch.labels_BL is not None
     student, teacher = (load_model(model, "mlm") for model in (planned.worker.init, planned.worker.teachers[0].model))
-    ids_BL, mask_BL = on_device(batch, torch.device("cpu"))
+    ids_BL, mask_BL, *_ = on_device(batch, torch.device("cpu"))
     labels_BL = torch.from_numpy(batch.labels_BL.astype(np.int64))
     asked = {"input_ids": ids_BL, "attention_mask": mask_BL, "output_hidden_states": True}
     with torch.no_grad():

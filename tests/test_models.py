@@ -24,6 +24,7 @@ from transformers import (
 
 from raydistil.attention import attention_of
 from raydistil.errors import ModelError
+from raydistil.heads import Inputs
 from raydistil.models import (
     HeadedEncoder,
     load_model,
@@ -189,7 +190,7 @@ def test_the_head_at_some_tokens_is_the_model_at_those_tokens(family: str) -> No
     ids_BL, mask_BL = tiny.ids()
     at_T = torch.arange(int(mask_BL.sum())) % 3 == 0
     with torch.no_grad():
-        states, none = encoder(ids_BL, mask_BL, (0, 2, 6))
+        states, none = encoder(Inputs(ids_BL, mask_BL), (0, 2, 6))
         out = model(input_ids=ids_BL, attention_mask=mask_BL, output_hidden_states=True)
         logits_NV = encoder.vocabulary_logits(states[6][at_T])
     assert none is None
@@ -213,7 +214,7 @@ def test_queries_keys_and_values_are_those_of_the_layer(family: str) -> None:
     for name, part in layer.named_modules():
         part.register_forward_hook(lambda _, given, out, name=name: keep(name, out))
     with torch.no_grad():
-        states, _ = HeadedEncoder(model, "mlm", "float32")(ids_BL, mask_BL, (3,))
+        states, _ = HeadedEncoder(model, "mlm", "float32")(Inputs(ids_BL, mask_BL), (3,))
         during = dict(made)
         attention = attention_of(model, 4, states[3])
     three = (attention.queries_TD, attention.keys_TD, attention.values_TD)
@@ -243,7 +244,7 @@ def test_class_logits_and_hidden_states_without_padding(family: str) -> None:
     encoder = HeadedEncoder(model, "classification", "float32")
     last = encoder.num_layers
     with torch.no_grad():
-        states, logits_BC = encoder(ids_BL, mask_BL, (last,))
+        states, logits_BC = encoder(Inputs(ids_BL, mask_BL), (last,))
         out = model(input_ids=ids_BL, attention_mask=mask_BL)
         encoded = model.base_model(input_ids=ids_BL, attention_mask=mask_BL)
     assert torch.equal(logits_BC, out.logits)
@@ -255,9 +256,9 @@ def test_padding_changes_nothing() -> None:
     model = HeadedEncoder(tiny.model(tiny.FAMILIES["bert"], "mlm"), "mlm", "float32")
     ids_BL, mask_BL = tiny.ids()
     with torch.no_grad():
-        before, _ = model(ids_BL, mask_BL, (6,))
+        before, _ = model(Inputs(ids_BL, mask_BL), (6,))
         ids_BL[~mask_BL] = 7
-        after, _ = model(ids_BL, mask_BL, (6,))
+        after, _ = model(Inputs(ids_BL, mask_BL), (6,))
     assert torch.allclose(before[6], after[6], atol=1e-6)
 
 
@@ -266,7 +267,7 @@ def test_bfloat16_is_of_the_products_alone() -> None:
     ids_BL, mask_BL = tiny.ids()
     with torch.no_grad():
         exact, rough = (
-            HeadedEncoder(model, "classification", precision)(ids_BL, mask_BL, (6,))
+            HeadedEncoder(model, "classification", precision)(Inputs(ids_BL, mask_BL), (6,))
             for precision in ("float32", "bfloat16")
         )
     for a, b in ((exact[0][6], rough[0][6]), (exact[1], rough[1])):
@@ -279,7 +280,7 @@ def test_bfloat16_is_of_the_products_alone() -> None:
 def test_a_micro_batch_on_its_device() -> None:
     ids = np.array([[2, 9, 3, 0], [2, 3, 0, 0]], np.int32)
     batch = TokenBatch(0, ids, np.array([3, 2], np.int32), np.array([0, 1], np.int32), None, 2, np.arange(2))
-    ids_BL, mask_BL = on_device(batch, torch.device("cpu"))
+    ids_BL, mask_BL, *_ = on_device(batch, torch.device("cpu"))
     assert ids_BL.dtype == torch.int64
     assert ids_BL.tolist() == ids.tolist()
     assert mask_BL.tolist() == [[True, True, True, False], [True, True, False, False]]

@@ -15,10 +15,10 @@ from transformers import BertConfig
 
 from raydistil.config.loss import LossConfig
 from raydistil.distiller import Distiller
-from raydistil.evaluate import correlation, ranks, spearman
 from raydistil.layers import plan_layers
 from raydistil.losses import LossInputs, kd_and_task, weights_at
 from raydistil.models import HeadedEncoder
+from raydistil.scores import correlation, ranks, spearman
 from raydistil.types import TeacherTargets, TokenBatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")

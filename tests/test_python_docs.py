@@ -54,7 +54,7 @@ def many(modules: int, each: int = 3) -> dict[str, str]:
 
 
 def docs(**keys: Any) -> list[TextRow]:
-    return read("python-docs", labelled=True, **keys)
+    return read("python-docs", "classes", **keys)
 
 
 SAMPLE = '''
@@ -112,9 +112,9 @@ def test_a_link_to_nowhere_is_no_file(library: Library) -> None:
 
 def test_rows_are_the_same_twice_and_from_the_cache(library: Library, tmp_path: Path) -> None:
     library(many(12))
-    first = open_corpus(CorpusConfig(source="python-docs"), labelled=True)
+    first = open_corpus(CorpusConfig(source="python-docs"), "classes")
     kept = list((tmp_path / "cache" / "corpus").iterdir())
-    second = open_corpus(CorpusConfig(source="python-docs"), labelled=True)
+    second = open_corpus(CorpusConfig(source="python-docs"), "classes")
     assert len(kept) == 1
     assert list(first.rows()) == list(second.rows()) == list(first.rows())
     assert first.fingerprint == second.fingerprint
@@ -186,10 +186,10 @@ def test_only_the_libraries_asked_for(library: Library) -> None:
 def test_the_cache_is_left_when_a_file_changes(library: Library) -> None:
     root = library(many(6))
     config = CorpusConfig(source="python-docs")
-    before = open_corpus(config, labelled=True)
+    before = open_corpus(config, "classes")
     changed = root / "lib_a" / "m0.py"
     changed.write_text(changed.read_text().replace("list", "tree"))
-    after = open_corpus(config, labelled=True)
+    after = open_corpus(config, "classes")
     assert after.fingerprint != before.fingerprint
     assert sum("tree" in row.text for row in after.rows()) == 3
 
@@ -200,12 +200,12 @@ def test_the_cache_stays_when_a_file_changes_that_was_not_needed(
     root = library(many(20))
     monkeypatch.setattr(python_docs, "WAVE", 4)
     config = CorpusConfig(source="python-docs", max_rows=5)
-    before = open_corpus(config, labelled=True).fingerprint
+    before = open_corpus(config, "classes").fingerprint
     (kept,) = (tmp_path / "cache" / "corpus").iterdir()
     written = (kept / "rows.parquet").stat().st_mtime_ns
     last = root / (python_docs.list_files(())[-1].module.replace(".", "/") + ".py")
     last.write_text(last.read_text().replace("list", "tree"))
-    assert open_corpus(config, labelled=True).fingerprint == before
+    assert open_corpus(config, "classes").fingerprint == before
     assert (kept / "rows.parquet").stat().st_mtime_ns == written
 
 

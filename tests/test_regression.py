@@ -35,7 +35,7 @@ from raydistil.student import build_student
 from raydistil.tables import show_report
 from raydistil.teacher import Teacher
 from raydistil.tokens import TokenStore, build_store
-from raydistil.types import Mixture, TeacherTargets, TextRow, TokenBatch
+from raydistil.types import Content, Mixture, TeacherTargets, TextRow, TokenBatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,8 +73,8 @@ def guesser(tiny_teacher: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def source_of(file: Path, teacher: str) -> SourceSpec:
-    corpus = open_corpus(CorpusConfig(source=str(file)), labelled=True, numbers=True)
-    store = build_store(corpus, load_tokenizer(teacher), TokensConfig(length=48, buckets=(16, 32)), labelled=True)
+    corpus = open_corpus(CorpusConfig(source=str(file)), "numbers")
+    store = build_store(corpus, load_tokenizer(teacher), TokensConfig(length=48, buckets=(16, 32)), "numbers")
     return SourceSpec(store, "train", Manifest(TokenStore(store).bucket_rows("train"), 1, 8, seed=3), None)
 
 
@@ -95,7 +95,7 @@ def config_for(folder: Path, teacher: str, corpus: Path | str = "rows.jsonl", /,
 
 
 def read(path: Path, **keys: Any) -> list[TextRow]:
-    return list(open_corpus(CorpusConfig(source=str(path), **keys), True, numbers=True).rows())
+    return list(open_corpus(CorpusConfig(source=str(path), **keys), "numbers").rows())
 
 
 def test_labels_are_numbers_or_missing(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_what_is_no_finite_number_is_named_by_file_and_line(tmp_path: Path, valu
 
 def test_the_installed_libraries_have_no_numbers() -> None:
     with pytest.raises(ConfigError, match="python-docs has classes and no numbers"):
-        open_corpus(CorpusConfig(source="python-docs"), True, numbers=True)
+        open_corpus(CorpusConfig(source="python-docs"), "numbers")
 
 
 def test_a_test_split_whose_numbers_are_withheld(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_a_test_split_whose_numbers_are_withheld(tmp_path: Path, monkeypatch: py
     for split, values in (("train", [0.5, -1.0]), ("validation", [4.5, -1.0]), ("test", [-1.0, -1.0])):
         rows = [{"text": f"{split} {n}", "label": value} for n, value in enumerate(values)]
         write_jsonl(tmp_path / f"{split}.jsonl", rows)  # type: ignore[arg-type]
-    corpus = open_corpus(CorpusConfig(source=str(tmp_path)), True, numbers=True)
+    corpus = open_corpus(CorpusConfig(source=str(tmp_path)), "numbers")
     found = {split: [row.label for row in corpus.rows() if row.split == split] for split in ("train", "test")}
     assert found == {"train": ["0.5", "-1.0"], "test": ["4.5", "-1.0"]}
     assert any("validation split is scored" in note for note in corpus.notes)
@@ -161,17 +161,13 @@ def test_the_store_keeps_numbers_and_nan_where_there_is_none(numbers_file: Path,
 
 def test_the_same_file_has_another_store_for_classes(tmp_path: Path, guesser: str) -> None:
     path = write_jsonl(tmp_path / "x.jsonl", [{"text": f"{n} apples", "label": str(n % 3)} for n in range(30)])
-    stores = {
-        numbers: TokenStore(
-            build_store(
-                open_corpus(CorpusConfig(source=str(path)), True, numbers), load_tokenizer(guesser), TokensConfig(),
-                labelled=True,
-            )
-        )
-        for numbers in (False, True)
-    }  # fmt: skip
-    assert stores[False].path != stores[True].path
-    assert (stores[False].meta.labels, stores[True].meta.labels) == (("0", "1", "2"), ())
+    kinds: tuple[Content, ...] = ("classes", "numbers")
+    config, tokenizer = CorpusConfig(source=str(path)), load_tokenizer(guesser)
+    classes, numbers = (
+        TokenStore(build_store(open_corpus(config, kind), tokenizer, TokensConfig(), kind)) for kind in kinds
+    )
+    assert classes.path != numbers.path
+    assert (classes.meta.labels, numbers.meta.labels) == (("0", "1", "2"), ())
 
 
 def test_a_changed_text_loses_its_number(numbers_file: Path, guesser: str) -> None:

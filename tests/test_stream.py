@@ -75,7 +75,7 @@ def test_class_targets_are_the_teachers_own(ray_cluster: None, tiny_classifier: 
     for row in rows[:5]:
         batch = wire.batch_of(row)
         given = decode_targets(targets, wire.targets_of(row)[0], batch.num_tokens, torch.device("cpu"))
-        ids_BL, mask_BL = on_device(batch, torch.device("cpu"))
+        ids_BL, mask_BL, *_ = on_device(batch, torch.device("cpu"))
         with torch.inference_mode():
             expected = model(input_ids=ids_BL, attention_mask=mask_BL).logits
         torch.testing.assert_close(given.soft_labels, expected.half())

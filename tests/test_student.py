@@ -292,7 +292,7 @@ def test_a_distilbert_is_made_of_a_bert_alone() -> None:
     config = StudentConfig(layers=(0,), family="distilbert")
     with pytest.raises(ModelError, match=r"student\.family distilbert: expected a BERT as teacher, got roberta"):
         check_student(config, tiny.FAMILIES["roberta"])
-    with pytest.raises(ModelError, match=r"expected a BERT with a masked-LM or class head as teacher, got RobertaFor"):
+    with pytest.raises(ModelError, match=r"expected a BERT with a head for a task as teacher, got RobertaFor"):
         build_student(tiny.model(tiny.FAMILIES["roberta"], "mlm"), config, "mlm")
 
 

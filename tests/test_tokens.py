@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from raydistil import tokens
 from raydistil.config import TokensConfig, digest
 from raydistil.corpus import Corpus
 from raydistil.errors import DataError, ModelError
-from raydistil.tokens import TokenStore, build_store, class_names, tokenizer_hash
-from raydistil.types import IGNORE, SPLITS, Split, TextRow
+from raydistil.tokens import TokenStore, build_store, class_names, files, tokenizer_hash
+from raydistil.types import IGNORE, SPLITS, Content, Split, TextRow
 
 FIRST_WORD = len(tiny.SPECIAL)
+CONTENTS: tuple[Content, ...] = ("blocks", "classes")
 WORD_LISTS = st.lists(st.sampled_from(tiny.WORDS), max_size=30)
 
 
@@ -61,7 +61,7 @@ def test_packing_loses_no_token_and_pads_only_the_last_block(
     tokenizer: PreTrainedTokenizerBase, texts: list[tuple[Split, list[str]]], length: int
 ) -> None:
     rows = [row(["aa"]), *(row(words, split) for split, words in texts)]
-    store = TokenStore(build_store(corpus(rows), tokenizer, TokensConfig(length=length), labelled=False))
+    store = TokenStore(build_store(corpus(rows), tokenizer, TokensConfig(length=length), "blocks"))
     for split in SPLITS:
         blocks = [block for _, block, _ in everything(store, split)]
         stream = list(chain.from_iterable(ids_of(r.text.split()) for r in rows if r.split == split))
@@ -74,7 +74,7 @@ def test_packing_loses_no_token_and_pads_only_the_last_block(
 
 def test_packed_texts_are_parted(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [row(["aa", "ae"]), row(["ai"]), row(["ao", "au", "ba", "be"]), row(["bi"])]
-    store = TokenStore(build_store(corpus(rows), tokenizer, TokensConfig(length=8), labelled=False))
+    store = TokenStore(build_store(corpus(rows), tokenizer, TokensConfig(length=8), "blocks"))
     aa = FIRST_WORD
     assert [block for _, block, _ in everything(store, "train")] == [
         [tiny.CLS, aa, aa + 1, tiny.SEP, aa + 2, tiny.SEP, aa + 3, tiny.SEP],
@@ -95,7 +95,7 @@ def test_every_example_is_whole_in_the_smallest_bucket_that_holds_it(
     examples = [(["aa"], "x"), *borders, *examples]
     config = TokensConfig(length=24, buckets=(16, 8))
     rows = [row(words, label=label) for words, label in examples]
-    store = TokenStore(build_store(corpus(rows), tokenizer, config, labelled=True))
+    store = TokenStore(build_store(corpus(rows), tokenizer, config, "classes"))
     names = sorted({label for _, label in examples})
     kept = [(ids_of(words)[:22], names.index(label)) for words, label in examples if words]
     smallest = [next(n for n in (8, 16, 24) if n >= len(ids) + 2) for ids, _ in kept]
@@ -123,7 +123,7 @@ def test_class_names_are_sorted_and_numbers_by_value(
     tokenizer: PreTrainedTokenizerBase, labels: list[str], expected: tuple[str, ...]
 ) -> None:
     rows = [row(["aa"], label=label) for label in labels]
-    store = TokenStore(build_store(corpus(rows), tokenizer, TokensConfig(), labelled=True))
+    store = TokenStore(build_store(corpus(rows), tokenizer, TokensConfig(), "classes"))
     assert store.meta.labels == expected
     assert [store.meta.labels[label] for _, _, label in everything(store, "train")] == labels
 
@@ -136,7 +136,7 @@ def test_rows_with_a_label_come_first_in_every_bucket(
     classes = [row(["aa"], label="x"), row(["ae"], label="y")]
     rows = [row(["ba"] * size, label="x" if has else None) for size, has in marks]
     config = TokensConfig(length=16, buckets=(8,))
-    store = TokenStore(build_store(corpus(classes + rows), tokenizer, config, labelled=True))
+    store = TokenStore(build_store(corpus(classes + rows), tokenizer, config, "classes"))
     assert store.meta.labels == ("x", "y")
     assert store.meta.splits["train"].labelled_rows == 2 + sum(has for _, has in marks)
     for bucket, (first, every) in enumerate(
@@ -159,7 +159,7 @@ def test_what_is_left_out_is_counted(tokenizer: PreTrainedTokenizerBase) -> None
         row(["aa", "ae"], "test"),
     ]
     config = TokensConfig(length=8, min_tokens=2, max_unknown_share=0.5)
-    store = TokenStore(build_store(corpus(rows, ("a note",)), tokenizer, config, labelled=False))
+    store = TokenStore(build_store(corpus(rows, ("a note",)), tokenizer, config, "blocks"))
     counts = store.meta.splits["train"]
     assert (counts.texts, counts.too_short, counts.too_unknown, counts.rows) == (5, 2, 1, 2)
     assert store.meta.splits["test"].rows == 1
@@ -169,7 +169,7 @@ def test_what_is_left_out_is_counted(tokenizer: PreTrainedTokenizerBase) -> None
 
 def test_the_store_knows_its_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [row(["aa", "aa", "zz"]), row(["ae"], "test")]
-    store = TokenStore(build_store(corpus(rows), tokenizer, TokensConfig(length=8), labelled=False))
+    store = TokenStore(build_store(corpus(rows), tokenizer, TokensConfig(length=8), "blocks"))
     meta = store.meta
     assert (meta.vocab_size, meta.pad_id, meta.mask_id) == (len(tokenizer), tiny.PAD, tiny.MASK)
     assert meta.special_ids == (0, 1, 2, 3, 4)
@@ -201,7 +201,7 @@ def test_a_teacher_that_calls_classes_as_the_data_does_shares_the_store(
     texts = corpus([row(["aa"], label="good"), row(["ab"], label="bad")])
 
     def name(classes: tuple[str, ...]) -> str:
-        path = build_store(texts, tokenizer, TokensConfig(), True, classes=classes)
+        path = build_store(texts, tokenizer, TokensConfig(), "classes", classes)
         assert TokenStore(path).meta.labels == (classes or ("bad", "good"))
         return path.name
 
@@ -211,22 +211,22 @@ def test_a_teacher_that_calls_classes_as_the_data_does_shares_the_store(
 
 
 @pytest.mark.parametrize(
-    ("rows", "labelled", "expected"),
+    ("rows", "content", "expected"),
     [
         ([], False, "expected texts to train on, found none (0 texts, 0 too short, 0 with too many unknown)"),
         ([row([])], False, "expected texts to train on, found none (1 texts, 1 too short"),
-        ([row(["aa"], "test")], False, "expected texts to train on, found none (0 texts"),
-        ([], True, "expected at least two classes, found no label"),
-        ([row(["aa"], label="only")], True, "expected at least two classes, found only: check the labels"),
+        ([row(["aa"], "test")], "blocks", "expected texts to train on, found none (0 texts"),
+        ([], "classes", "expected at least two classes, found no label"),
+        ([row(["aa"], label="only")], "classes", "expected at least two classes, found only: check the labels"),
     ],
 )
 def test_an_empty_corpus_is_an_error_and_leaves_no_store(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[TextRow],
-    labelled: bool, expected: str,
+    content: Content, expected: str,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("RAYDISTIL_CACHE", str(tmp_path))
     with pytest.raises(DataError) as caught:
-        build_store(corpus(rows), tokenizer, TokensConfig(), labelled)
+        build_store(corpus(rows), tokenizer, TokensConfig(), content)
     assert str(caught.value).startswith(expected)
     assert list((tmp_path / "tokens").iterdir()) == []
 
@@ -234,10 +234,10 @@ def test_an_empty_corpus_is_an_error_and_leaves_no_store(
 def test_a_tokenizer_without_cls_and_sep_is_no_encoders(tokenizer: PreTrainedTokenizerBase) -> None:
     bare = tiny.tokenizer()
     bare.cls_token = None
-    for labelled in (False, True):
+    for content in CONTENTS:
         rows = [row(["aa"], label="x"), row(["ae"], label="y")]
         with pytest.raises(ModelError, match=r"expected an encoder's tokenizer, with \[CLS\] and \[SEP\]"):
-            build_store(corpus(rows), bare, TokensConfig(), labelled)
+            build_store(corpus(rows), bare, TokensConfig(), content)
 
 
 # ---- reuse
@@ -245,14 +245,14 @@ def test_a_tokenizer_without_cls_and_sep_is_no_encoders(tokenizer: PreTrainedTok
 
 def test_the_same_inputs_give_the_same_store_unwritten(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [row(["ba", "be", "bi"])]
-    path = build_store(corpus(rows), tokenizer, TokensConfig(length=10), labelled=False)
+    path = build_store(corpus(rows), tokenizer, TokensConfig(length=10), "blocks")
     before = {file.name: (file.stat().st_mtime_ns, file.stat().st_ino) for file in path.iterdir()}
-    assert build_store(corpus(rows), tiny.tokenizer(), TokensConfig(length=10), labelled=False) == path
+    assert build_store(corpus(rows), tiny.tokenizer(), TokensConfig(length=10), "blocks") == path
     assert {file.name: (file.stat().st_mtime_ns, file.stat().st_ino) for file in path.iterdir()} == before
     others = {
-        build_store(corpus([row(["ba", "be", "bo"])]), tokenizer, TokensConfig(length=10), labelled=False),
-        build_store(corpus(rows), tokenizer, TokensConfig(length=11), labelled=False),
-        build_store(corpus(rows), tiny.tokenizer(tiny.WORDS[::-1]), TokensConfig(length=10), labelled=False),
+        build_store(corpus([row(["ba", "be", "bo"])]), tokenizer, TokensConfig(length=10), "blocks"),
+        build_store(corpus(rows), tokenizer, TokensConfig(length=11), "blocks"),
+        build_store(corpus(rows), tiny.tokenizer(tiny.WORDS[::-1]), TokensConfig(length=10), "blocks"),
     }
     assert len(others - {path}) == 3
 
@@ -275,11 +275,11 @@ def test_rows_are_read_over_the_borders_of_batches(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     monkeypatch.setenv("RAYDISTIL_CACHE", str(tmp_path))
-    monkeypatch.setattr(tokens, "ROWS_PER_BATCH", 4)
+    monkeypatch.setattr(files, "ROWS_PER_BATCH", 4)
     words = [tiny.WORDS[: 1 + n % 5] for n in range(count)]
     rows = [row(list(some), "test", "ab"[n % 2]) for n, some in enumerate(words)]
     first = [row(["aa"], label=label) for label in "ab"]
-    store = TokenStore(build_store(corpus(first + rows), tokenizer, TokensConfig(length=8), labelled=True))
+    store = TokenStore(build_store(corpus(first + rows), tokenizer, TokensConfig(length=8), "classes"))
     order = np.random.default_rng(0).permutation(np.repeat(np.arange(count), 2))
     ids, lengths, labels = store.read("test", 0, order)
     for place, number in enumerate(order):
@@ -290,7 +290,7 @@ def test_rows_are_read_over_the_borders_of_batches(
 
 
 def test_no_rows_are_read_as_none(tokenizer: PreTrainedTokenizerBase) -> None:
-    store = TokenStore(build_store(corpus([row(["aa"])]), tokenizer, TokensConfig(length=8), labelled=False))
+    store = TokenStore(build_store(corpus([row(["aa"])]), tokenizer, TokensConfig(length=8), "blocks"))
     ids, lengths, labels = store.read("train", 0, np.empty(0, np.int64))
     assert (ids.shape, lengths.shape, labels.shape) == ((0, 8), (0,), (0,))
     assert store.lengths("test") == store.bucket_rows("test") == ()

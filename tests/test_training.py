@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raydistil.config.loss import LossConfig
+from raydistil.heads import Inputs
 from raydistil.losses import LossInputs, Projection, kd_and_task
 from raydistil.losses.tied import tied
 from raydistil.models import HeadedEncoder, num_parameters, vocabulary_head
@@ -153,7 +154,7 @@ def test_a_frozen_model_says_the_same_to_the_bit(task: Any) -> None:
         encoder = HeadedEncoder(tiny.model(tiny.FAMILIES["bert"], task), task, "bfloat16")
         encoder = encoder.frozen() if frozen else encoder.eval()
         with torch.inference_mode():
-            states, said = encoder(ids_BL, mask_BL, (0, 6))
+            states, said = encoder(Inputs(ids_BL, mask_BL), (0, 6))
             outs.append(states)
             logits.append(encoder.vocabulary_logits(states[6]) if said is None else said)
     assert torch.equal(*logits)

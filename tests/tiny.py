@@ -4,8 +4,6 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
     BertConfig,
     BertTokenizer,
     ElectraConfig,
@@ -16,6 +14,7 @@ from transformers import (
     RobertaConfig,
 )
 
+from raydistil.models import LOADERS
 from raydistil.types import Task
 
 LABELS = ("argparse", "json", "re")
@@ -42,8 +41,7 @@ def tokenizer(words: tuple[str, ...] = WORDS) -> PreTrainedTokenizerBase:
 def model(config: PreTrainedConfig, task: Task, seed: int = 0) -> PreTrainedModel:
     """Random weights, all of them different from 0 and from each other's layer."""
     torch.manual_seed(seed)
-    maker = AutoModelForMaskedLM if task == "mlm" else AutoModelForSequenceClassification
-    made: PreTrainedModel = maker.from_config(config, dtype=torch.float32).eval()
+    made: PreTrainedModel = LOADERS[task].from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter += 0.1 * torch.randn_like(parameter)

@@ -95,7 +95,7 @@ class InProcess(Loop):
     def losses(self) -> tuple[Tensor, int]:
         batch = next(self._batches)
         with torch.no_grad():
-            states, _ = self._teacher(*on_device(batch, self.device), self._states)
+            states, _ = self._teacher(on_device(batch, self.device), self._states)
         loss: Tensor = self.model(batch, TeacherTargets(states, None), self._weights).loss
         return loss, batch.num_tokens
 

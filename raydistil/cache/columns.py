@@ -1,7 +1,8 @@
 """A teacher's targets as Arrow columns, one row a text, and back to the bytes of the wire.
 
 Plain Arrow types throughout, so any tool that reads Parquet reads them. T tokens of a row (padding is left out), N of
-its places with soft labels, D hidden size, C classes or vocabulary, K entries kept; one row of the table:
+its places with soft labels (what other heads than a vocabulary's say: see `heads`), D hidden size, C classes or
+vocabulary, K entries kept; one row of the table:
 
 | column          | type                                    | holds                                                 |
 |-----------------|-----------------------------------------|-------------------------------------------------------|
@@ -11,8 +12,8 @@ its places with soft labels, D hidden size, C classes or vocabulary, K entries k
 |                 | list<fixed_size_list<float>> [T, D]     | the same with `"bf16"`: exact, its zeros cost little  |
 |                 | list<fixed_size_list<uint8>> [T, D]     | the same with `"int8"`: less 128, times its scale     |
 | `state_n_scale` | list<float> [T]                         | with `"int8"`                                         |
-| `places`        | list<int32> [N]                         | which tokens the soft labels are of; not of texts     |
-| `logits`        | list<fixed_size_list<float16>> [N, C]   | codec `logits`, and classes with `hidden` (N = 1)     |
+| `places`        | list<int32> [N]                         | which tokens, of a vocabulary's soft labels           |
+| `logits`        | list<fixed_size_list<float16>> [N, C]   | codec `logits`, and other heads with `hidden`         |
 |                 | list<fixed_size_list<float>> [N, 1]     | a number with `logits` or `hidden` (N = 1)            |
 | `top_ids`       | list<fixed_size_list<ids>> [N, K]       | codec `topk`: the most probable                       |
 | `top_log_probs` | list<fixed_size_list<float16>> [N, K+1] | their log-probabilities and, last, that of all others |
@@ -34,7 +35,7 @@ from numpy.typing import NDArray
 
 from raydistil.codecs.layout import HEADER_BYTES, LOGITS, MANY, SAMPLED, TOPK, WIDE, joined, parted
 from raydistil.manifest import Ints
-from raydistil.places import compared_places
+from raydistil.places import compared_places, said_of_rows
 from raydistil.specs import TargetsSpec
 from raydistil.types import TokenBatch
 
@@ -49,7 +50,7 @@ def table_of(spec: TargetsSpec, batch: TokenBatch, rows: Ints, wire: Mapping[str
     columns |= dict(_states(spec, batch, np.frombuffer(wire["states"], np.uint8)))
     if not spec.soft_labels:
         return pa.table(columns), 0
-    places_B = np.ones(len(rows), np.int64)
+    places_B = said_of_rows(batch)
     if batch.labels_BL is not None:
         places_B, places_N = _places(spec, batch)
         columns["places"] = _ragged(pa.array(places_N), places_B)

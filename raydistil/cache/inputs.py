@@ -16,7 +16,7 @@ from raydistil.config.targets import TargetsConfig
 from raydistil.errors import ModelError
 from raydistil.models import unloadable
 from raydistil.specs import SourceSpec, TargetsSpec, TeacherSpec
-from raydistil.types import Task, labels_texts
+from raydistil.types import Task, models_language
 
 FORMAT = 1  # raise when the files or the way targets are made change
 WEIGHTS = ("*.safetensors", "*.bin", "config.json")
@@ -81,7 +81,7 @@ def _soft_labels(wanted: TargetsSpec) -> list[Any] | None:
 
 def _places(wanted: TargetsSpec, task: Task) -> list[Any] | None:
     """What decides which tokens have soft labels."""
-    if labels_texts(task) or not wanted.soft_labels:
+    if not models_language(task) or not wanted.soft_labels:
         return None
     loss = wanted.loss
     share = loss.kd_sample if loss.kd_positions == "sample" else None

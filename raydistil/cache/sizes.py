@@ -13,7 +13,7 @@ from raydistil.places import compared_share
 from raydistil.specs import CacheSpec, SourceSpec, TargetsSpec
 from raydistil.targets import soft_label_codec
 from raydistil.tokens import TokenStore
-from raydistil.types import Task, labels_texts
+from raydistil.types import Task, models_language
 
 GROUP_BYTES = 256 << 10  # the least that is read for a row
 SHARD_BYTES = 32 << 20
@@ -34,18 +34,23 @@ class Sizes:
 
 
 def sizes_of(task: Task, wanted: TargetsSpec, masked: float, width: int, classes: int) -> Sizes:
-    """`masked`: share of masked tokens; `width` of the hidden states; `classes`: of the task, or the vocabulary.
-
-    Of a regression `classes` is 1.
-    """
+    """`masked`: share of masked tokens; `width` of the hidden states; `classes`: see `num_logits`."""
     states = len(wanted.states) * bytes_per_token(width, wanted.config.states)
     if not wanted.soft_labels:
         return Sizes(ID_BYTES + states, ROW_BYTES)
     place = soft_label_codec(wanted.config).bytes_per_place(classes)
-    if labels_texts(task):
-        return Sizes(ID_BYTES + states, ROW_BYTES + place)
+    if task == "token_classification":
+        return Sizes(ID_BYTES + states + place, ROW_BYTES)
+    if not models_language(task):
+        return Sizes(ID_BYTES + states, ROW_BYTES + place * (2 if task == "question_answering" else 1))
     share = compared_share(wanted.loss, masked if task == "mlm" else 1.0)
     return Sizes(ID_BYTES + states + share * (place + ID_BYTES), ROW_BYTES)
+
+
+def num_logits(task: Task, num_labels: int, shape: Any, length: int) -> int:
+    """The C of `heads`, or the vocabulary, for a model of this configuration and rows of `length`."""
+    sizes = {"regression": 1, "question_answering": length, "embedding": shape.hidden_size}
+    return int(shape.vocab_size if models_language(task) else sizes.get(task, num_labels))
 
 
 def cache_spec(

@@ -25,7 +25,7 @@ from raydistil.config.targets import check_drawn, variants_of, what_is_drawn
 from raydistil.config.teacher import EnsembleConfig, TeacherConfig, check_ensemble
 from raydistil.config.train import DistillConfig, TrainConfig
 from raydistil.errors import ConfigError
-from raydistil.types import Format, Task, labels_texts
+from raydistil.types import Format, Task, labels_texts, models_language, takes_labels
 
 
 class CorpusConfig(Section):
@@ -38,9 +38,13 @@ class CorpusConfig(Section):
     validation_share: Share = 0.05
     test_share: Share = 0.15
     text_column: str | None = None
-    """Column that holds the text; None: guessed, and the guess is printed."""
+    """Column that holds the text, the list of words (task token_classification) or the question; None: guessed, and the
+    guess is printed."""
     label_column: str | None = None
-    """Column that holds the class or the number; None: guessed, and the guess is printed."""
+    """Column that holds the class or the number, the list of the words' classes, or the answers as SQuAD has them;
+    None: guessed, and the guess is printed."""
+    context_column: str | None = None
+    """Task question_answering: column of the text that holds the answer; None: guessed, and the guess is printed."""
     hub_config: str | None = None
     """Configuration of a hub data set, such as `20231101.en` of `wikimedia/wikipedia`."""
     labelled_share: Share = 1.0
@@ -62,6 +66,8 @@ class TokensConfig(Section):
     """Tokens of a packed block, or the longest example kept whole (longer ones are cut, and counted)."""
     buckets: tuple[Annotated[int, Field(ge=8)], ...] = ()
     """Padded lengths for labelled examples, ascending; `length` is always the last."""
+    stride: Positive | None = None
+    """Task question_answering: tokens that the windows of a long context share; None: a quarter of `length`."""
     min_tokens: Annotated[int, Field(ge=0)] = 0
     """Texts with fewer tokens are left out, and counted."""
     max_unknown_share: Share = 1.0
@@ -149,24 +155,57 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _augmented_texts_are_labelled(self) -> "Config":
-        if not labels_texts(self.task) and self.distill is not None and self.distill.augment is not None:
+        whole = labels_texts(self.task) or self.task == "embedding"
+        if not whole and self.distill is not None and self.distill.augment is not None:
             raise ValueError(
-                f"distill.augment is of task classification or regression: leave it out for task {self.task}"
+                f"distill.augment is of task classification, regression or embedding: leave it out for task {self.task}"
             )
         return self
 
     @model_validator(mode="after")
     def _labels_are_of_texts(self) -> "Config":
-        if not labels_texts(self.task) and self.corpus.labelled_share < 1:
+        if not takes_labels(self.task) and self.corpus.labelled_share < 1:
+            raise ValueError(f"corpus.labelled_share is of labelled texts: leave it out for task {self.task}")
+        return self
+
+    @model_validator(mode="after")
+    def _windows_have_room(self) -> "Config":
+        asked, least = self.task == "question_answering", 32
+        own = {"tokens.stride": self.tokens.stride, "corpus.context_column": self.corpus.context_column}
+        for key, value in own.items() if not asked else ():
+            if value is not None:
+                raise ValueError(f"{key} is of task question_answering: leave it out for task {self.task}")
+        if asked and self.tokens.length < least:
             raise ValueError(
-                f"corpus.labelled_share is of task classification or regression: leave it out for task {self.task}"
+                f"tokens.length: expected at least {least} for a question and its context, got {self.tokens.length}"
             )
+        if self.tokens.stride is not None and self.tokens.stride > self.tokens.length // 4:
+            raise ValueError(
+                f"tokens.stride: expected at most a quarter of tokens.length = {self.tokens.length}, got "
+                f"{self.tokens.stride}: lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _vectors_have_no_labels(self) -> "Config":
+        if self.task != "embedding":
+            return self
+        if self.finetune is not None:
+            raise ValueError("finetune: a teacher of task embedding is used as it came: leave [finetune] out")
+        if self.evaluate is not None and self.evaluate.no_teacher_baseline:
+            raise ValueError("evaluate.no_teacher_baseline learns from labels: leave it out for task embedding")
+        for train in self.trainings():
+            train.check_vectors()
         return self
 
     @model_validator(mode="after")
     def _numbers_are_no_classes(self) -> "Config":
         if self.task == "regression" and self.corpus.max_rows_per_label is not None:
             raise ValueError("corpus.max_rows_per_label is of classes: use corpus.max_rows for task regression")
+        if self.task in ("token_classification", "question_answering") and self.corpus.max_rows_per_label is not None:
+            raise ValueError(
+                f"corpus.max_rows_per_label is of texts' classes: use corpus.max_rows for task {self.task}"
+            )
         for train in self.trainings() if self.task == "regression" else ():
             train.check_numbers()
         return self
@@ -179,7 +218,7 @@ class Config(Section):
             train.check_sparse()
             if self.task == "clm":
                 train.loss.check_causal()
-            if labels_texts(self.task):
+            if not models_language(self.task):
                 train.loss.check_texts(self.task)
         return self
 

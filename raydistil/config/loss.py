@@ -114,7 +114,8 @@ class LossConfig(Section):
     kd: Weight = 5.0
     """Soft labels: the divergence below (Hinton et al. 2015)."""
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "mse"] = "forward_kl"
-    """`forward_kl`: T^2 KL(teacher || student). `mse`: of the logits, at no temperature; the one of task regression."""
+    """`forward_kl`: T^2 KL(teacher || student). `mse`: of the logits, at no temperature; what tasks
+    regression and embedding have."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Of `jensen_shannon`: the teacher's share of the mixture."""
@@ -190,19 +191,19 @@ class LossConfig(Section):
                 f"leave it out"
             )
 
-    def check_numbers(self) -> None:
+    def check_numbers(self, task: Task) -> None:
         """Raise ValueError for what compares distributions over classes, which a regression does not have."""
         weights = self.weights()
         if weights["kd"] and self.divergence != "mse":
             raise ValueError(
-                f"distill.loss.divergence: expected mse for task regression, got {self.divergence}: a teacher's number "
-                f"is no distribution, leave it out"
+                f"distill.loss.divergence: expected mse for task {task}, got {self.divergence}: what its teacher "
+                f"says is no distribution, set mse"
             )
         if self.label_smoothing:
-            raise ValueError("distill.loss.label_smoothing is of classes: leave it out for task regression")
+            raise ValueError(f"distill.loss.label_smoothing is of classes: leave it out for task {task}")
         for name in ("triplet", "contrastive"):
             if weights[name]:
-                raise ValueError(f"distill.loss.{name} is of classes: leave it out for task regression")
+                raise ValueError(f"distill.loss.{name} is of classes: leave it out for task {task}")
 
 
 TERMS: tuple[TermName, ...] = get_args(TermName)

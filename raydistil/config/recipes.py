@@ -27,7 +27,21 @@ _NUMBERS: Tree = {"kd": 5.0, "divergence": "mse", "task": 0.5, "cosine": 0.0, "h
 REGRESSION: Tree = {**CLASSIFICATION, "distill": {**CLASSIFICATION["distill"], "loss": _NUMBERS}}
 # DistilBERT's sum (Sanh et al. 2019, arXiv:1910.01108, and the weights of the published training): loss.triple.
 TRIPLE: Tree = {"kd": 5.0, "temperature": 2.0, "kd_positions": "all", "task": 2.0, "cosine": 1.0}
-RECIPES: dict[Task, Tree] = {"classification": CLASSIFICATION, "regression": REGRESSION, "mlm": {}}
+# Words' and answers' places do not survive augmenting.
+PLACES: Tree = {
+    **CLASSIFICATION, "distill": {name: part for name, part in CLASSIFICATION["distill"].items() if name != "augment"},
+}  # fmt: skip
+# Vectors of length 1: the mean over D of their squared distance is 2 (1 - cos) / D. The layers follow the teacher's.
+VECTORS: Tree = {
+    "distill": {
+        "epochs": 6, "lr": 3e-4, "warmup_share": 0.1, "dropout": 0.0,
+        "loss": {"kd": 1000.0, "divergence": "mse", "task": 0.0, "cosine": 0.0, "hidden": {"weight": 1.0}},
+    },
+}  # fmt: skip
+RECIPES: dict[Task, Tree] = {
+    "classification": CLASSIFICATION, "regression": REGRESSION, "token_classification": PLACES,
+    "question_answering": PLACES, "embedding": VECTORS, "mlm": {},
+}  # fmt: skip
 
 
 def over_recipe(tree: Tree) -> Tree:

@@ -7,7 +7,7 @@ from pydantic import Field
 from raydistil.config.loss import LossConfig
 from raydistil.config.section import FastPrecision, Section
 from raydistil.config.targets import TargetsConfig
-from raydistil.types import Task, labels_texts
+from raydistil.types import Task, models_language
 
 EnsembleWeight = Annotated[float, Field(gt=0)]
 
@@ -33,7 +33,7 @@ def check_ensemble(task: Task, loss: LossConfig, targets: TargetsConfig) -> None
     """Raise ValueError where the soft labels of several teachers cannot be had as one."""
     if not loss.kd:
         raise ValueError("ensemble: teachers beside the first have a say in the soft labels alone: set distill.loss.kd")
-    allowed = ("hidden", "logits", "sampled") if labels_texts(task) else ("logits", "sampled")
+    allowed = ("hidden", "logits", "sampled") if not models_language(task) else ("logits", "sampled")
     if targets.codec not in allowed:
         reason = "the tails of several teachers do not add up" if targets.codec == "topk" else "one head can be shared"
         raise ValueError(

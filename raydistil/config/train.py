@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from raydistil.config.loss import HiddenConfig, LossConfig
 from raydistil.config.section import Beta, FastPrecision, Positive, Section, Share
 from raydistil.config.targets import AugmentConfig, TargetsConfig
+from raydistil.types import Task
 
 DEFAULT_ROWS = 32
 
@@ -63,7 +64,7 @@ class GeneralConfig(Section):
 class DistillConfig(TrainConfig):
     loss: LossConfig = LossConfig()
     augment: AugmentConfig | None = None
-    """Tasks classification and regression: distil on variants of the training texts, made anew in every epoch."""
+    """Tasks of whole texts: distil on variants of the training texts, made anew in every epoch."""
     targets: TargetsConfig = TargetsConfig()
     general: GeneralConfig = GeneralConfig()
 
@@ -82,12 +83,22 @@ class DistillConfig(TrainConfig):
 
     def check_numbers(self) -> None:
         """Raise ValueError for what compares classes: a regression's soft label is the teacher's one number."""
+        self._check_plain("regression")
+        self.loss.check_numbers("regression")
+
+    def check_vectors(self) -> None:
+        """Raise ValueError for what compares classes or labels: a text's soft label is the teacher's vector."""
+        self._check_plain("embedding")
+        self.loss.check_numbers("embedding")
+        if self.loss.task:
+            raise ValueError("distill.loss.task is of labels: set it to 0 for task embedding")
+
+    def _check_plain(self, task: Task) -> None:
         if self.targets.codec in ("topk", "sampled"):
             raise ValueError(
-                f"distill.targets.codec: expected hidden or logits for task regression, got {self.targets.codec}, "
+                f"distill.targets.codec: expected hidden or logits for task {task}, got {self.targets.codec}, "
                 f"which is of many classes: leave it out"
             )
-        self.loss.check_numbers()
 
     def general_training(self) -> "DistillConfig":
         """How the general distillation is trained: as this one, but for its own keys and its loss."""

@@ -20,7 +20,7 @@ def split_of(key: str, config: CorpusConfig) -> Split:
 def with_shared_label(row: TextRow, share: float) -> TextRow:
     """`row`, without its label if it is a training row that is not in the labelled `share`."""
     hidden = row.split == "train" and _point(row.text, b"label") >= share
-    return replace(row, label=None) if hidden else row
+    return replace(row, label=None, tags=None, answers=None) if hidden else row
 
 
 def _point(key: str, purpose: bytes) -> float:

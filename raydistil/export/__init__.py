@@ -30,7 +30,7 @@ from raydistil.prepare import Prepared
 from raydistil.specs import EvaluateSpec
 from raydistil.storage import whole_directory
 from raydistil.tokens import TokenStore
-from raydistil.types import Format, Score, Split, labels_texts
+from raydistil.types import Format, Score, Split, takes_labels
 
 NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
 ONNX, INT8 = Path("onnx", "model.onnx"), Path("onnx", "model_int8.onnx")
@@ -94,7 +94,7 @@ def _files(run: Prepared, folder: Path, formats: tuple[Format, ...], force: bool
     spec = _spec(run)
     artefacts = {"hf": Artefact("hf", "torch", folder), "onnx": Artefact("onnx", "onnx", folder / ONNX)}
     (folder / ONNX.parent).mkdir()
-    to_onnx(load_model(str(folder), spec.task, spec.labels), folder / ONNX)
+    to_onnx(load_model(str(folder), spec.task, spec.labels), spec.task, folder / ONNX)
     if "int8" in formats:
         to_int8(folder / ONNX, folder / INT8)
         artefacts["int8"] = Artefact("int8", "onnx", folder / INT8)
@@ -110,7 +110,7 @@ def _spec(run: Prepared) -> EvaluateSpec:
     """On the validation rows; where there are none, on the test rows."""
     config, store = run.config, TokenStore(run.store.path)
     held_out: tuple[Split, ...] = ("validation", "test")
-    full = [split for split in held_out if sum(store.bucket_rows(split, labelled=labels_texts(config.task)))]
+    full = [split for split in held_out if sum(store.bucket_rows(split, labelled=takes_labels(config.task)))]
     if not full:
         raise ExportError(
             "expected validation rows to check what is exported on, got none: set corpus.validation_share or test_share"

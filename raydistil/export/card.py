@@ -9,7 +9,8 @@ from raydistil.types import Task
 
 PIPELINE_TAGS: dict[Task, str] = {
     "classification": "text-classification", "regression": "text-classification", "mlm": "fill-mask",
-    "clm": "text-generation",
+    "clm": "text-generation", "token_classification": "token-classification",
+    "question_answering": "question-answering", "embedding": "sentence-similarity",
 }  # fmt: skip
 
 

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 
 from raydistil.evaluate import batches
+from raydistil.heads import Inputs
 from raydistil.models import Headed, HeadedEncoder, load_model, on_device
 from raydistil.specs import EvaluateSpec
-from raydistil.types import Task, TokenBatch, labels_texts
+from raydistil.types import Task, TokenBatch
 
 Runtime = Literal["torch", "onnx"]
 ROUNDS, WARM_UP = 5, 10
@@ -53,7 +54,7 @@ def load(artefact: Artefact, task: Task, labels: tuple[str, ...], threads: int) 
     if artefact.runtime == "onnx":
         from raydistil.export.onnx import OnnxModel
 
-        return OnnxModel(artefact.path, threads, labels_texts(task))
+        return OnnxModel(artefact.path, threads, task)
     torch.set_num_threads(threads)
     return HeadedEncoder(load_model(str(artefact.path), task, labels), task, "float32").frozen()
 
@@ -67,9 +68,11 @@ def real_rows(spec: EvaluateSpec, most: int) -> list[TokenBatch]:
 def _singles(batch: TokenBatch) -> Iterator[TokenBatch]:
     for row in range(batch.num_rows):
         length = int(batch.lengths_B[row])
+        one = slice(row, row + 1)
         yield replace(
-            batch, input_ids_BL=batch.input_ids_BL[row : row + 1, :length], lengths_B=batch.lengths_B[row : row + 1],
-            labels_B=None, labels_BL=None, num_rows=1, visits_B=batch.visits_B[row : row + 1],
+            batch, input_ids_BL=batch.input_ids_BL[one, :length], lengths_B=batch.lengths_B[one], labels_B=None,
+            labels_BL=None, tags_BL=None, spans_B2=None, num_rows=1, visits_B=batch.visits_B[one],
+            contexts_B=None if batch.contexts_B is None else batch.contexts_B[one],
         )  # fmt: skip
 
 
@@ -77,23 +80,27 @@ def _singles(batch: TokenBatch) -> Iterator[TokenBatch]:
 def difference(model: Headed, reference: Headed, rows: list[TokenBatch]) -> float:
     """The largest between any two logits of the same text, in batches of mixed length; nan where one is no number."""
     groups = (padded(rows[start : start + 8]) for start in range(0, len(rows), 8))
-    worst = [(_said(model, *group) - _said(reference, *group)).abs().max() for group in groups]
+    worst = [(_said(model, group) - _said(reference, group)).abs().max() for group in groups]
     return torch.stack(worst).max().item()
 
 
-def _said(model: Headed, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
-    states, logits = model(ids_BL, mask_BL, (model.num_layers,))
+def _said(model: Headed, inputs: Inputs) -> torch.Tensor:
+    states, logits = model(inputs, (model.num_layers,))
     made: torch.Tensor = model.vocabulary_logits(states[model.num_layers]) if logits is None else logits
     return made
 
 
-def padded(rows: list[TokenBatch]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids int64, mask bool) [B, L] of the longest."""
-    lengths = np.array([row.lengths_B[0] for row in rows])
-    ids_BL = np.zeros((len(rows), int(lengths.max())), np.int64)
+def padded(rows: list[TokenBatch]) -> Inputs:
+    """Rows that are each alone, together."""
+    lengths_B = np.concatenate([row.lengths_B for row in rows])
+    ids_BL = np.zeros((len(rows), int(lengths_B.max())), np.int32)
     for line, row in zip(ids_BL, rows, strict=True):
         line[: row.lengths_B[0]] = row.input_ids_BL[0]
-    return torch.from_numpy(ids_BL), torch.from_numpy(np.arange(ids_BL.shape[1])[None] < lengths[:, None])
+    contexts = [row.contexts_B for row in rows if row.contexts_B is not None]
+    both = replace(
+        rows[0], input_ids_BL=ids_BL, lengths_B=lengths_B, contexts_B=np.concatenate(contexts) if contexts else None
+    )
+    return on_device(both, torch.device("cpu"))
 
 
 # ---- speed, each in a process of its own
@@ -137,7 +144,7 @@ def _prepare(artefact: Artefact, spec: EvaluateSpec, threads: int, rows: list[To
 
 def _run(rows: list[TokenBatch]) -> None:
     with torch.inference_mode():
-        _said(_loaded["model"], *(padded(rows) if len(rows) > 1 else on_device(rows[0], torch.device("cpu"))))
+        _said(_loaded["model"], padded(rows))
 
 
 def _latencies() -> list[float]:

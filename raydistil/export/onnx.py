@@ -12,45 +12,57 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raydistil.errors import ExportError
+from raydistil.heads import Inputs, has_types, span_logits, vectors
+from raydistil.types import Task, models_language
 
 OPSET = 18  # what onnxruntime-web knows whole
 INPUTS = ("input_ids", "attention_mask")  # int64 [B, L]
-OUTPUT = "logits"  # float32 [B, C], or [B, L, V] of a language model
+TYPES = "token_type_ids"  # of questions with their contexts, where the model has a use for them
+OUTPUTS: dict[Task, tuple[str, ...]] = {  # float32; the others: logits [B, C], or [B, L, C] of tokens
+    "question_answering": ("start_logits", "end_logits"),  # [B, L]
+    "embedding": ("token_embeddings", "sentence_embedding"),  # [B, L, D], [B, D] of length 1
+}
 INT8_OPS = ("MatMul", "Gemm", "Gather")  # with Gather the embeddings, most of a small student
 
 
+def outputs_of(task: Task) -> tuple[str, ...]:
+    return OUTPUTS.get(task, ("logits",))
+
+
 class _Headed(nn.Module):
-    """(ids, mask) -> logits."""
+    """The inputs, in the order of their names -> the outputs."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, task: Task, names: tuple[str, ...]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._task, self._names = model, task, names
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
-        return logits
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        out = self.model(**dict(zip(self._names, inputs, strict=True)))
+        if self._task == "embedding":
+            states_BLD = out.last_hidden_state
+            return states_BLD, vectors(states_BLD, inputs[1].bool(), self.model.config.pooling)
+        return tuple(getattr(out, name) for name in outputs_of(self._task))
 
 
-def to_onnx(model: PreTrainedModel, path: Path) -> None:
+def to_onnx(model: PreTrainedModel, task: Task, path: Path) -> None:
     """Write `model` to `path`, checked. Raises ExportError for one with an operation that ONNX does not have."""
     onnx = needed("onnx")
     needed("onnxscript")
     model = model.eval()
     model.set_attn_implementation("eager")
-    ids = torch.ones(2, 8, dtype=torch.int64)
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    names = (*INPUTS, TYPES) if task == "question_answering" and has_types(model) else INPUTS
+    shown = tuple(torch.ones(2, 8, dtype=torch.int64) for _ in names)  # the same one twice would be one input
     try:
         with _quiet():
             program = torch.onnx.export(
-                _Headed(model), (ids, torch.ones_like(ids)), dynamo=True, dynamic_shapes=(free, free),
-                input_names=list(INPUTS), output_names=[OUTPUT], opset_version=OPSET, verbose=False,
+                _Headed(model, task, names), shown, dynamo=True, dynamic_shapes=((free,) * len(names),),
+                input_names=list(names), output_names=list(outputs_of(task)), opset_version=OPSET, verbose=False,
             )  # fmt: skip
     except torch.onnx.errors.OnnxExporterError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
@@ -88,30 +100,34 @@ def has_vnni() -> bool:
 
 
 class OnnxModel:
-    """One file in onnxruntime, called as a `HeadedEncoder` is: its last state are the logits themselves."""
+    """One file in onnxruntime, called as a `HeadedEncoder` is: a language model's last state are the logits."""
 
     num_layers = 0
 
-    def __init__(self, path: Path, threads: int, whole: bool) -> None:
-        """`whole`: a text has one output, not each of its tokens."""
+    def __init__(self, path: Path, threads: int, task: Task) -> None:
         ort: Any = needed("onnxruntime")
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self._whole = whole
+        self._task = task
+        self._outputs = [name for name in outputs_of(task) if name != "token_embeddings"]
+        self._typed = TYPES in {given.name for given in self._session.get_inputs()}
 
-    def logits(self, ids_BL: NDArray[np.int64], mask_BL: NDArray[np.int64]) -> NDArray[np.float32]:
-        (made,) = self._session.run([OUTPUT], dict(zip(INPUTS, (ids_BL, mask_BL), strict=True)))
-        found: NDArray[np.float32] = made
-        return found
+    def outputs(self, inputs: Inputs) -> list[Tensor]:
+        """[B, L] start and end, or vectors [B, D], or logits."""
+        named = {INPUTS[0]: inputs.ids_BL, INPUTS[1]: inputs.mask_BL.long()}
+        named |= {TYPES: inputs.types_BL()} if self._typed else {}
+        made = self._session.run(self._outputs, {name: part.numpy() for name, part in named.items()})
+        return [torch.from_numpy(part) for part in made]
 
-    def __call__(
-        self, input_ids_BL: Tensor, mask_BL: Tensor, states: tuple[int, ...] = (), positions_BL: Tensor | None = None
-    ) -> tuple[dict[int, Tensor], Tensor | None]:
-        assert positions_BL is None
-        made = torch.from_numpy(self.logits(input_ids_BL.numpy(), mask_BL.long().numpy()))
-        return ({}, made) if self._whole else ({0: made[mask_BL]}, None)
+    def __call__(self, inputs: Inputs, states: tuple[int, ...] = ()) -> tuple[dict[int, Tensor], Tensor | None]:
+        made = self.outputs(inputs)
+        if models_language(self._task):
+            return {0: made[0][inputs.mask_BL]}, None
+        if self._task == "question_answering":
+            return {}, span_logits(made[0], made[1], inputs)
+        return {}, made[0][inputs.mask_BL] if self._task == "token_classification" else made[0]
 
     def vocabulary_logits(self, states_ND: Tensor) -> Tensor:
         return states_ND

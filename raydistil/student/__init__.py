@@ -21,7 +21,7 @@ from raydistil.student.distilbert import distilbert
 from raydistil.student.layers import check_layered, chosen_layers, shallower
 from raydistil.student.narrow import narrowed, widths
 from raydistil.tokens import tokenizer_hash
-from raydistil.types import Task, labels_texts
+from raydistil.types import Task, models_language
 
 
 def check_student(config: StudentConfig, teacher: Any) -> None:
@@ -61,7 +61,7 @@ def build_student(teacher: PreTrainedModel, config: StudentConfig, task: Task) -
         student = _of_teacher(teacher, config)
         if teacher.can_generate():
             student.generation_config = copy.deepcopy(teacher.generation_config)
-    if not labels_texts(task):
+    if models_language(task):
         vocabulary_head(student)
     return student
 
@@ -69,7 +69,7 @@ def build_student(teacher: PreTrainedModel, config: StudentConfig, task: Task) -
 def _fit_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel, task: Task) -> None:
     """Models of one tokenizer may be padded to different sizes; what they say of tokens is compared one by one."""
     rows = teacher.config.vocab_size
-    if not labels_texts(task) and student.config.vocab_size != rows:
+    if models_language(task) and student.config.vocab_size != rows:
         student.resize_token_embeddings(rows, mean_resizing=False)
 
 
@@ -102,7 +102,7 @@ def student_outline(
     else:
         with torch.device("meta"):
             student = _of_teacher(teacher, config.model_copy(update={"narrow": "random"}))
-    if not labels_texts(task):
+    if models_language(task):
         vocabulary_head(student)
     return student
 

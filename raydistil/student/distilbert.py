@@ -1,9 +1,24 @@
 """A DistilBERT of a BERT's weights (Sanh et al. 2019): some of its layers, no token types, no pooler."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
-from transformers import DistilBertConfig, DistilBertForMaskedLM, DistilBertForSequenceClassification, PreTrainedModel
+from transformers import (
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    DistilBertForQuestionAnswering,
+    DistilBertForSequenceClassification,
+    DistilBertForTokenClassification,
+    DistilBertModel,
+    PreTrainedModel,
+)
 
 from raydistil.errors import ModelError
 from raydistil.student.layers import filled
@@ -28,29 +43,44 @@ OTHER_NAMES = {
     "cls.predictions.decoder": "vocab_projector",
     "bert.pooler.dense": "pre_classifier",
     "classifier": "classifier",
+    "qa_outputs": "qa_outputs",
 }
+KINDS: dict[type[PreTrainedModel], Any] = {
+    BertForMaskedLM: DistilBertForMaskedLM, BertForPreTraining: DistilBertForMaskedLM,
+    BertForSequenceClassification: DistilBertForSequenceClassification,
+    BertForTokenClassification: DistilBertForTokenClassification,
+    BertForQuestionAnswering: DistilBertForQuestionAnswering, BertModel: DistilBertModel,
+}  # fmt: skip
 
 
 def distilbert(teacher: PreTrainedModel, layers: tuple[int, ...]) -> PreTrainedModel:
-    """A DistilBERT with the teacher's kind of head (masked-LM or sequence classification) and `layers` of it.
+    """A DistilBERT with the teacher's kind of head, or none as it, and `layers` of it.
 
-    With a masked-LM head and the token types at zero, all layers give the teacher's logits. A class head is not the
-    same: BERT ends in W tanh(P h + p) + w, DistilBERT in W relu(P h + p) + w. P, p, W and w are copied all the same:
+    With the token types at zero, all layers give the teacher's logits. A head for whole texts' classes is not the same:
+    BERT ends in W tanh(P h + p) + w, DistilBERT in W relu(P h + p) + w. P, p, W and w are copied all the same:
     relu keeps the half of every pooled feature that is above zero, so the logits start out correlated with the
     teacher's, not equal to them; training has to do the rest. Token types and, for masked-LM, BERT's pooler have no
     place and are left out.
 
-    Raises ModelError for a teacher that is no BERT with one of these heads.
+    Raises ModelError for a teacher that is no BERT with such a head.
     """
-    kinds = {"cls": DistilBertForMaskedLM, "classifier": DistilBertForSequenceClassification}
-    kind = next((made for head, made in kinds.items() if hasattr(teacher, head)), None)
-    if teacher.config.model_type != "bert" or kind is None:
+    kind = KINDS.get(type(teacher))
+    if kind is None:
         raise ModelError(
-            f"student.family distilbert: expected a BERT with a masked-LM or class head as teacher, got "
+            f"student.family distilbert: expected a BERT with a head for a task as teacher, got "
             f"{type(teacher).__name__}: use family same"
         )
     student: PreTrainedModel = kind(_config(teacher, len(layers)))
+    if isinstance(teacher, BertModel):
+        student.config.pooling = teacher.config.pooling
+        return filled(student, _bare(teacher.state_dict(), layers), teacher)
     return filled(student, _renamed(teacher.state_dict(), layers), teacher)
+
+
+def _bare(given: Mapping[str, Tensor], layers: tuple[int, ...]) -> dict[str, Tensor]:
+    """Of a model without a head, whose pooler has no part in what it says."""
+    inside = {f"bert.{name}": tensor for name, tensor in given.items() if not name.startswith("pooler.")}
+    return {name.removeprefix("distilbert."): tensor for name, tensor in _renamed(inside, layers).items()}
 
 
 def _renamed(given: Mapping[str, Tensor], layers: tuple[int, ...]) -> dict[str, Tensor]:

@@ -1,0 +1,81 @@
+"""Words with classes and questions with answers, out of docstrings that describe parameters as numpydoc does.
+
+    axis : int, optional
+        Axis along which ...
+
+Words: the name is a PARAM, what follows the colon its TYPE (B-, I-, O). Questions: what the type of a parameter is.
+Docstrings without such a section have no question, and words of no class.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+from raydistil.types import Answer, Content, TextRow
+
+FORMAT = 1  # raise when other rows come out of the same docstrings
+SECTION = re.compile(r"^(Parameters|Other Parameters|Attributes)\n-{3,}\n", re.MULTILINE)
+NEXT = re.compile(r"^[A-Z][A-Za-z ]+\n-{3,}\n", re.MULTILINE)
+FIELD = re.compile(r"^(?P<name>\*{0,2}[A-Za-z_]\w*) ?: ?(?P<type>\S[^\n]*?)[ .]*$", re.MULTILINE)
+WORD = re.compile(r"\w+|[^\w\s]")
+QUESTION = "What is the type of {name}?"
+Span = tuple[int, int]
+
+
+def of(content: Content, rows: list[TextRow]) -> Iterator[TextRow]:
+    """The rows themselves, or what they hold of words with classes or questions with answers."""
+    if content == "tags":
+        return (tagged(row) for row in rows if fields(row.text))
+    if content == "answers":
+        return (question for row in rows for question in questions(row))
+    return iter(rows)
+
+
+def fields(text: str) -> list[tuple[Span, Span]]:
+    """Where the name and the type of each described parameter stand, in their order."""
+    found = []
+    for section in SECTION.finditer(text):
+        following = NEXT.search(text, section.end())
+        end = following.start() if following else len(text)
+        found += [(match.span("name"), match.span("type")) for match in FIELD.finditer(text, section.end(), end)]
+    return found
+
+
+def questions(row: TextRow) -> Iterator[TextRow]:
+    """One for each parameter whose name is described once."""
+    found = fields(row.text)
+    names = [row.text[slice(*name)] for name, _ in found]
+    for name, (_, (start, end)) in zip(names, found, strict=True):
+        if names.count(name) == 1:
+            answer = Answer(start, row.text[start:end])
+            yield replace(
+                row, text=QUESTION.format(name=name), label=None, context=row.text, answers=(answer,),
+                source=f"{row.source}:{name}",
+            )  # fmt: skip
+
+
+def tagged(row: TextRow) -> TextRow:
+    """Its words with their classes."""
+    places = [match.span() for match in WORD.finditer(row.text)]
+    spans: list[Kind] = [
+        (span, kind) for pair in fields(row.text) for span, kind in zip(pair, ("PARAM", "TYPE"), strict=True)
+    ]
+    kinds = [_kind(place, spans) for place in places]
+    befores = [None, *(kinds[:-1])]
+    tags = tuple(_tag(kind, before) for kind, before in zip(kinds, befores, strict=True))
+    words = tuple(row.text[start:end] for start, end in places)
+    return replace(row, text=" ".join(words), label=None, words=words, tags=tags)
+
+
+Kind = tuple[Span, str] | None
+
+
+def _kind(place: Span, spans: list[Kind]) -> Kind:
+    inside = (each for each in spans if each and each[0][0] <= place[0] and place[1] <= each[0][1])
+    return next(inside, None)
+
+
+def _tag(kind: Kind, before: Kind) -> str:
+    if kind is None:
+        return "O"
+    return f"{'I' if kind == before else 'B'}-{kind[1]}"
