@@ -24,7 +24,8 @@ from raydistil.evaluate import judged
 from raydistil.export.card import model_card
 from raydistil.export.measure import ROWS, Artefact, Speed, difference, load, real_rows, speeds
 from raydistil.export.onnx import to_int8, to_onnx
-from raydistil.models import load_model
+from raydistil.export.sentences import write_layout
+from raydistil.models import load_model, shape_of
 from raydistil.plan import cores
 from raydistil.prepare import Prepared
 from raydistil.specs import EvaluateSpec
@@ -73,6 +74,9 @@ def export(run: Prepared, report: dict[str, Any], formats: tuple[Format, ...], f
         raise StorageError(f"expected a distilled student at {source}, {missing[0]} is not there: run distill first")
     with whole_directory(target) as scratch:
         shutil.copytree(source, scratch, dirs_exist_ok=True)
+        if run.config.task == "embedding":
+            shape = shape_of(str(source), "student")
+            write_layout(scratch, shape.pooling, shape.hidden_size, run.config.tokens.length)
         made = [_row(each) for each in _files(run, scratch, formats, force)] if set(formats) - {"hf"} else []
         known = {**report, "artefacts": made} if made else report
         (scratch / "README.md").write_text(model_card(run.config, known))
