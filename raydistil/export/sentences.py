@@ -20,7 +20,6 @@ def write_layout(folder: Path, pooling: Pooling, width: int, length: int) -> Non
     _write(folder / LAYOUT, {"word_embedding_dimension": width, **chosen})
     _write(folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False})
     _write(folder / "modules.json", modules)
-    (folder / "2_Normalize").mkdir(exist_ok=True)  # has no settings; a hub keeps no empty directory, and needs none
 
 
 def _write(path: Path, content: Any) -> None:
