@@ -104,7 +104,17 @@ class ExportConfig(Section):
     to: Annotated[tuple[Format, ...], Field(min_length=1)] = ("hf",)
     """`hf`: always there. `onnx`: for onnxruntime. `int8`: that in 8 bits, if it is as good and faster."""
     license: str | None = None
-    """SPDX name for the model card."""
+    """Name for the model card: one that the hub knows (SPDX), or any other with its `license_link`."""
+    license_link: str | None = None
+    """Where the text of a license is that the hub does not know by name."""
+
+    @model_validator(mode="after")
+    def _license_has_a_name(self) -> "ExportConfig":
+        if self.license_link and self.license is None:
+            raise ValueError("license_link is of a license: set license to its name")
+        if self.license == "other":
+            raise ValueError("license other says nothing: set license to its name and license_link to its text")
+        return self
 
 
 class Config(Section):

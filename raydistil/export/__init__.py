@@ -21,7 +21,7 @@ from raydistil import rundir
 from raydistil.config import Config, EvaluateConfig, config_of
 from raydistil.errors import ExportError, StorageError
 from raydistil.evaluate import judged
-from raydistil.export.card import model_card
+from raydistil.export.card import facts_of, model_card
 from raydistil.export.measure import ROWS, Artefact, Speed, difference, load, real_rows, speeds
 from raydistil.export.onnx import to_int8, to_onnx
 from raydistil.export.sentences import write_layout
@@ -79,7 +79,8 @@ def export(run: Prepared, report: dict[str, Any], formats: tuple[Format, ...], f
             write_layout(scratch, shape.pooling, shape.hidden_size, run.config.tokens.length)
         made = [_row(each) for each in _files(run, scratch, formats, force)] if set(formats) - {"hf"} else []
         known = {**report, "artefacts": made} if made else report
-        (scratch / "README.md").write_text(model_card(run.config, known))
+        card = model_card(facts_of(run_config(run.run_dir), run, known))
+        (scratch / "README.md").write_text(card, encoding="utf8")
         rundir.write_json(scratch / "raydistil.json", known)
     return {"student_dir": str(target), "artefacts": made}
 
