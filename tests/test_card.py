@@ -1,13 +1,14 @@
 """The model card: what the hub reads of it, and what people do."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
-from raydistil import rundir
+from raydistil import pipeline, rundir
 from raydistil.config import Config, config_of, result_hash
 from raydistil.config.loss import LossConfig
 from raydistil.errors import ConfigError
@@ -175,3 +176,13 @@ def test_the_lines_that_load_it_load_it(
     (code,) = re.findall(r"```python\n(.*?)```", (student / "README.md").read_text(), re.DOTALL)
     exec(code.replace("path/to/this/directory", str(student)), {})
     assert re.fullmatch(r"\[\{'label': '(fruit|metal|river)', 'score': 0\.\d+\}\]\n", capsys.readouterr().out)
+
+
+def test_files_of_an_export_before_are_not_claimed(finished: tuple[Config, dict[str, Any]], tmp_path: Path) -> None:
+    config, report = finished
+    run_dir = tmp_path / "moved"
+    shutil.copytree(config.run_dir, run_dir, ignore=shutil.ignore_patterns(rundir.LOCK, rundir.STUDENT))
+    made = {"file": "onnx/model.onnx"}
+    rundir.write_json(run_dir / rundir.REPORT, {**report, "artefacts": [made]})
+    pipeline.export_run(run_dir, ("hf",), False, lambda line: None)
+    assert "onnx" not in (run_dir / rundir.STUDENT / "README.md").read_text()

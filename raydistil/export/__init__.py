@@ -78,7 +78,7 @@ def export(run: Prepared, report: dict[str, Any], formats: tuple[Format, ...], f
             shape = shape_of(str(source), "student")
             write_layout(scratch, shape.pooling, shape.hidden_size, run.config.tokens.length)
         made = [_row(each) for each in _files(run, scratch, formats, force)] if set(formats) - {"hf"} else []
-        known = {**report, "artefacts": made} if made else report
+        known = {**report, "artefacts": made}  # not those of an export before
         card = model_card(facts_of(run_config(run.run_dir), run, known))
         (scratch / "README.md").write_text(card, encoding="utf8")
         rundir.write_json(scratch / "raydistil.json", known)
