@@ -133,14 +133,21 @@ def evaluate(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--to", "formats", metavar="FORMATS", help="Of hf, onnx and int8, with commas; else as configured.")
 @click.option("--force", is_flag=True, help="Keep what loses too much of the score, or is no faster.")
+@click.option("--push", metavar="OWNER/NAME", help="Then commit it to this repository at the hub.")
+@click.option("--private", is_flag=True, help="A private one.")
 @_json
-def export(run_dir: Path, formats: str | None, force: bool, as_json: bool) -> None:
+def export(
+    run_dir: Path, formats: str | None, force: bool, push: str | None, private: bool, as_json: bool
+) -> None:  # fmt: skip
     """Write the student as what is deployed. RUN: the directory of a run."""
     from raydistil import pipeline, tables
     from raydistil.export import formats_of
+    from raydistil.export.push import repository_of
 
-    asked = formats_of(formats)
-    _emit(lambda: pipeline.export_run(run_dir, asked, force, _say), as_json, tables.show_export)
+    if private and push is None:
+        raise click.UsageError("--private is of a repository: name one with --push OWNER/NAME")
+    asked, to = formats_of(formats), None if push is None else repository_of(push, private)
+    _emit(lambda: pipeline.export_run(run_dir, asked, force, _say, to), as_json, tables.show_export)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from raydistil.config.loss import LossConfig
 from raydistil.config.targets import variants_of
 from raydistil.errors import ConfigError, unwrapped
 from raydistil.export import export, run_config
+from raydistil.export.push import Repository, push
 from raydistil.manifest import keyed
 from raydistil.models import load_model, resolve
 from raydistil.plan import cores
@@ -244,11 +245,23 @@ def run_stage(config: Config, stage: str, say: Say) -> dict[str, Any]:
         return work(run) or {"stage": stage, **(rundir.read_summary(run.run_dir, stage) or {})}
 
 
-def export_run(run_dir: Path, formats: tuple[Format, ...], force: bool, say: Say) -> dict[str, Any]:
-    """The student of a run in other formats; `formats` empty: those that the run's configuration names."""
+def export_run(
+    run_dir: Path, formats: tuple[Format, ...], force: bool, say: Say, to: Repository | None = None
+) -> dict[str, Any]:
+    """The student of a run in other formats; `formats` empty: those that the run's configuration names.
+
+    `to`: where it is pushed to then; its address stands in the result as `pushed`.
+    """
     config = run_config(run_dir)
     run = prepare(config, say)
-    return export(run, rundir.read_report(run.run_dir), formats or _formats(config), force)
+    name = to.name if to else None
+    exported = export(run, rundir.read_report(run.run_dir), formats or _formats(config), force, name)
+    if to is not None:
+        say(f"push: to {to.name}")
+        message = f"{config.name}: exported by raydistil, configuration {result_hash(config)}"
+        exported["pushed"] = push(Path(exported["student_dir"]), to, message)
+        say(f"push: there, at {exported['pushed']}")
+    return exported
 
 
 def _formats(config: Config) -> tuple[Format, ...]:

@@ -21,7 +21,7 @@ from raydistil import rundir
 from raydistil.config import Config, EvaluateConfig, config_of
 from raydistil.errors import ExportError, StorageError
 from raydistil.evaluate import judged
-from raydistil.export.card import facts_of, model_card
+from raydistil.export.card import facts_of, model_card, published
 from raydistil.export.measure import ROWS, Artefact, Speed, difference, load, real_rows, speeds
 from raydistil.export.onnx import to_int8, to_onnx
 from raydistil.export.sentences import write_layout
@@ -63,8 +63,12 @@ def formats_of(text: str | None) -> tuple[Format, ...]:
     return tuple(name for name in known if name in names)
 
 
-def export(run: Prepared, report: dict[str, Any], formats: tuple[Format, ...], force: bool = False) -> dict[str, Any]:
-    """Write run_dir/student. Returns {student_dir, artefacts: one of each format that was measured}.
+def export(
+    run: Prepared, report: dict[str, Any], formats: tuple[Format, ...], force: bool = False, name: str | None = None
+) -> dict[str, Any]:
+    """Write run_dir/student; `name`: of the repository at the hub that it is for.
+
+    Returns {student_dir, artefacts: one of each format that was measured}.
 
     Raises StorageError where there is nothing to export, ExportError for a format that the student cannot have.
     """
@@ -79,9 +83,9 @@ def export(run: Prepared, report: dict[str, Any], formats: tuple[Format, ...], f
             write_layout(scratch, shape.pooling, shape.hidden_size, run.config.tokens.length)
         made = [_row(each) for each in _files(run, scratch, formats, force)] if set(formats) - {"hf"} else []
         known = {**report, "artefacts": made}  # not those of an export before
-        card = model_card(facts_of(run_config(run.run_dir), run, known))
+        card = model_card(facts_of(run_config(run.run_dir), run, known), name)
         (scratch / "README.md").write_text(card, encoding="utf8")
-        rundir.write_json(scratch / "raydistil.json", known)
+        rundir.write_json(scratch / "raydistil.json", published(known))
     return {"student_dir": str(target), "artefacts": made}
 
 

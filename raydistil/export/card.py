@@ -135,6 +135,13 @@ def public(name: str) -> str:
     return name if name.startswith("package:") or hub_name(name) is not None else Path(name).name
 
 
+def published(report: dict[str, Any]) -> dict[str, Any]:
+    """`report` without directories of this machine."""
+    stages = report.get("stages", {}).items()
+    kept = {name: done and {key: value for key, value in done.items() if key != "path"} for name, done in stages}
+    return {key: value for key, value in report.items() if key != "student_dir"} | ({"stages": kept} if kept else {})
+
+
 def _source(config: Config) -> str:
     source = config.corpus.source
     return source if source == "python-docs" or _data_set(config) else Path(source).name
