@@ -133,11 +133,14 @@ def evaluate(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--to", "formats", metavar="FORMATS", help="Of hf, onnx and int8, with commas; else as configured.")
 @click.option("--force", is_flag=True, help="Keep what loses too much of the score, or is no faster.")
+@click.option(
+    "--vocabulary", type=click.Choice(["teacher", "corpus"]), help="See export.vocabulary; else as configured."
+)
 @click.option("--push", metavar="OWNER/NAME", help="Then commit it to this repository at the hub.")
 @click.option("--private", is_flag=True, help="A private one.")
 @_json
 def export(
-    run_dir: Path, formats: str | None, force: bool, push: str | None, private: bool, as_json: bool
+    run_dir: Path, formats: str | None, force: bool, vocabulary: Any, push: str | None, private: bool, as_json: bool
 ) -> None:  # fmt: skip
     """Write the student as what is deployed. RUN: the directory of a run."""
     from raydistil import pipeline, tables
@@ -147,7 +150,7 @@ def export(
     if private and push is None:
         raise click.UsageError("--private is of a repository: name one with --push OWNER/NAME")
     asked, to = formats_of(formats), None if push is None else repository_of(push, private)
-    _emit(lambda: pipeline.export_run(run_dir, asked, force, _say, to), as_json, tables.show_export)
+    _emit(lambda: pipeline.export_run(run_dir, asked, force, _say, vocabulary, to), as_json, tables.show_export)
 
 
 @app.command()

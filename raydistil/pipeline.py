@@ -27,7 +27,7 @@ from raydistil.specs import Candidate, EvaluateSpec, ModelReport
 from raydistil.stages import Training, manifest_of, train_stage
 from raydistil.storage import whole_directory
 from raydistil.student import build_student, save_model, take_layers
-from raydistil.types import Format, takes_labels
+from raydistil.types import Format, Vocabulary, takes_labels
 
 LABELS_ONLY = LossConfig(kd=0, task=1, cosine=0)
 
@@ -218,8 +218,10 @@ def run_all(config: Config, say: Say) -> dict[str, Any]:
         report = _stages(run)
     if config.distill:
         export(run, report, ("hf",))  # there, whatever else is refused
-        if set(_formats(config)) - {"hf"}:
-            report["artefacts"] = export(run, report, _formats(config))["artefacts"]
+        wanted = config.export or ExportConfig()
+        if set(wanted.to) - {"hf"} or wanted.vocabulary == "corpus":
+            exported = export(run, report, wanted.to, vocabulary=wanted.vocabulary)
+            report |= {key: exported[key] for key in ("artefacts", "vocabulary") if key in exported}
     report["wall_s"] = round(time.time() - started, 1)
     rundir.write_json(run.run_dir / rundir.REPORT, report)
     return report
@@ -246,26 +248,25 @@ def run_stage(config: Config, stage: str, say: Say) -> dict[str, Any]:
 
 
 def export_run(
-    run_dir: Path, formats: tuple[Format, ...], force: bool, say: Say, to: Repository | None = None
-) -> dict[str, Any]:
-    """The student of a run in other formats; `formats` empty: those that the run's configuration names.
+    run_dir: Path, formats: tuple[Format, ...], force: bool, say: Say, vocabulary: Vocabulary | None = None,
+    to: Repository | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The student of a run in other formats; `formats` empty, `vocabulary` None: as the run's configuration has it.
 
     `to`: where it is pushed to then; its address stands in the result as `pushed`.
     """
     config = run_config(run_dir)
-    run = prepare(config, say)
-    name = to.name if to else None
-    exported = export(run, rundir.read_report(run.run_dir), formats or _formats(config), force, name)
+    run, wanted = prepare(config, say), config.export or ExportConfig()
+    exported = export(
+        run, rundir.read_report(run.run_dir), formats or wanted.to, force, vocabulary or wanted.vocabulary,
+        to.name if to else None,
+    )  # fmt: skip
     if to is not None:
         say(f"push: to {to.name}")
         message = f"{config.name}: exported by raydistil, configuration {result_hash(config)}"
         exported["pushed"] = push(Path(exported["student_dir"]), to, message)
         say(f"push: there, at {exported['pushed']}")
     return exported
-
-
-def _formats(config: Config) -> tuple[Format, ...]:
-    return (config.export or ExportConfig()).to
 
 
 def _check_stage(config: Config, stage: str) -> None:

@@ -68,7 +68,7 @@ PLACING: dict[str, Any] = {
     "evaluate.batch_size": 8, "evaluate.no_teacher_baseline": True, "evaluate.baseline_lr": 0.5,
     "evaluate.latency_length": 8, "evaluate.latency_rounds": 3, "export.license": "Apache-2.0",
     "export.license_link": "https://example.org/license",
-    "export.to": ["hf", "onnx"],
+    "export.to": ["hf", "onnx"], "export.vocabulary": "corpus",
     "cluster.address": "auto", "cluster.object_store_bytes": 1 << 30, "cluster.students": 2,
     "cluster.student_cpus": 2.0, "cluster.student_gpus": 1.0, "cluster.student_threads": 3,
     "cluster.teachers": [2, 4], "cluster.teacher_cpus": 0.5, "cluster.teacher_gpus": 0.5,

@@ -78,6 +78,19 @@ def test_rare_pieces_fall_apart_and_nothing_becomes_unknown(texts: list[str], mi
     }
 
 
+@settings(max_examples=30)
+@given(st.lists(WORD, min_size=1, max_size=4).map(" ".join), st.lists(WORD, min_size=1, max_size=4).map(" ".join))
+def test_with_the_whole_alphabet_other_texts_are_spelt(counted: str, other: str) -> None:
+    tokenizer = toy()
+    model = tiny.model(BertConfig(**{**tiny.SHAPE, "vocab_size": len(tokenizer), "num_hidden_layers": 1}), "mlm")
+    small = prune_vocabulary(model, tokenizer, counts(tokenizer, [counted]), whole_alphabet=True)
+    assert small.tokenizer.tokenize(counted) == tokenizer.tokenize(counted)
+    pieces = small.tokenizer.tokenize(other)
+    assert "".join(piece.removeprefix("##") for piece in pieces) == other.replace(" ", "")
+    used = {*tokenizer.tokenize(counted), *LETTERS, *tiny.SPECIAL}
+    assert set(small.tokenizer.get_vocab()) == used
+
+
 def test_what_is_kept_and_what_goes() -> None:
     _, tokenizer, small = pruned(["abcca ab"])
     assert tokenizer.tokenize("abcca ab") == ["abc", "##ca", "ab"]

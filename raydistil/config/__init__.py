@@ -25,7 +25,7 @@ from raydistil.config.targets import check_drawn, variants_of, what_is_drawn
 from raydistil.config.teacher import EnsembleConfig, TeacherConfig, check_ensemble
 from raydistil.config.train import DistillConfig, TrainConfig
 from raydistil.errors import ConfigError
-from raydistil.types import Format, Task, labels_texts, models_language, takes_labels
+from raydistil.types import Format, Task, Vocabulary, labels_texts, models_language, takes_labels
 
 
 class CorpusConfig(Section):
@@ -103,6 +103,8 @@ class EvaluateConfig(Section):
 class ExportConfig(Section):
     to: Annotated[tuple[Format, ...], Field(min_length=1)] = ("hf",)
     """`hf`: always there. `onnx`: for onnxruntime. `int8`: that in 8 bits, if it is as good and faster."""
+    vocabulary: Vocabulary = "teacher"
+    """`corpus`: cut to the tokens of the training texts, and the characters that spell any other text."""
     license: str | None = None
     """Name for the model card: one that the hub knows (SPDX), or any other with its `license_link`."""
     license_link: str | None = None

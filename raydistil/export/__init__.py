@@ -6,12 +6,12 @@ int8    onnx/model_int8.onnx: the same with weights and embeddings in 8 bits
 
 What loses more than `MOST_LOST` of the score on the validation rows (those of the test where there are none), or is no
 faster than what it was made from, is refused. card.py writes the model card, onnx.py the files, measure.py finds out
-what they are worth.
+what they are worth; vocabulary.py cuts the vocabulary where that is asked for, before any of these.
 """
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,13 +25,14 @@ from raydistil.export.card import facts_of, model_card, published
 from raydistil.export.measure import ROWS, Artefact, Speed, difference, load, real_rows, speeds
 from raydistil.export.onnx import to_int8, to_onnx
 from raydistil.export.sentences import write_layout
+from raydistil.export.vocabulary import Cut, check_cut, cut_line, cut_vocabulary, weighed
 from raydistil.models import load_model, shape_of
 from raydistil.plan import cores
 from raydistil.prepare import Prepared
 from raydistil.specs import EvaluateSpec
 from raydistil.storage import whole_directory
 from raydistil.tokens import TokenStore
-from raydistil.types import Format, Score, Split, takes_labels
+from raydistil.types import Format, Score, Split, Vocabulary, takes_labels
 
 NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
 ONNX, INT8 = Path("onnx", "model.onnx"), Path("onnx", "model_int8.onnx")
@@ -64,11 +65,12 @@ def formats_of(text: str | None) -> tuple[Format, ...]:
 
 
 def export(
-    run: Prepared, report: dict[str, Any], formats: tuple[Format, ...], force: bool = False, name: str | None = None
-) -> dict[str, Any]:
+    run: Prepared, report: dict[str, Any], formats: tuple[Format, ...], force: bool = False,
+    vocabulary: Vocabulary = "teacher", name: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Write run_dir/student; `name`: of the repository at the hub that it is for.
 
-    Returns {student_dir, artefacts: one of each format that was measured}.
+    Returns {student_dir, artefacts: one of each format that was measured, and vocabulary: where it was cut}.
 
     Raises StorageError where there is nothing to export, ExportError for a format that the student cannot have.
     """
@@ -81,12 +83,31 @@ def export(
         if run.config.task == "embedding":
             shape = shape_of(str(source), "student")
             write_layout(scratch, shape.pooling, shape.hidden_size, run.config.tokens.length)
-        made = [_row(each) for each in _files(run, scratch, formats, force)] if set(formats) - {"hf"} else []
-        known = {**report, "artefacts": made}  # not those of an export before
+        used, cut = _cut(run, report, scratch, force) if vocabulary == "corpus" else (run, {})
+        made = [_row(each) for each in _files(used, scratch, formats, force)] if set(formats) - {"hf"} else []
+        before = {key: value for key, value in report.items() if key not in ("artefacts", "vocabulary")}
+        known = {**before, "artefacts": made, **cut}
         card = model_card(facts_of(run_config(run.run_dir), run, known), name)
         (scratch / "README.md").write_text(card, encoding="utf8")
         rundir.write_json(scratch / "raydistil.json", published(known))
-    return {"student_dir": str(target), "artefacts": made}
+    return {"student_dir": str(target), "artefacts": made} | {key: cut[key] for key in cut if key == "vocabulary"}
+
+
+def _cut(
+    run: Prepared, report: dict[str, Any], folder: Path, force: bool
+) -> tuple[Prepared, dict[str, Any]]:  # fmt: skip
+    """The student in `folder` in the words of its corpus: (the run in them, what of the report it changes)."""
+    before = weighed(folder, _spec(run))
+    used = cut_vocabulary(run, folder)
+    spec = _spec(used)
+    after = weighed(folder, spec)
+    sizes = run.store.meta.vocab_size, used.store.meta.vocab_size
+    cut = Cut(sizes, (before.size_bytes, after.size_bytes), spec.split, (before.score, after.score))
+    if not force:
+        check_cut(cut, MOST_LOST)
+    run.say(cut_line(asdict(cut)))
+    models = [asdict(weighed(folder, replace(spec, split="test")))] if "models" in report else []
+    return used, {"vocabulary": asdict(cut)} | ({"models": [*report["models"], *models]} if models else {})
 
 
 def _row(made: Made) -> dict[str, Any]:

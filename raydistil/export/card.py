@@ -18,6 +18,7 @@ from raydistil.config.loss import LossConfig
 from raydistil.config.student import StudentConfig
 from raydistil.config.train import TrainConfig
 from raydistil.corpus.files import is_file_pattern
+from raydistil.export.vocabulary import cut_line
 from raydistil.models import shape_of
 from raydistil.prepare import Prepared
 from raydistil.student.layers import chosen_layers
@@ -150,7 +151,8 @@ def _source(config: Config) -> str:
 def _results(facts: Facts) -> Iterator[EvalResult]:
     """What the student reached on the test split."""
     config = facts.config
-    student = next((model for model in facts.report.get("models", ()) if model["name"] == "student"), None)
+    models = {model["name"]: model for model in facts.report.get("models", ())}
+    student = models.get("exported", models.get("student"))
     if student is None:
         return
     named = {student["score"]["metric"]: student["score"]["value"]}
@@ -232,6 +234,7 @@ def _score_lines(report: dict[str, Any]) -> str:
     found = [f"Score: {score['metric']} on {score['rows']:,} items of the test split."]
     found += [f"The student keeps {kept:.1%} of the teacher's."] if kept is not None else []
     found.append(f"It is {report['speedup']:.2f}x as fast (one text, one thread).")
+    found += ["Exported: the student with its vocabulary cut."] if "vocabulary" in report else []
     return " ".join(found + [line for figure in FIGURES if (line := _beside(report, figure))])
 
 
@@ -277,7 +280,9 @@ def _recipe(facts: Facts) -> str:
             "Texts a step: the mean (of language models, blocks). Tokens, minutes and the time that checkpoints took: "
             "since the training was last started.",
         ]
-    lines += [line for line in _beside_the_table(config) if line]
+    lines += _beside_the_table(config)
+    if "vocabulary" in facts.report:
+        lines.append(f"After the training, cut to what the training texts use: {cut_line(facts.report['vocabulary'])}.")
     return "\n".join([*lines, f"Seed {config.seed}. Configuration `{result_hash(config)}`."]) + "\n"
 
 

@@ -56,14 +56,17 @@ def ids_of(model: Model) -> dict[str, int]:
 # ---- which
 
 
-def kept_ids(content: Content, counts_V: NDArray[np.int64], min_count: int) -> NDArray[np.int64]:
+def kept_ids(
+    content: Content, counts_V: NDArray[np.int64], min_count: int, whole_alphabet: bool = False
+) -> NDArray[np.int64]:
     """[W] ascending: the pieces that occur at least `min_count` times and what their cutting takes, what those that
-    occur at all are spelt with, every byte, and every added or unknown token."""
+    occur at all (`whole_alphabet`: all there are) are spelt with, every byte, and every added or unknown token."""
     model = content["model"]
     ids = ids_of(model)
     found = [piece for piece, number in ids.items() if number < len(counts_V) and counts_V[number]]
     frequent = {piece for piece in found if counts_V[ids[piece]] >= min_count}
-    wanted = frequent | _taken(model, frequent) | _letters(model, found) | BYTES
+    letters = _letters(model, list(ids) if whole_alphabet else found)
+    wanted = frequent | _taken(model, frequent) | letters | BYTES
     kept = {ids[piece] for piece in wanted if piece in ids} | {token["id"] for token in content["added_tokens"]}
     return np.array(sorted(kept | _unknown(model, ids)), np.int64)
 

@@ -32,11 +32,13 @@ class Pruned:
 
 
 def prune_vocabulary(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, counts_V: NDArray[np.int64], min_count: int = 1
-) -> Pruned:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, counts_V: NDArray[np.int64], min_count: int = 1,
+    whole_alphabet: bool = False,
+) -> Pruned:  # fmt: skip
     """Keep the pieces that `counts_V` says occur at least `min_count` times, what their cutting takes, every special or
     added token, and the pieces of one character or byte that pieces which occur at all are made of, so that those can
-    still be spelt. Byte-level BPE keeps every byte, so it still spells any text.
+    still be spelt. Byte-level BPE keeps every byte, so it still spells any text; with `whole_alphabet` the others keep
+    every character they have, so that they still spell what they could.
 
     With min_count 1, every text that was counted as a whole is cut as before, except words that gave WordPiece's
     unknown token: these may now be cut into pieces. Above 1, rarer pieces fall apart into shorter ones. Neither input
@@ -46,7 +48,7 @@ def prune_vocabulary(
     model lacks a row for a token, and where the padding id would move although positions are counted from it.
     """
     content = content_of(tokenizer)
-    kept_ids_W = kept_ids(content, counts_V, min_count)
+    kept_ids_W = kept_ids(content, counts_V, min_count, whole_alphabet)
     new_ids = {int(old): new for new, old in enumerate(kept_ids_W)}
     _check_rows(model, new_ids)
     _check_padding(model, new_ids)
