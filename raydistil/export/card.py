@@ -36,9 +36,11 @@ METRICS = {
     "macro_f1": "f1", "mlm_loss": "loss", "clm_loss": "loss", "perplexity": "perplexity", "pearson": "pearsonr",
     "rmse": "rmse",
 }  # fmt: skip
+# Figures beside the score: what they are called, and how they are written.
 FIGURES = {
-    "macro_f1": "Macro F1", "mlm_loss": "Cross-entropy at the masks (nats)", "clm_loss": "Cross-entropy (nats)",
-    "perplexity": "Perplexity", "pearson": "Pearson", "rmse": "RMSE",
+    "macro_f1": ("Macro F1", ".4f"), "mlm_loss": ("Cross-entropy at the masks (nats)", ".4f"),
+    "clm_loss": ("Cross-entropy (nats)", ".4f"), "perplexity": ("Perplexity", ".2f"), "pearson": ("Pearson", ".4f"),
+    "rmse": ("RMSE", ".4g"),
 }  # fmt: skip
 INPUTS = {"text-classification": '"A text."', "fill-mask": 'f"A {model.tokenizer.mask_token}."'}
 MOST_CLASSES = 20  # that are named
@@ -155,13 +157,14 @@ def _results(facts: Facts) -> Iterator[EvalResult]:
     student = models.get("exported", models.get("student"))
     if student is None:
         return
-    named = {student["score"]["metric"]: student["score"]["value"]}
-    named |= {figure: student[figure] for figure in FIGURES if student.get(figure) is not None}
-    for figure, value in named.items():
+    metric = student["score"]["metric"]
+    named = [(metric, metric.capitalize(), student["score"]["value"])]
+    named += [(key, name, student[key]) for key, (name, _) in FIGURES.items() if student.get(key) is not None]
+    for figure, name, value in named:
         yield EvalResult(
             task_type=PIPELINE_TAGS[config.task], dataset_type=_source(config), dataset_name=_source(config),
             dataset_config=config.corpus.hub_config, dataset_split="test", metric_type=METRICS[figure],
-            metric_name=FIGURES.get(figure, figure.capitalize()), metric_value=round(value, 6),
+            metric_name=name, metric_value=round(value, 6),
         )  # fmt: skip
 
 
@@ -231,17 +234,19 @@ def _scores(report: dict[str, Any]) -> str:
 
 def _score_lines(report: dict[str, Any]) -> str:
     score, kept = report["models"][0]["score"], report["retention"]
-    found = [f"Score: {score['metric']} on {score['rows']:,} items of the test split."]
+    found = [f"Score: {score['metric']} on {score['rows']:,} test items."]
+    found += [line for figure in FIGURES if (line := _beside(report, figure))]
     found += [f"The student keeps {kept:.1%} of the teacher's."] if kept is not None else []
     found.append(f"It is {report['speedup']:.2f}x as fast (one text, one thread).")
     found += ["Exported: the student with its vocabulary cut."] if "vocabulary" in report else []
-    return " ".join(found + [line for figure in FIGURES if (line := _beside(report, figure))])
+    return " ".join(found)
 
 
 def _beside(report: dict[str, Any], figure: str) -> str:
     """A sentence of another figure of the same items, where it was measured."""
-    known = [f"{model['name']} {model[figure]:.4g}" for model in report["models"] if model.get(figure) is not None]
-    return f"{FIGURES[figure]} of the same: {', '.join(known)}." if known else ""
+    name, form = FIGURES[figure]
+    known = [f"{model['name']} {model[figure]:{form}}" for model in report["models"] if model.get(figure) is not None]
+    return f"{name} of the same: {', '.join(known)}." if known else ""
 
 
 def _files(artefacts: list[dict[str, Any]]) -> str:
