@@ -158,7 +158,7 @@ def test_the_figures_are_those_of_the_report(finished: tuple[Config, dict[str, A
     score = Score(**student["score"])
     assert f"| {score.value:.4f} | {score.low:.4f} to {score.high:.4f} |" in card
     assert f"| student | {student['parameters']:,} |" in card
-    assert f"keeps {report['retention']:.1%} of the teacher's" in card
+    assert f"keeps {report['retention']:.1%} of the teacher's score" in card
     done = report["stages"]["distill"]
     assert f"| {done['steps']:,} | {done['tokens']:,} | {done['wall_s'] / 60:.1f} |" in card
     assert f"Configuration `{result_hash(config)}`" in card and report["config_hash"] == result_hash(config)

@@ -105,7 +105,7 @@ def _cut(
     cut = Cut(sizes, (before.size_bytes, after.size_bytes), spec.split, (before.score, after.score))
     if not force:
         check_cut(cut, MOST_LOST)
-    run.say(cut_line(asdict(cut)))
+    run.say(f"vocabulary: {cut_line(asdict(cut))}")
     models = [asdict(weighed(folder, replace(spec, split="test")))] if "models" in report else []
     return used, {"vocabulary": asdict(cut)} | ({"models": [*report["models"], *models]} if models else {})
 

@@ -198,7 +198,7 @@ def _start(config: StudentConfig, layers: tuple[int, ...], of: str) -> str:
     sizes = {"hidden size": config.hidden_size, "heads": config.num_heads, "feed-forward size": config.ffn_size}
     width = ", ".join(f"{name} {size}" for name, size in sizes.items() if size)
     cut = f", cut to {width} ({config.narrow})" if width else ""
-    return f"layers {', '.join(map(str, layers))} (counted from 0) of {of}{cut}"
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))} (counted from 0) of {of}{cut}"
 
 
 def _use(facts: Facts, name: str | None) -> str:
@@ -236,7 +236,7 @@ def _score_lines(report: dict[str, Any]) -> str:
     score, kept = report["models"][0]["score"], report["retention"]
     found = [f"Score: {score['metric']} on {score['rows']:,} test items."]
     found += [line for figure in FIGURES if (line := _beside(report, figure))]
-    found += [f"The student keeps {kept:.1%} of the teacher's."] if kept is not None else []
+    found += [f"The student keeps {kept:.1%} of the teacher's score."] if kept is not None else []
     found.append(f"It is {report['speedup']:.2f}x as fast (one text, one thread).")
     found += ["Exported: the student with its vocabulary cut."] if "vocabulary" in report else []
     return " ".join(found)
@@ -287,7 +287,8 @@ def _recipe(facts: Facts) -> str:
         ]
     lines += _beside_the_table(config)
     if "vocabulary" in facts.report:
-        lines.append(f"After the training, cut to what the training texts use: {cut_line(facts.report['vocabulary'])}.")
+        said = cut_line(facts.report["vocabulary"])
+        lines.append(f"After the training the vocabulary was cut to what the training texts use: {said}.")
     return "\n".join([*lines, f"Seed {config.seed}. Configuration `{result_hash(config)}`."]) + "\n"
 
 

@@ -64,6 +64,6 @@ def cut_line(cut: dict[str, Any]) -> str:
     """`cut`: a Cut as JSON."""
     (before, after), (large, small), (whole, left) = cut["tokens"], map(mebibytes, cut["bytes"]), cut["scores"]
     return (
-        f"vocabulary: {after:,} of {before:,} tokens, {large} to {small} of weights, {whole['metric']} "
+        f"{after:,} of {before:,} tokens, {large} to {small} of weights, {whole['metric']} "
         f"{whole['value']:.4f} to {left['value']:.4f} on {whole['rows']:,} {cut['split']} items"
     )
