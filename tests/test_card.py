@@ -24,7 +24,7 @@ COUNTS = SplitCounts(texts=12, rows=9, tokens=1234, truncated=2, too_short=1, to
 
 
 def facts(report: dict[str, Any] | None = None, notes: tuple[str, ...] = (), **changes: Any) -> Facts:
-    data = StoreMeta(50, 0, 4, (), ("a", "b"), {"train": COUNTS}, notes)
+    data = StoreMeta(50, 0, 4, (), ("a", "b"), {"train": COUNTS}, notes, "classes")
     return Facts(Config.model_validate(BASE | changes), data, (0, 5), (), report or {})
 
 

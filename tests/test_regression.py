@@ -264,7 +264,7 @@ def test_every_kind_of_student_says_one_number(guesser: str, student: dict[str, 
             {"distill": {"targets": {"codec": "sampled"}, "loss": {"divergence": "forward_kl"}}},
             "distill.targets.codec: expected hidden or logits for task regression, got sampled",
         ),
-        ({"corpus": {"max_rows_per_label": 5}}, "corpus.max_rows_per_label is of classes: use corpus.max_rows"),
+        ({"corpus": {"max_rows_per_label": 5}}, "corpus.max_rows_per_label is of texts' classes: use corpus.max_rows"),
     ],
 )
 def test_what_only_classes_have_is_refused(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:

@@ -22,10 +22,11 @@ from raydistil.config.recipes import over_recipe
 from raydistil.config.section import Positive, Section, Share
 from raydistil.config.student import AssistantConfig, StudentConfig
 from raydistil.config.targets import check_drawn, variants_of, what_is_drawn
+from raydistil.config.tasks import check_task
 from raydistil.config.teacher import EnsembleConfig, TeacherConfig, check_ensemble
 from raydistil.config.train import DistillConfig, TrainConfig
 from raydistil.errors import ConfigError
-from raydistil.types import Format, Task, Vocabulary, labels_texts, models_language, takes_labels
+from raydistil.types import Format, Task, Vocabulary
 
 
 class CorpusConfig(Section):
@@ -166,72 +167,8 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _augmented_texts_are_labelled(self) -> "Config":
-        whole = labels_texts(self.task) or self.task == "embedding"
-        if not whole and self.distill is not None and self.distill.augment is not None:
-            raise ValueError(
-                f"distill.augment is of task classification, regression or embedding: leave it out for task {self.task}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _labels_are_of_texts(self) -> "Config":
-        if not takes_labels(self.task) and self.corpus.labelled_share < 1:
-            raise ValueError(f"corpus.labelled_share is of labelled texts: leave it out for task {self.task}")
-        return self
-
-    @model_validator(mode="after")
-    def _windows_have_room(self) -> "Config":
-        asked, least = self.task == "question_answering", 32
-        own = {"tokens.stride": self.tokens.stride, "corpus.context_column": self.corpus.context_column}
-        for key, value in own.items() if not asked else ():
-            if value is not None:
-                raise ValueError(f"{key} is of task question_answering: leave it out for task {self.task}")
-        if asked and self.tokens.length < least:
-            raise ValueError(
-                f"tokens.length: expected at least {least} for a question and its context, got {self.tokens.length}"
-            )
-        if self.tokens.stride is not None and self.tokens.stride > self.tokens.length // 4:
-            raise ValueError(
-                f"tokens.stride: expected at most a quarter of tokens.length = {self.tokens.length}, got "
-                f"{self.tokens.stride}: lower it"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _vectors_have_no_labels(self) -> "Config":
-        if self.task != "embedding":
-            return self
-        if self.finetune is not None:
-            raise ValueError("finetune: a teacher of task embedding is used as it came: leave [finetune] out")
-        if self.evaluate is not None and self.evaluate.no_teacher_baseline:
-            raise ValueError("evaluate.no_teacher_baseline learns from labels: leave it out for task embedding")
-        for train in self.trainings():
-            train.check_vectors()
-        return self
-
-    @model_validator(mode="after")
-    def _numbers_are_no_classes(self) -> "Config":
-        if self.task == "regression" and self.corpus.max_rows_per_label is not None:
-            raise ValueError("corpus.max_rows_per_label is of classes: use corpus.max_rows for task regression")
-        if self.task in ("token_classification", "question_answering") and self.corpus.max_rows_per_label is not None:
-            raise ValueError(
-                f"corpus.max_rows_per_label is of texts' classes: use corpus.max_rows for task {self.task}"
-            )
-        for train in self.trainings() if self.task == "regression" else ():
-            train.check_numbers()
-        return self
-
-    @model_validator(mode="after")
-    def _settings_of_another_task(self) -> "Config":
-        if self.task != "mlm" and self.masking != MaskingConfig():
-            raise ValueError(f"masking is of task mlm: leave [masking] out for task {self.task}")
-        for train in self.trainings():
-            train.check_sparse()
-            if self.task == "clm":
-                train.loss.check_causal()
-            if not models_language(self.task):
-                train.loss.check_texts(self.task)
+    def _settings_are_of_the_task(self) -> "Config":
+        check_task(self)
         return self
 
     @model_validator(mode="after")
