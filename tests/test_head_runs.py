@@ -116,3 +116,14 @@ def test_the_student_loads_with_transformers_alone(done: Any) -> None:
         vectors = AutoModel.from_pretrained(folder)(**tokenizer("iron", return_tensors="pt")).last_hidden_state
         assert torch.isfinite(vectors).all()
         assert (Path(folder) / "1_Pooling" / "config.json").exists()
+
+
+def test_the_card_says_how_to_use_it(done: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its lines of Python run as they stand."""
+    task, _, exported = done
+    card = (Path(exported["student_dir"]) / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/directory", exported["student_dir"])
+    exec(compile(code, "card", "exec"), {})
+    said = capsys.readouterr().out
+    assert said.strip() or task == "question_answering"
+    assert METRICS[task] in card and "int8" in card

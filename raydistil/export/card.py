@@ -5,7 +5,7 @@ measured does not stand there. Cards are published: of a path, only the last par
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from raydistil.config.loss import LossConfig
 from raydistil.config.student import StudentConfig
 from raydistil.config.train import TrainConfig
 from raydistil.corpus.files import is_file_pattern
+from raydistil.export.usage import usage
 from raydistil.export.vocabulary import cut_line
+from raydistil.heads import Pooling
 from raydistil.models import shape_of
 from raydistil.prepare import Prepared
 from raydistil.student.layers import chosen_layers
 from raydistil.tokens import StoreMeta
-from raydistil.types import Task, labels_texts
+from raydistil.types import Task, takes_labels
 
 PIPELINE_TAGS: dict[Task, str] = {
     "classification": "text-classification", "regression": "text-classification", "mlm": "fill-mask",
@@ -34,15 +36,14 @@ PIPELINE_TAGS: dict[Task, str] = {
 METRICS = {
     "accuracy": "accuracy", "masked accuracy": "accuracy", "next-token accuracy": "accuracy", "Spearman": "spearmanr",
     "macro_f1": "f1", "mlm_loss": "loss", "clm_loss": "loss", "perplexity": "perplexity", "pearson": "pearsonr",
-    "rmse": "rmse",
+    "rmse": "rmse", "entity F1": "f1", "F1": "f1", "exact_match": "exact_match", "retrieval accuracy": "accuracy",
 }  # fmt: skip
 # Figures beside the score: what they are called, and how they are written.
 FIGURES = {
     "macro_f1": ("Macro F1", ".4f"), "mlm_loss": ("Cross-entropy at the masks (nats)", ".4f"),
     "clm_loss": ("Cross-entropy (nats)", ".4f"), "perplexity": ("Perplexity", ".2f"), "pearson": ("Pearson", ".4f"),
-    "rmse": ("RMSE", ".4g"),
+    "rmse": ("RMSE", ".4g"), "accuracy": ("Accuracy", ".4f"), "exact_match": ("Exact match", ".4f"),
 }  # fmt: skip
-INPUTS = {"text-classification": '"A text."', "fill-mask": 'f"A {model.tokenizer.mask_token}."'}
 MOST_CLASSES = 20  # that are named
 
 
@@ -65,6 +66,7 @@ class Facts:
     layers: tuple[int, ...]  # that the student started from; empty: from a checkpoint of its own
     trained: tuple[Trained, ...]
     report: dict[str, Any]
+    pooling: Pooling = "mean"  # of vectors
 
 
 def facts_of(config: Config, run: Prepared, report: dict[str, Any]) -> Facts:
@@ -74,7 +76,10 @@ def facts_of(config: Config, run: Prepared, report: dict[str, Any]) -> Facts:
         for stage, train, loss in _trainings(config, run)
         if (summary := rundir.read_summary(run.run_dir, stage)) is not None
     )
-    return Facts(config, run.store.meta, _layers(config, run), tuple(trained), report)
+    facts = Facts(config, run.store.meta, _layers(config, run), tuple(trained), report)
+    if config.task != "embedding":
+        return facts
+    return replace(facts, pooling=shape_of(str(run.run_dir / rundir.DISTILLED), "student.model").pooling)
 
 
 def _links(config: Config, run: Prepared) -> list[Link]:
@@ -183,11 +188,16 @@ def _what(facts: Facts) -> str:
 
 
 def _says(task: Task, labels: tuple[str, ...]) -> str:
-    if task == "classification":
+    if labels:
         more = f" and {len(labels) - MOST_CLASSES} more" if len(labels) > MOST_CLASSES else ""
-        return f"It tells {len(labels)} classes of texts apart: {', '.join(labels[:MOST_CLASSES])}{more}."
+        of = "texts" if task == "classification" else "words"
+        return f"It tells {len(labels)} classes of {of} apart: {', '.join(labels[:MOST_CLASSES])}{more}."
     return {
-        "regression": "It gives a text a number.", "mlm": "It fills in masked tokens.", "clm": "It goes on with a text."
+        "regression": "It gives a text a number.",
+        "mlm": "It fills in masked tokens.",
+        "clm": "It goes on with a text.",
+        "question_answering": "It finds the answer to a question in a text.",
+        "embedding": "It gives a text a vector; texts that mean the same have vectors that point the same way.",
     }[task]  # fmt: skip
 
 
@@ -203,12 +213,8 @@ def _start(config: StudentConfig, layers: tuple[int, ...], of: str) -> str:
 
 def _use(facts: Facts, name: str | None) -> str:
     """Lines that load it with transformers alone."""
-    tag = PIPELINE_TAGS[facts.config.task]
-    return (
-        f"```python\nfrom transformers import pipeline\n\n"
-        f'model = pipeline("{tag}", "{name or "path/to/this/directory"}")\n'
-        f"print(model({INPUTS.get(tag, INPUTS['text-classification'])}))\n```\n"
-    )
+    lines = usage(facts.config.task, name or "path/to/this/directory", facts.pooling)
+    return f"```python\n{lines}```\n"
 
 
 # ---- what was measured
@@ -328,7 +334,7 @@ def _kd(loss: LossConfig) -> str:
 
 def _data(facts: Facts) -> str:
     """Texts, rows and tokens of every split, and what is not in them."""
-    config, labelled = facts.config, labels_texts(facts.config.task)
+    config, labelled = facts.config, takes_labels(facts.config.task)
     lines = [
         "## Data\n",
         "| split | texts | rows | of them labelled | tokens | cut | left out |",
