@@ -10,6 +10,7 @@ Docstrings without such a section have no question, and words of no class.
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from hashlib import blake2b
 
 from raydistil.types import Answer, Content, TextRow
 
@@ -18,6 +19,7 @@ SECTION = re.compile(r"^(Parameters|Other Parameters|Attributes)\n-{3,}\n", re.M
 NEXT = re.compile(r"^[A-Z][A-Za-z ]+\n-{3,}\n", re.MULTILINE)
 FIELD = re.compile(r"^(?P<name>\*{0,2}[A-Za-z_]\w*) ?: ?(?P<type>\S[^\n]*?)[ .]*$", re.MULTILINE)
 WORD = re.compile(r"\w+|[^\w\s]")
+QUESTIONS = 2  # of a docstring, at most
 QUESTION = "What is the type of {name}?"
 Span = tuple[int, int]
 
@@ -42,11 +44,13 @@ def fields(text: str) -> list[tuple[Span, Span]]:
 
 
 def questions(row: TextRow) -> Iterator[TextRow]:
-    """One for each parameter whose name is described once."""
+    """On a few of the parameters whose name is described once, wherever in the text they are."""
     found = fields(row.text)
     names = [row.text[slice(*name)] for name, _ in found]
-    for name, (_, (start, end)) in zip(names, found, strict=True):
-        if names.count(name) == 1:
+    once = [(name, place) for name, (_, place) in zip(names, found, strict=True) if names.count(name) == 1]
+    chosen = sorted(once, key=lambda each: blake2b(f"{row.source}:{each[0]}".encode(), digest_size=8).digest())
+    for name, (start, end) in once:
+        if (name, (start, end)) in chosen[:QUESTIONS]:
             answer = Answer(start, row.text[start:end])
             yield replace(
                 row, text=QUESTION.format(name=name), label=None, context=row.text, answers=(answer,),
