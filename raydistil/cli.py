@@ -131,8 +131,13 @@ def evaluate(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 
 @app.command()
 @click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
-@click.option("--to", "formats", metavar="FORMATS", help="Of hf, onnx and int8, with commas; else as configured.")
-@click.option("--force", is_flag=True, help="Keep what loses too much of the score, or is no faster.")
+@click.option(
+    "--to",
+    "formats",
+    metavar="FORMATS",
+    help="Of hf, bf16, onnx, fp16, int8, int8-static, with commas; else as configured.",
+)
+@click.option("--force", is_flag=True, help="Keep what loses too much of the score, or is no faster or smaller.")
 @click.option(
     "--vocabulary", type=click.Choice(["teacher", "corpus"]), help="See export.vocabulary; else as configured."
 )

@@ -16,9 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import torch
 
-from raydistil.export import INT8, ONNX
-from raydistil.export.onnx import OnnxModel, to_int8, to_onnx
+from raydistil.export import FILES, ONNX
+from raydistil.export.onnx import OnnxModel, to_onnx
+from raydistil.export.smaller import to_int8
+from raydistil.heads import Inputs
 from raydistil.models import load_model, load_tokenizer
 
 RUNTIME = "onnxruntime-web@1.30.0"
@@ -113,8 +116,8 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tiny.write_model(tmp_path_factory.mktemp("browser") / "student", "classification")
     (folder / ONNX.parent).mkdir()
-    to_onnx(load_model(str(folder), "classification"), folder / ONNX)
-    to_int8(folder / ONNX, folder / INT8)
+    to_onnx(load_model(str(folder), "classification"), "classification", folder / ONNX)
+    to_int8(folder / ONNX, folder / FILES["int8"])
     return folder
 
 
@@ -146,16 +149,17 @@ def serving(site: Site) -> Iterator[None]:
 @pytest.mark.slow
 def test_a_browser_says_what_python_says(browser: str, runtime: Path, student: Path, tmp_path: Path) -> None:
     rows = load_tokenizer(str(student))([TEXT, "ga"], padding=True)  # the second is mostly padding
-    asked = {"files": [str(ONNX), str(INT8)], "ids": rows["input_ids"], "mask": rows["attention_mask"]}
+    asked = {"files": [str(ONNX), str(FILES["int8"])], "ids": rows["input_ids"], "mask": rows["attention_mask"]}
     site = Site(student, runtime, asked)
     with serving(site), open_page(browser, site, tmp_path / "profile"):
         said = site.said.get(timeout=120)
     assert "error" not in said, said["error"]
-    ids_BL, mask_BL = (np.array(asked[name], np.int64) for name in ("ids", "mask"))
-    expected = {name: OnnxModel(student / name, 1, True).logits(ids_BL, mask_BL) for name in asked["files"]}
+    inputs = Inputs(torch.tensor(asked["ids"]), torch.tensor(asked["mask"]).bool())
+    files = {name: OnnxModel(student / name, 1, "classification") for name in asked["files"]}
+    expected = {name: file.outputs(inputs)[0].numpy() for name, file in files.items()}
     made = {name: np.array(said[name]["logits"], np.float32).reshape(said[name]["shape"]) for name in asked["files"]}
     np.testing.assert_allclose(made[str(ONNX)], expected[str(ONNX)], rtol=0, atol=1e-4)
     # Sums of products of 8 bits are whole numbers everywhere, but an activation may round to the next one; however it
     # does, the file is nearer to itself than to the one in 32 bits.
-    apart = np.abs(expected[str(ONNX)] - expected[str(INT8)]).max()
-    assert np.abs(made[str(INT8)] - expected[str(INT8)]).max() < apart / 2
+    apart = np.abs(expected[str(ONNX)] - expected[str(FILES["int8"])]).max()
+    assert np.abs(made[str(FILES["int8"])] - expected[str(FILES["int8"])]).max() < apart / 2

@@ -1,14 +1,19 @@
 """export: the student as what people deploy, in one directory that appears whole or not at all.
 
 hf      config, tokenizer, weights, model card: loads with transformers alone
+bf16    model.bf16.safetensors beside its weights: from_pretrained(.., variant="bf16")
 onnx    onnx/model.onnx beside them, where users of onnxruntime and transformers.js look for it
+fp16    onnx/model_fp16.onnx: the same with weights and products in float16
 int8    onnx/model_int8.onnx: the same with weights and embeddings in 8 bits
+int8-static  onnx/model_int8_static.onnx: activations too, in ranges found on training rows
 
-What loses more than `MOST_LOST` of the score on the validation rows (those of the test where there are none), or is no
-faster than what it was made from, is refused. card.py writes the model card, onnx.py the files, measure.py finds out
-what they are worth; vocabulary.py cuts the vocabulary where that is asked for, before any of these.
+What loses more than `MOST_LOST` of the score on the validation rows (those of the test where there are none), is no
+smaller than what it was made from, or, of 8 bits, no faster, is refused. card.py writes the model card, onnx.py and
+smaller.py the files, measure.py finds out what they are worth; vocabulary.py cuts the
+vocabulary where that is asked for, before any of these.
 """
 
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -23,10 +28,11 @@ from raydistil.errors import ExportError, StorageError
 from raydistil.evaluate import judged
 from raydistil.export.card import facts_of, model_card, published
 from raydistil.export.measure import ROWS, Artefact, Speed, difference, load, real_rows, speeds
-from raydistil.export.onnx import to_int8, to_onnx
+from raydistil.export.onnx import to_onnx
 from raydistil.export.sentences import write_layout
+from raydistil.export.smaller import to_bf16, to_fp16, to_int8, to_int8_static
 from raydistil.export.vocabulary import Cut, check_cut, cut_line, cut_vocabulary, weighed
-from raydistil.models import load_model, shape_of
+from raydistil.models import load_model, outline, shape_of
 from raydistil.plan import cores
 from raydistil.prepare import Prepared
 from raydistil.specs import EvaluateSpec
@@ -35,10 +41,21 @@ from raydistil.tokens import TokenStore
 from raydistil.types import Format, Score, Split, Vocabulary, takes_labels
 
 NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
-ONNX, INT8 = Path("onnx", "model.onnx"), Path("onnx", "model_int8.onnx")
+ONNX = Path("onnx", "model.onnx")
+FILES: dict[Format, Path] = {
+    "hf": Path("model.safetensors"), "bf16": Path("model.bf16.safetensors"), "onnx": ONNX,
+    "fp16": Path("onnx", "model_fp16.onnx"), "int8": Path("onnx", "model_int8.onnx"),
+    "int8-static": Path("onnx", "model_int8_static.onnx"),
+}  # fmt: skip
+MADE_OF: dict[Format, Format] = {"bf16": "hf", "fp16": "onnx", "int8": "onnx", "int8-static": "onnx"}
+FASTER: tuple[Format, ...] = (
+    "int8",
+    "int8-static",
+)  # halves are for their bytes: whether they are faster hangs on the machine
 MOST_LOST = 0.005  # of a score between 0 and 1
 NEAR = 1e-4  # what float32 logits may differ by
 BATCH = 8
+CALIBRATION = 256  # training rows that ranges are found on
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +89,14 @@ def export(
 
     Returns {student_dir, artefacts: one of each format that was measured, and vocabulary: where it was cut}.
 
-    Raises StorageError where there is nothing to export, ExportError for a format that the student cannot have.
+    Raises StorageError where there is nothing to export, ExportError for a format that the student cannot have,
+    or another task's checkpoint.
     """
     source, target = run.run_dir / rundir.DISTILLED, run.run_dir / rundir.STUDENT
     missing = [name for name in NEEDED if not (source / name).exists()]
     if missing:
         raise StorageError(f"expected a distilled student at {source}, {missing[0]} is not there: run distill first")
+    _check_task(source, run)
     with whole_directory(target) as scratch:
         shutil.copytree(source, scratch, dirs_exist_ok=True)
         if run.config.task == "embedding":
@@ -110,6 +129,21 @@ def _cut(
     return used, {"vocabulary": asdict(cut)} | ({"models": [*report["models"], *models]} if models else {})
 
 
+def _check_task(source: Path, run: Prepared) -> None:
+    """Raise ExportError for a checkpoint with another head than the run's: loading it would make one at random."""
+    task, key = run.config.task, f"the distilled student at {source}"
+    shape, expected = shape_of(str(source), key), type(outline(str(source), task, key=key)).__name__
+    found = (shape.architectures or ["none"])[0]
+    if found != expected:
+        raise ExportError(f"{source}: expected a {expected} for the run's {task}, got {found}: run distill again")
+    classes = len(run.labels) or 1
+    if (run.labels or task == "regression") and shape.num_labels != classes:
+        raise ExportError(
+            f"{source}: expected a head of {classes} for the run's {task}, got one of {shape.num_labels}: "
+            f"run distill again"
+        )
+
+
 def _row(made: Made) -> dict[str, Any]:
     speed = asdict(made.speed)
     return {**{key: value for key, value in asdict(made).items() if key != "speed"}, **speed}
@@ -117,23 +151,40 @@ def _row(made: Made) -> dict[str, Any]:
 
 def _files(run: Prepared, folder: Path, formats: tuple[Format, ...], force: bool) -> list[Made]:
     """Write the files of `formats` to `folder`, and measure them beside the model in PyTorch."""
-    if run.config.task == "clm":
+    if run.config.task == "clm" and set(formats) - {"hf", "bf16"}:
         raise ExportError(
-            "expected a model of whole texts or masked tokens for ONNX, got a causal one: export it as hf"
+            "expected a model of whole texts or masked tokens for ONNX, got a causal one: export it as hf or bf16"
         )
-    spec = _spec(run)
-    artefacts = {"hf": Artefact("hf", "torch", folder), "onnx": Artefact("onnx", "onnx", folder / ONNX)}
-    (folder / ONNX.parent).mkdir()
-    to_onnx(load_model(str(folder), spec.task, spec.labels), spec.task, folder / ONNX)
-    if "int8" in formats:
-        to_int8(folder / ONNX, folder / INT8)
-        artefacts["int8"] = Artefact("int8", "onnx", folder / INT8)
-    made = list(_measured(spec, artefacts, folder))
+    spec, written = _spec(run), [name for name in FILES if name in {"hf", *formats, *map(MADE_OF.get, formats)}]
+    for name in written:
+        _write(name, folder, spec)
+    made = list(_measured(spec, {name: _artefact(name, folder) for name in written}, folder))
     if not force:
-        _check(made)
+        _check({each.format: each for each in made})
     if "onnx" not in formats:
-        (folder / ONNX).unlink()
+        (folder / ONNX).unlink(missing_ok=True)
     return [each for each in made if each.format in (*formats, "hf")]
+
+
+def _write(name: Format, folder: Path, spec: EvaluateSpec) -> None:
+    path = folder / FILES[name]
+    if name == "bf16":
+        to_bf16(folder / FILES["hf"], path)
+    elif name == "onnx":
+        path.parent.mkdir()
+        to_onnx(load_model(str(folder), spec.task, spec.labels), spec.task, path)
+    elif name == "fp16":
+        to_fp16(folder / ONNX, path)
+    elif name == "int8":
+        to_int8(folder / ONNX, path)
+    elif name == "int8-static":
+        to_int8_static(folder / ONNX, path, real_rows(replace(spec, split="train"), CALIBRATION))
+
+
+def _artefact(name: Format, folder: Path) -> Artefact:
+    if name == "hf":
+        return Artefact(name, "torch", folder)
+    return Artefact(name, "torch-bf16", folder) if name == "bf16" else Artefact(name, "onnx", folder / FILES[name])
 
 
 def _spec(run: Prepared) -> EvaluateSpec:
@@ -151,38 +202,46 @@ def _spec(run: Prepared) -> EvaluateSpec:
     )  # fmt: skip
 
 
-def _measured(spec: EvaluateSpec, artefacts: dict[Any, Artefact], folder: Path) -> Iterator[Made]:
+def _measured(spec: EvaluateSpec, artefacts: dict[Format, Artefact], folder: Path) -> Iterator[Made]:
+    """Raises ExportError for one that says what is no number."""
     rows = real_rows(spec, ROWS)
     speed = speeds(list(artefacts.values()), spec, threads=1, at_once=BATCH)
     reference = load(artefacts["hf"], spec.task, spec.labels, spec.threads)
     for name, each in artefacts.items():
         model = reference if name == "hf" else load(each, spec.task, spec.labels, spec.threads)
-        path = folder / "model.safetensors" if name == "hf" else each.path
         off = None if name == "hf" else difference(model, reference, rows)
+        if off is not None and not math.isfinite(off):
+            raise ExportError(f"{name}: expected logits that are numbers, got {off} for some: leave {name} out of --to")
         score, _ = judged([(model, 1.0)], spec, torch.device("cpu"))
-        yield Made(name, str(path.relative_to(folder)), path.stat().st_size, off, spec.split, score, speed[name])
+        size = (folder / FILES[name]).stat().st_size
+        yield Made(name, str(FILES[name]), size, off, spec.split, score, speed[name])
 
 
-def _check(made: list[Made]) -> None:
+def _check(found: dict[Format, Made]) -> None:
     """Raise ExportError for what says something else than the model, or is not worth having."""
-    found = {each.format: each for each in made}
-    exact = found["onnx"]
-    if exact.difference is None or not exact.difference <= NEAR:  # nor nan
+    off = found["onnx"].difference if "onnx" in found else None
+    if off is not None and off > NEAR:
+        raise ExportError(f"onnx: expected logits within {NEAR:g} of the PyTorch model's, got {off}: export it as hf")
+    for name, source in MADE_OF.items():
+        if name in found:
+            _check_smaller(found[name], found[source])
+
+
+def _check_smaller(small: Made, exact: Made) -> None:
+    name, lost = small.format, exact.score.value - small.score.value
+    way_out = f"leave {name} out of --to, or take it as it is with --force"
+    if not lost <= MOST_LOST:  # nor nan
         raise ExportError(
-            f"onnx: expected logits within {NEAR:g} of the PyTorch model's, got {exact.difference}: export it as hf"
-        )
-    if "int8" not in found:
-        return
-    small, way_out = found["int8"], "leave int8 out of --to, or take it as it is with --force"
-    lost = exact.score.value - small.score.value
-    if lost > MOST_LOST:
-        raise ExportError(
-            f"int8: expected at most {MOST_LOST} of the {exact.score.metric} lost on {exact.score.rows:,} "
+            f"{name}: expected at most {MOST_LOST} of the {exact.score.metric} lost on {exact.score.rows:,} "
             f"{exact.split} items, got {lost:.4f} ({exact.score.value:.4f} to {small.score.value:.4f}): {way_out}"
         )
-    if small.speed.rows_s <= exact.speed.rows_s:
+    if small.bytes >= exact.bytes:
         raise ExportError(
-            f"int8: expected more than the {exact.speed.rows_s:.1f} texts a second of float32 on this machine, got "
+            f"{name}: expected less than the {exact.bytes:,} bytes of float32, got {small.bytes:,}: {way_out}"
+        )
+    if name in FASTER and small.speed.rows_s <= exact.speed.rows_s:
+        raise ExportError(
+            f"{name}: expected more than the {exact.speed.rows_s:.1f} texts a second of float32 on this machine, got "
             f"{small.speed.rows_s:.1f}: {way_out}"
         )
 

@@ -19,21 +19,22 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from raydistil.evaluate import batches
 from raydistil.heads import Inputs
-from raydistil.models import Headed, HeadedEncoder, load_model, on_device
+from raydistil.models import LOADERS, Headed, HeadedEncoder, load_model, on_device, quiet_transformers
 from raydistil.specs import EvaluateSpec
 from raydistil.types import Task, TokenBatch
 
-Runtime = Literal["torch", "onnx"]
+Runtime = Literal["torch", "torch-bf16", "onnx"]
 ROUNDS, WARM_UP = 5, 10
 ROWS = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Artefact:
-    """Something that can be run: a directory in hub layout, or an ONNX file."""
+    """Something that can be run: a directory in hub layout, with or without its weights in half, or an ONNX file."""
 
     name: str
     runtime: Runtime
@@ -56,6 +57,10 @@ def load(artefact: Artefact, task: Task, labels: tuple[str, ...], threads: int) 
 
         return OnnxModel(artefact.path, threads, task)
     torch.set_num_threads(threads)
+    if artefact.runtime == "torch-bf16":
+        quiet_transformers()
+        half = LOADERS[task].from_pretrained(artefact.path, variant="bf16", dtype=torch.bfloat16)
+        return HeadedEncoder(half, task, "bfloat16").frozen()
     return HeadedEncoder(load_model(str(artefact.path), task, labels), task, "float32").frozen()
 
 
@@ -72,6 +77,7 @@ def _singles(batch: TokenBatch) -> Iterator[TokenBatch]:
         yield replace(
             batch, input_ids_BL=batch.input_ids_BL[one, :length], lengths_B=batch.lengths_B[one], labels_B=None,
             labels_BL=None, tags_BL=None, spans_B2=None, num_rows=1, visits_B=batch.visits_B[one],
+            positions_BL=None if batch.positions_BL is None else batch.positions_BL[one, :length],
             contexts_B=None if batch.contexts_B is None else batch.contexts_B[one],
         )  # fmt: skip
 
@@ -92,15 +98,23 @@ def _said(model: Headed, inputs: Inputs) -> torch.Tensor:
 
 def padded(rows: list[TokenBatch]) -> Inputs:
     """Rows that are each alone, together."""
-    lengths_B = np.concatenate([row.lengths_B for row in rows])
-    ids_BL = np.zeros((len(rows), int(lengths_B.max())), np.int32)
-    for line, row in zip(ids_BL, rows, strict=True):
-        line[: row.lengths_B[0]] = row.input_ids_BL[0]
     contexts = [row.contexts_B for row in rows if row.contexts_B is not None]
+    positions = [row.positions_BL[0] for row in rows if row.positions_BL is not None]
     both = replace(
-        rows[0], input_ids_BL=ids_BL, lengths_B=lengths_B, contexts_B=np.concatenate(contexts) if contexts else None
-    )
+        rows[0], input_ids_BL=_lines([row.input_ids_BL[0] for row in rows]),
+        lengths_B=np.concatenate([row.lengths_B for row in rows]),
+        positions_BL=_lines(positions) if positions else None,
+        contexts_B=np.concatenate(contexts) if contexts else None,
+    )  # fmt: skip
     return on_device(both, torch.device("cpu"))
+
+
+def _lines(lines: list[NDArray[np.int32]]) -> NDArray[np.int32]:
+    """[B, L] of the longest; 0 beyond the ends of the others."""
+    whole_BL = np.zeros((len(lines), max(map(len, lines))), np.int32)
+    for row, line in zip(whole_BL, lines, strict=True):
+        row[: len(line)] = line
+    return whole_BL
 
 
 # ---- speed, each in a process of its own

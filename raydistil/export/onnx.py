@@ -1,4 +1,4 @@
-"""ONNX: a model as one file that onnxruntime runs, in 32 bits or with weights in 8.
+"""ONNX: a model as one file that onnxruntime runs; see smaller.py for fewer bits.
 
 Batch and length are free. The file stands where onnxruntime's and transformers.js's users look for it: onnx/model.onnx
 beside config.json.
@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,7 +29,6 @@ OUTPUTS: dict[Task, tuple[str, ...]] = {  # float32; the others: logits [B, C], 
     "question_answering": ("start_logits", "end_logits"),  # [B, L]
     "embedding": ("token_embeddings", "sentence_embedding"),  # [B, L, D], [B, D] of length 1
 }
-INT8_OPS = ("MatMul", "Gemm", "Gather")  # with Gather the embeddings, most of a small student
 
 
 def outputs_of(task: Task) -> tuple[str, ...]:
@@ -59,7 +60,7 @@ def to_onnx(model: PreTrainedModel, task: Task, path: Path) -> None:
     names = (*INPUTS, TYPES) if task == "question_answering" and has_types(model) else INPUTS
     shown = tuple(torch.ones(2, 8, dtype=torch.int64) for _ in names)  # the same one twice would be one input
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 _Headed(model, task, names), shown, dynamo=True, dynamic_shapes=((free,) * len(names),),
                 input_names=list(names), output_names=list(outputs_of(task)), opset_version=OPSET, verbose=False,
@@ -70,33 +71,39 @@ def to_onnx(model: PreTrainedModel, task: Task, path: Path) -> None:
             f"expected a model that ONNX can say, {type(model).__name__} is none ({reason}): export it as hf"
         ) from error
     assert program is not None
-    program.save(str(path), external_data=False)
+    proto = program.model_proto
+    _share_tied(proto.graph)
+    onnx.save(proto, str(path))
     onnx.checker.check_model(str(path), full_check=True)
 
 
-def to_int8(source: Path, path: Path) -> None:
-    """Quantize the weights of an ONNX file: a scale for each row or column, activations by what they are at the time.
+def _share_tied(graph: Any) -> None:
+    """A decoder tied to the embeddings is the transposition of them that runtimes make on loading, not a copy."""
+    from onnx import helper
 
-    Dynamic quantization (Jacob et al. 2018, arXiv:1712.05877, of weights and, on the way, activations).
-    """
-    needed("onnxruntime")
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    inferred = path.with_suffix(".inferred")
-    with _quiet():
-        quant_pre_process(str(source), str(inferred), skip_symbolic_shape=True)
-        quantize_dynamic(
-            str(inferred), str(path), op_types_to_quantize=list(INT8_OPS), per_channel=True,
-            reduce_range=not has_vnni(), weight_type=QuantType.QInt8,
-        )  # fmt: skip
-    inferred.unlink()
+    kept = {tensor.name: tensor for tensor in graph.initializer}
+    looked_up = [kept[node.input[0]] for node in graph.node if node.op_type == "Gather" and node.input[0] in kept]
+    for copy in [tensor for tensor in graph.initializer if len(tensor.dims) == 2]:
+        for table in looked_up:
+            if _transposed(copy, table):
+                graph.initializer.remove(copy)
+                graph.node.insert(0, helper.make_node("Transpose", [table.name], [copy.name], perm=[1, 0]))
+                break
 
 
-def has_vnni() -> bool:
-    """Whether this CPU adds products of 8 bits into 32; those that do not overflow at 16 unless weights have 7."""
-    cpu = Path("/proc/cpuinfo")
-    return "vnni" in cpu.read_text() if cpu.exists() else False
+def _transposed(left: Any, right: Any) -> bool:
+    from onnx.numpy_helper import to_array
+
+    if left.name == right.name or list(left.dims) != list(right.dims)[::-1]:
+        return False
+    return np.array_equal(to_array(left), to_array(right).T)
+
+
+def feed(inputs: Inputs, names: set[str]) -> dict[str, NDArray[np.int64]]:
+    """What a file with inputs of these names is given."""
+    given = {INPUTS[0]: inputs.ids_BL, INPUTS[1]: inputs.mask_BL.long()}
+    given |= {TYPES: inputs.types_BL()} if TYPES in names else {}
+    return {name: part.numpy() for name, part in given.items()}
 
 
 class OnnxModel:
@@ -112,13 +119,11 @@ class OnnxModel:
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._task = task
         self._outputs = [name for name in outputs_of(task) if name != "token_embeddings"]
-        self._typed = TYPES in {given.name for given in self._session.get_inputs()}
+        self._names = {given.name for given in self._session.get_inputs()}
 
     def outputs(self, inputs: Inputs) -> list[Tensor]:
         """[B, L] start and end, or vectors [B, D], or logits."""
-        named = {INPUTS[0]: inputs.ids_BL, INPUTS[1]: inputs.mask_BL.long()}
-        named |= {TYPES: inputs.types_BL()} if self._typed else {}
-        made = self._session.run(self._outputs, {name: part.numpy() for name, part in named.items()})
+        made = self._session.run(self._outputs, feed(inputs, self._names))
         return [torch.from_numpy(part) for part in made]
 
     def __call__(self, inputs: Inputs, states: tuple[int, ...] = ()) -> tuple[dict[int, Tensor], Tensor | None]:
@@ -146,7 +151,7 @@ def needed(package: str) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without what exporters and quantizers print of their progress."""
     levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir", "root")}
     for name in levels:
