@@ -19,13 +19,14 @@ from raydistil.config import config_of
 from raydistil.export.onnx import OPSET
 from raydistil.heads import Inputs
 from raydistil.models import HeadedEncoder, load_model
-from raydistil.types import Task
+from raydistil.types import Format, Task
 
 pytestmark = pytest.mark.slow
 
 METRICS: dict[Task, str] = {
     "token_classification": "entity F1", "question_answering": "F1", "embedding": "retrieval accuracy",
 }  # fmt: skip
+FORMATS: tuple[Format, ...] = ("hf", "bf16", "onnx", "fp16", "int8", "int8-static")
 OUTPUTS: dict[Task, list[str]] = {
     "token_classification": ["logits"], "question_answering": ["start_logits", "end_logits"],
     "embedding": ["token_embeddings", "sentence_embedding"],
@@ -49,7 +50,7 @@ def done(request: pytest.FixtureRequest, ray_cluster: None, tmp_path_factory: py
         tree["finetune"] = {**TRAIN, "epochs": 24}
     config = config_of(tree)
     report = pipeline.run_all(config, quiet)
-    return task, report, pipeline.export_run(config.run_dir, ("hf", "onnx", "int8"), True, quiet)
+    return task, report, pipeline.export_run(config.run_dir, FORMATS, True, quiet)
 
 
 def test_the_score_is_that_of_the_field(done: Any) -> None:
@@ -71,10 +72,11 @@ def test_the_score_is_that_of_the_field(done: Any) -> None:
 def test_every_artefact_says_what_the_student_says(done: Any) -> None:
     task, _, exported = done
     made = {each["format"]: each for each in exported["artefacts"]}
-    assert list(made) == ["hf", "onnx", "int8"]
+    assert tuple(made) == FORMATS
     assert 0 <= made["onnx"]["difference"] <= 1e-4 < made["int8"]["difference"]
     assert made["hf"]["score"] == made["onnx"]["score"] and made["hf"]["score"]["metric"] == METRICS[task]
-    assert made["int8"]["bytes"] < made["onnx"]["bytes"]
+    assert all(made[name]["bytes"] < made["onnx"]["bytes"] for name in ("fp16", "int8", "int8-static"))
+    assert made["bf16"]["bytes"] < made["hf"]["bytes"] and 0 < made["bf16"]["difference"] < 1
 
 
 def test_a_file_runs_wherever_onnxruntime_does(done: Any) -> None:
