@@ -163,11 +163,15 @@ def export(
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
 @click.option("--replicas", default=2, show_default=True, type=click.IntRange(min=1), help="Most replicas.")
-def serve(run_dir: Path, host: str, port: int, replicas: int) -> None:
+@click.option(
+    "--backend", type=click.Choice(["auto", "torch", "onnx", "int8"]), default="auto", show_default=True,
+    help="What replicas run with; auto: the fastest that says what the checkpoint says.",
+)  # fmt: skip
+def serve(run_dir: Path, host: str, port: int, replicas: int, backend: Any) -> None:
     """Answer over HTTP on Ray Serve until Ctrl-C. RUN_DIR: a finished run, or a model directory."""
     from raydistil.serve.run import serve_forever
 
-    serve_forever(run_dir, host, port, replicas, _say)
+    serve_forever(run_dir, host, port, replicas, _say, backend)
 
 
 @app.group()

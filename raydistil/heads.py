@@ -22,11 +22,11 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from raydistil.errors import ModelError
-from raydistil.types import Task, models_language
+from raydistil.types import SENTENCE_LAYOUT, Task, models_language
 
 Pooling = Literal["mean", "cls"]
 NOWHERE = -1e4  # e to its power is 0, and fp16 holds it
-LAYOUT, PREFIX = "1_Pooling/config.json", "pooling_mode_"  # of Sentence Transformers
+PREFIX = "pooling_mode_"  # of Sentence Transformers
 SHORT = {"cls_token": "cls", "mean_tokens": "mean"}
 
 
@@ -87,7 +87,7 @@ def pooling_of(model: str, config: Any) -> Pooling:
     known = getattr(config, "pooling", None)
     if known is not None:
         return _checked(model, known)
-    path = cached_file(model, LAYOUT, _raise_exceptions_for_missing_entries=False)
+    path = cached_file(model, SENTENCE_LAYOUT, _raise_exceptions_for_missing_entries=False)
     if path is None:
         return "mean"
     settings: dict[str, Any] = json.loads(Path(path).read_text())

@@ -192,7 +192,8 @@ def filler_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def classifier(classifier_run: Path) -> "TestClient":
     from fastapi.testclient import TestClient
 
-    from raydistil.serve.app import build_api, load
+    from raydistil.serve.app import build_api
+    from raydistil.serve.model import load
     from raydistil.serve.run import find
 
     return TestClient(build_api(load(find(classifier_run))), raise_server_exceptions=False)

@@ -1,8 +1,9 @@
 """Serving: the same numbers as the model, a typed answer for every bad request, nothing left after the end."""
 
 import json
-import time
+import math
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydistil.serve.app import build_api, load
+from raydistil.serve.app import build_api
+from raydistil.serve.model import load
 from raydistil.serve.run import find
-from raydistil.serve.schema import MAX_BODY_BYTES, MAX_INPUTS, MAX_MASKS, ClassifyRequest
+from raydistil.serve.schema import MAX_BODY_BYTES, MAX_INPUTS, MAX_MASKS
 from raydistil.types import Task
 
 POSITIONS = tiny.SHAPE["max_position_embeddings"]
@@ -114,27 +116,43 @@ def test_state_and_docs_answer(classifier: TestClient) -> None:
     assert classifier.get("/livez").json() == classifier.get("/readyz").json() == {"status": "ok"}
     assert classifier.get("/docs").status_code == 200
     paths = classifier.get("/openapi.json").json()["paths"]
-    assert set(paths) == {"/v1/classify", "/livez", "/readyz", "/info"}
-    assert set(paths["/v1/classify"]["post"]["responses"]) == {"200", "400", "413", "422"}
+    assert set(paths) == {"/v1/classify", "/v1/models", "/livez", "/readyz", "/info"}
+    assert set(paths["/v1/classify"]["post"]["responses"]) == {"200", "400", "413", "422", "429", "503", "504"}
 
 
-def test_requests_at_the_same_time_take_turns_and_do_not_mix(classifier_run: Path) -> None:
-    model = load(find(classifier_run))
-    running, most = [], 0
-
-    def enter(*_: Any) -> None:
-        nonlocal most
-        running.append(1)
-        most = max(most, len(running))
-        time.sleep(0.002)  # so that another thread would meet this one
-
-    model._model.register_forward_pre_hook(enter)
-    model._model.register_forward_hook(lambda *_: running.pop() and None)
+def test_requests_at_the_same_time_do_not_mix(classifier: TestClient) -> None:
+    """One batch holds texts of many; each is answered as it is alone."""
     texts = [["ba"], ["ca du", LONG], ["fe ho ba ca du"], ["ba " * 9, "ca"]] * 4
-    expected = [model.classify(ClassifyRequest(inputs=text)) for text in texts]
-    with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda text: model.classify(ClassifyRequest(inputs=text)), texts)) == expected
-    assert most == 1
+    with classifier as client, ThreadPoolExecutor(8) as pool:
+        ask = partial(client.post, "/v1/classify")
+        together = list(pool.map(lambda text: ask(json={"inputs": text}).json()["results"], texts))
+        alone = [[ask(json={"inputs": text}).json()["results"][0] for text in each] for each in texts]
+    for many, singles in zip(together, alone, strict=True):
+        for one, other in zip(many, singles, strict=True):
+            assert one["label"] == other["label"] and one["tokens"] == other["tokens"]
+            assert one["score"] == pytest.approx(other["score"], abs=1e-6)
+
+
+def test_replies_say_where_the_time_went(classifier: TestClient) -> None:
+    headers = classifier.post("/v1/classify", json={"inputs": ["ba ca", "du"]}).headers
+    assert all(float(headers[f"x-{part}-time"]) >= 0 for part in ("tokenization", "queue", "inference"))
+    assert headers["x-compute-tokens"] == str(2 + 2 + 1 + 2)
+
+
+def test_raw_scores_are_logits(classifier: TestClient) -> None:
+    asked = {"inputs": "ba ca du"}
+    raw, shares = (
+        classifier.post("/v1/classify", json=asked | {"raw": raw}).json()["results"][0]["scores"]
+        for raw in (True, False)
+    )
+    powers = [math.exp(each["score"]) for each in raw]
+    assert [each["score"] for each in shares] == pytest.approx([power / sum(powers) for power in powers], abs=1e-6)
+    assert [each["label"] for each in raw] == [each["label"] for each in shares]
+
+
+def test_a_text_can_lose_its_beginning(filler: TestClient) -> None:
+    reply = filler.post("/v1/fill-mask", json={"inputs": LONG + "[MASK]", "truncate": "left"}).json()["results"][0]
+    assert reply["truncated"] and reply["tokens"] == POSITIONS and len(reply["masks"]) == 1
 
 
 # ---- refusals
@@ -160,7 +178,7 @@ UNSUITABLE = [
     (b'{"inputs": "ba", "top_k": 1.5}', "wrong_type", "top_k"),
     (b'{"inputs": "ba", "top_k": NaN}', "wrong_type", "top_k"),
     (b'{"inputs": "ba", "top_k": 0}', "invalid_value", "top_k"),
-    (b'{"inputs": "ba", "truncate": "left"}', "invalid_value", "truncate"),
+    (b'{"inputs": "ba", "truncate": "middle"}', "invalid_value", "truncate"),
     (b'{"inputs": "ba", "truncate": null}', "invalid_value", "truncate"),
 ]
 

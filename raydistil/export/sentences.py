@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from raydistil.heads import LAYOUT, Pooling
+from raydistil.heads import Pooling
+from raydistil.types import SENTENCE_LAYOUT
 
 MODULE = "sentence_transformers.models"
 
@@ -17,7 +18,7 @@ def write_layout(folder: Path, pooling: Pooling, width: int, length: int) -> Non
         {"idx": number, "name": str(number), "path": path, "type": f"{MODULE}.{kind}"}
         for number, (path, kind) in enumerate(parts.items())
     ]
-    _write(folder / LAYOUT, {"word_embedding_dimension": width, **chosen})
+    _write(folder / SENTENCE_LAYOUT, {"word_embedding_dimension": width, **chosen})
     _write(folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False})
     _write(folder / "modules.json", modules)
 

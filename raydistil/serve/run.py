@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,8 @@ from raydistil import rundir
 from raydistil.cluster import address_of, connected
 from raydistil.config.cluster import ClusterConfig
 from raydistil.errors import ModelError, PlanError, RaydistilError, StorageError
-from raydistil.serve.schema import ROUTES, Source
-from raydistil.types import Task
+from raydistil.serve.schema import ROUTES, Source, Wish
+from raydistil.types import SENTENCE_LAYOUT, Task
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -30,7 +31,10 @@ if TYPE_CHECKING:
 
 TOKENIZER, SETTINGS, WEIGHTS = "tokenizer.json", "tokenizer_config.json", "model.safetensors"
 REPORT = "raydistil.json"
-HEADS: dict[str, Task] = {"ForSequenceClassification": "classification", "ForMaskedLM": "mlm"}
+HEADS: dict[str, Task] = {
+    "ForSequenceClassification": "classification", "ForTokenClassification": "token_classification",
+    "ForQuestionAnswering": "question_answering", "ForMaskedLM": "mlm",
+}  # fmt: skip
 CAUSAL = ("ForCausalLM", "LMHeadModel")
 APP, DEPLOYMENT = "raydistil", "student"
 OBJECT_STORE_BYTES = 256 << 20  # of a local cluster; requests and replies are small
@@ -39,13 +43,15 @@ MAX_ONGOING = 64  # requests of one replica, waiting ones included
 TARGET_ONGOING = 8  # a replica works on one at a time; more than this waiting asks for another replica
 
 
-def serve_forever(run_dir: Path, host: str, port: int, replicas: int, say: Callable[[str], None]) -> None:
+def serve_forever(
+    run_dir: Path, host: str, port: int, replicas: int, say: Callable[[str], None], backend: Wish = "auto"
+) -> None:  # fmt: skip
     """Serve the student of `run_dir` until SIGINT or SIGTERM, then stop everything this started.
 
     Raises StorageError for a missing or broken model and RaydistilError for a port that cannot be had, both before
     Ray starts; PlanError for a cluster that cannot hold `replicas`; ModelError where a replica cannot load the model.
     """
-    source = find(run_dir)
+    source = replace(find(run_dir), backend=backend)
     cluster = ClusterConfig(object_store_bytes=OBJECT_STORE_BYTES)
     if port == 0 or address_of(cluster) is None:
         port = free_port(host, port)
@@ -122,13 +128,22 @@ def _task(directory: Path, config: dict[str, Any]) -> Task:
             f"expected a model {' or '.join(HEADS)} in {directory}, got the causal language model {names[0]}: there is "
             f"no route for those, load it with transformers' AutoModelForCausalLM"
         )
+    if "pooling" in config or (directory / SENTENCE_LAYOUT).exists():
+        return "embedding"
     tasks = [task for name in names for head, task in HEADS.items() if name.endswith(head)]
     if not tasks:
         raise StorageError(
             f"expected a model {' or '.join(HEADS)} in {directory}, its architecture is "
             f"{', '.join(names) or 'not given'}: serve the exported student of a run"
         )
-    if config.get("problem_type") == "regression" or len(config.get("id2label") or "??") == 1:
+    _check_scores(directory, config, tasks[0])
+    return tasks[0]
+
+
+def _check_scores(directory: Path, config: dict[str, Any], task: Task) -> None:
+    """Raises StorageError where a head's numbers are no scores of labels, one of which is chosen."""
+    one = task == "classification" and len(config.get("id2label") or "??") == 1
+    if config.get("problem_type") == "regression" or one:
         raise StorageError(
             f"expected a model that chooses one label in {directory}, got one that gives a number: there is no route "
             f"for those, load it with transformers' AutoModelForSequenceClassification"
@@ -138,7 +153,6 @@ def _task(directory: Path, config: dict[str, Any]) -> Task:
             f"expected a model that chooses one label in {directory}, its problem_type is {config['problem_type']}: "
             f"its scores would mean something else"
         )
-    return tasks[0]
 
 
 def _mask_token(directory: Path) -> str | None:
@@ -169,13 +183,17 @@ def url_of(host: str, port: int) -> str:
 
 def example(source: Source, url: str) -> str:
     """A request to paste into a shell."""
-    if source.task == "classification":
-        text = "How do I open a file?"
-    elif source.mask_token is not None:
-        text = f"Paris is the {source.mask_token} of France."
-    else:
+    asked: dict[Task, dict[str, str]] = {
+        "classification": {"inputs": "How do I open a file?"},
+        "token_classification": {"inputs": "Ada Lovelace lived in London."},
+        "question_answering": {"question": "Where did she live?", "context": "Ada Lovelace lived in London."},
+        "embedding": {"input": "How do I open a file?"},
+        "mlm": {"inputs": f"Paris is the {source.mask_token} of France."},
+    }
+    if source.task == "mlm" and source.mask_token is None:
         return f"curl {url}/info"
-    return f"""curl {url}{ROUTES[source.task]} -H 'content-type: application/json' -d '{{"inputs": "{text}"}}'"""
+    body = json.dumps(asked[source.task])
+    return f"curl {url}{ROUTES[source.task]} -H 'content-type: application/json' -d '{body}'"
 
 
 # ---- on Ray
@@ -187,7 +205,7 @@ class Student:
     def __init__(self, source: Source) -> None:
         import torch
 
-        from raydistil.serve.app import load
+        from raydistil.serve.model import load
 
         torch.set_num_threads(1)  # a replica is one CPU to Ray
         self._model = load(source)

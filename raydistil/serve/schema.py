@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from raydistil.serve.texts import Truncate
 from raydistil.types import Task
 
 MAX_BODY_BYTES = 1 << 20
@@ -16,12 +17,19 @@ MAX_INPUTS = 64  # of one request
 MAX_MASKS = 1024  # of one request: each costs a row of float32 logits over the vocabulary, 120 kB for BERT's
 MAX_CANDIDATES = 100  # of one mask
 
-ROUTES: dict[Task, str] = {"classification": "/v1/classify", "mlm": "/v1/fill-mask"}
+MAX_ANSWERS = 20  # to one question
+
+ROUTES: dict[Task, str] = {
+    "classification": "/v1/classify", "token_classification": "/v1/tokens/classify",
+    "question_answering": "/v1/answer", "embedding": "/v1/embeddings", "mlm": "/v1/fill-mask",
+}  # fmt: skip
+
+Wish = Literal["auto", "torch", "onnx", "int8"]  # what a replica runs with; `auto`: the fastest that is exact
 
 ErrorType = Literal[
     "malformed_json", "not_found", "wrong_task", "method_not_allowed", "body_too_large", "too_many_inputs",
     "too_many_masks", "empty_input", "missing_field", "unknown_field", "wrong_type", "invalid_value", "too_long",
-    "no_mask", "internal",
+    "no_mask", "overloaded", "deadline_exceeded", "stopping", "internal",
 ]  # fmt: skip
 
 
@@ -32,8 +40,9 @@ class Source:
     name: str
     directory: str
     task: Task
-    mask_token: str | None  # None: classification, or not written down
+    mask_token: str | None  # None: not a masked-LM, or not written down
     report: dict[str, Any] | None  # measured by `raydistil evaluate`; None: nothing was
+    backend: Wish = "auto"
 
 
 # ---- requests
@@ -64,7 +73,7 @@ def _readable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_readable)]
-ONE_OR_MANY = {
+ONE_OR_MANY: dict[str, Any] = {
     "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": MAX_INPUTS}],
     "title": "Inputs",
 }
@@ -75,8 +84,8 @@ class TextRequest(BaseModel):
 
     inputs: Annotated[list[Text], BeforeValidator(_as_list), WithJsonSchema(ONE_OR_MANY)]
     """One text, or a list of texts."""
-    truncate: Literal["right", "error"] = "right"
-    """A text longer than the model takes is cut at its end, or refused."""
+    truncate: Truncate = "right"
+    """A text longer than the model takes is cut at its end, at its beginning (`left`), or refused (`error`)."""
 
 
 class ClassifyRequest(TextRequest):
@@ -84,11 +93,50 @@ class ClassifyRequest(TextRequest):
 
     top_k: Annotated[int, Field(ge=1)] | None = None
     """Labels to list, best first; null or more than there are: all."""
+    raw: bool = False
+    """Scores as the model's logits, not as probabilities."""
 
 
 class FillMaskRequest(TextRequest):
     top_k: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] = 5
     """Candidates to list for each mask, best first."""
+
+
+class TokensRequest(TextRequest):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": "Ada Lovelace lived in London."}]})
+
+
+class EmbeddingsRequest(BaseModel):
+    """As OpenAI's clients send it."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, use_attribute_docstrings=True,
+        json_schema_extra={"examples": [{"input": ["A text.", "Another one."]}]},
+    )  # fmt: skip
+
+    input: Annotated[list[Text], BeforeValidator(_as_list), WithJsonSchema(ONE_OR_MANY)]
+    """One text, or a list of texts."""
+    model: str | None = None
+    """Any name: there is one model."""
+    encoding_format: Literal["float", "base64"] = "float"
+    """`base64`: of little-endian float32."""
+    user: str | None = None
+    """Not looked at."""
+    truncate: Truncate = "right"
+    """A text longer than the model takes is cut at its end, at its beginning (`left`), or refused (`error`)."""
+
+
+class AnswerRequest(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, use_attribute_docstrings=True,
+        json_schema_extra={"examples": [{"question": "Where?", "context": "Ada Lovelace lived in London."}]},
+    )  # fmt: skip
+
+    question: Text
+    context: Text
+    """Where the answer stands; however long, it is read in windows."""
+    top_k: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] = 1
+    """Answers to list, best first; none of them lies within a better one."""
 
 
 # ---- replies
@@ -134,6 +182,74 @@ class FillMaskReply(BaseModel):
     results: list[Filled]
 
 
+class Entity(BaseModel):
+    """What was found in one input: `text` is inputs[n][start:end]."""
+
+    label: str
+    score: float  # the mean probability of its words' classes
+    start: int
+    end: int
+    text: str
+
+
+class Tagged(BaseModel):
+    entities: list[Entity]
+    tokens: int
+    truncated: bool
+
+
+class TokensReply(BaseModel):
+    model: str
+    results: list[Tagged]
+
+
+class Answer(BaseModel):
+    """`text` is context[start:end]; `score` the sum of the logits of its first and last token."""
+
+    text: str
+    score: float
+    start: int
+    end: int
+
+
+class AnswerReply(BaseModel):
+    model: str
+    answers: list[Answer]
+    lacking: float  # the score of there being no answer: higher than the best one's, if the model was taught such
+    windows: int
+    tokens: int
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsReply(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: Usage
+    truncated: list[bool]  # of each input
+
+
+class ModelEntry(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    owned_by: Literal["raydistil"] = "raydistil"
+
+
+class Models(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelEntry]
+
+
 class Health(BaseModel):
     status: Literal["ok"] = "ok"
 
@@ -141,8 +257,10 @@ class Health(BaseModel):
 class Info(BaseModel):
     model: str
     task: Task
-    labels: list[str] | None  # null for masked-LM
-    mask_token: str | None  # null for classification
+    labels: list[str] | None  # null where there are no classes
+    mask_token: str | None  # null but for a masked-LM
+    backend: str  # what runs it: the fastest of those there are, see `texts_s`
+    texts_s: dict[str, float]  # texts a second of each, measured when the replica started
     parameters: int
     max_length: int  # tokens, special ones included
     report: dict[str, Any] | None

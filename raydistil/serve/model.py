@@ -1,0 +1,278 @@
+"""The student in memory: requests in, replies out, by way of one batcher. Knows nothing of HTTP but what it refuses.
+
+L tokens of a row, D hidden size, C classes, M masks of a text, K candidates kept, V vocabulary.
+"""
+
+import asyncio
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from raydistil.errors import ModelError
+from raydistil.models import load_tokenizer, num_parameters, outline, shape_of
+from raydistil.prepare import num_positions
+from raydistil.serve.backends import Chosen, Result, Row, choose
+from raydistil.serve.batcher import Batcher, Done, Item, NotServed
+from raydistil.serve.errors import ApiError, unserved
+from raydistil.serve.found import answers_of, entities_of
+from raydistil.serve.schema import (
+    MAX_MASKS,
+    AnswerReply,
+    AnswerRequest,
+    Candidate,
+    Classified,
+    ClassifyReply,
+    ClassifyRequest,
+    Embedding,
+    EmbeddingsReply,
+    EmbeddingsRequest,
+    Filled,
+    FilledMask,
+    FillMaskReply,
+    FillMaskRequest,
+    Info,
+    LabelScore,
+    Source,
+    Tagged,
+    TokensReply,
+    TokensRequest,
+    Usage,
+)
+from raydistil.serve.texts import Encoded, Reader, Truncate
+from raydistil.serve.waiting import Limits
+
+LIMITS = Limits(batch_tokens=2048, queue_tokens=1 << 16, age_s=0.5)
+MASK_TOKENS = 16  # that a mask counts for: it costs a row of logits over the vocabulary
+WINDOW = 384  # tokens of a question with a part of its context, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where the time of a request went."""
+
+    read_s: float
+    queued_s: float  # the longest of its items, as are the others
+    ran_s: float
+    tokens: int
+
+    def headers(self) -> dict[str, str]:
+        """In milliseconds, under the names that TEI gave them."""
+        times = {"tokenization": self.read_s, "queue": self.queued_s, "inference": self.ran_s}
+        return {f"x-{name}-time": f"{1000 * s:.1f}" for name, s in times.items()} | {
+            "x-compute-tokens": str(self.tokens)
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """Of each mask of a text, the K most probable tokens."""
+
+    scores_MK: NDArray[np.float32]
+    ids_MK: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a batch is given of one item."""
+
+    row: Row
+    best: int | None = None  # candidates of each mask that are kept
+
+
+class ServedModel:
+    """Raises ApiError for inputs it cannot take."""
+
+    def __init__(self, source: Source, tokenizer: PreTrainedTokenizerBase, chosen: Chosen) -> None:
+        """Raises ModelError where model and tokenizer do not go together."""
+        shape = shape_of(source.directory, "student")
+        self.source, self._chosen = source, chosen
+        self.max_length = int(min(tokenizer.model_max_length, num_positions(shape) or tokenizer.model_max_length))
+        self.labels = [shape.id2label[n] for n in range(len(shape.id2label))] if _classed(source) else None
+        self._tokenizer: Any = tokenizer
+        self._reader = Reader(tokenizer, self.max_length)
+        self._parameters = num_parameters(outline(source.directory, source.task))
+        self._mask_id = _mask_id(tokenizer) if source.task == "mlm" else -1
+        self.batcher: Batcher[Asked, Result | Best] = Batcher(self._run, LIMITS, chosen.backend.padded)
+        if len(tokenizer) > shape.vocab_size:
+            raise ModelError(f"expected at most {shape.vocab_size} tokens, the tokenizer has {len(tokenizer)}")
+
+    def info(self) -> Info:
+        mask = self._tokenizer.mask_token if self.source.task == "mlm" else None
+        return Info(
+            model=self.source.name, task=self.source.task, labels=self.labels, mask_token=mask,
+            backend=self._chosen.backend.name, texts_s=self._chosen.rows_s,
+            parameters=self._parameters, max_length=self.max_length, report=self.source.report,
+        )  # fmt: skip
+
+    # ---- by task
+
+    async def classify(self, request: ClassifyRequest) -> tuple[ClassifyReply, Timing]:
+        encoded, results, timing = await self._texts(request.inputs, request.truncate)
+        assert self.labels is not None
+        found = []
+        for each, logits_C in zip(encoded, results, strict=True):
+            scores_C = logits_C if request.raw else softmax(logits_C)
+            best = np.argsort(-scores_C, kind="stable")[: request.top_k or len(scores_C)]
+            scores = [LabelScore(label=self.labels[n], score=float(scores_C[n])) for n in best]
+            found.append(
+                Classified(
+                    label=scores[0].label, score=scores[0].score, scores=scores, tokens=each.tokens,
+                    truncated=bool(each.cut_ids),
+                )
+            )  # fmt: skip
+        return ClassifyReply(model=self.source.name, results=found), timing
+
+    async def tag(self, request: TokensRequest) -> tuple[TokensReply, Timing]:
+        encoded, results, timing = await self._texts(request.inputs, request.truncate)
+        assert self.labels is not None
+        found = [
+            Tagged(
+                entities=entities_of(text, each, softmax(logits_LC), self.labels), tokens=each.tokens,
+                truncated=bool(each.cut_ids),
+            )
+            for text, each, logits_LC in zip(request.inputs, encoded, results, strict=True)
+        ]  # fmt: skip
+        return TokensReply(model=self.source.name, results=found), timing
+
+    async def embed(self, request: EmbeddingsRequest) -> tuple[EmbeddingsReply, Timing]:
+        encoded, results, timing = await self._texts(request.input, request.truncate)
+        coded = request.encoding_format == "base64"
+        data = [
+            Embedding(index=n, embedding=base64.b64encode(vector_D.tobytes()).decode() if coded else vector_D.tolist())
+            for n, vector_D in enumerate(results)
+        ]
+        usage = Usage(prompt_tokens=timing.tokens, total_tokens=timing.tokens)
+        cut = [bool(each.cut_ids) for each in encoded]
+        return EmbeddingsReply(data=data, model=self.source.name, usage=usage, truncated=cut), timing
+
+    async def answer(self, request: AnswerRequest) -> tuple[AnswerReply, Timing]:
+        length, started = min(WINDOW, self.max_length), _now()
+        encoded = await asyncio.to_thread(self._reader.questions, request.question, request.context, length)
+        results, timing = await self._asked([Asked(Row(each.ids, each.context)) for each in encoded], started)
+        found, lacking = answers_of(request.context, encoded, results, request.top_k)
+        reply = AnswerReply(
+            model=self.source.name, answers=found, lacking=lacking, windows=len(encoded), tokens=timing.tokens
+        )
+        return reply, timing
+
+    async def fill_mask(self, request: FillMaskRequest) -> tuple[FillMaskReply, Timing]:
+        encoded, started = await self._read(request.inputs, request.truncate)
+        places = [np.flatnonzero(each.ids == self._mask_id) for each in encoded]
+        self._check_masks(encoded, [len(each) for each in places])
+        asked = [Asked(Row(each.ids, places=at), request.top_k) for each, at in zip(encoded, places, strict=True)]
+        results, timing = await self._asked(asked, started)
+        found = [
+            Filled(masks=self._filled(best), tokens=each.tokens, truncated=bool(each.cut_ids))
+            for each, best in zip(encoded, results, strict=True)
+        ]
+        return FillMaskReply(model=self.source.name, results=found), timing
+
+    # ---- reading, asking
+
+    async def _texts(self, texts: list[str], truncate: Truncate) -> tuple[list[Encoded], list[Any], Timing]:
+        encoded, started = await self._read(texts, truncate)
+        results, timing = await self._asked([Asked(Row(each.ids)) for each in encoded], started)
+        return encoded, results, timing
+
+    async def _read(self, texts: list[str], truncate: Truncate) -> tuple[list[Encoded], float]:
+        """(rows, when it was begun). Raises ApiError for a text that is too long to be taken whole."""
+        started = _now()
+        encoded = await asyncio.to_thread(self._reader.texts, texts, truncate)
+        for row, each in enumerate(encoded):
+            if each.cut_ids and truncate == "error":
+                message = f"expected at most {self.max_length} tokens, got {each.tokens + len(each.cut_ids)}"
+                raise ApiError(422, "too_long", message, f"inputs[{row}]", self.max_length)
+        return encoded, started
+
+    async def _asked(self, asked: Sequence[Asked], started: float) -> tuple[list[Any], Timing]:
+        read_s = _now() - started
+        try:
+            done: list[Done[Any]] = await self.batcher.submit([Item(_cost(each), each) for each in asked])
+        except NotServed as error:
+            raise unserved(error) from error
+        tokens = sum(len(each.row.ids) for each in asked)
+        timing = Timing(read_s, max(each.queued_s for each in done), max(each.ran_s for each in done), tokens)
+        return [each.result for each in done], timing
+
+    def _run(self, items: list[Item[Asked]]) -> list[Result | Best]:
+        """On the batcher's thread. Logits over the vocabulary do not outlive it."""
+        made = self._chosen.backend.run([item.payload.row for item in items])
+        return [
+            result if item.payload.best is None else best_of(result, item.payload.best)
+            for item, result in zip(items, made, strict=True)
+        ]
+
+    def _filled(self, best: Best) -> list[FilledMask]:
+        decode = self._tokenizer.backend_tokenizer.decode
+        return [
+            FilledMask(
+                candidates=[
+                    Candidate(token=decode([n], skip_special_tokens=False), score=score)
+                    for score, n in zip(scores_K.tolist(), ids_K.tolist(), strict=True)
+                ]
+            )
+            for scores_K, ids_K in zip(best.scores_MK, best.ids_MK, strict=True)
+        ]
+
+    def _check_masks(self, encoded: list[Encoded], counts: list[int]) -> None:
+        """Every input has a mask, none was cut off, and there are not too many."""
+        for row, (each, count) in enumerate(zip(encoded, counts, strict=True)):
+            if self._mask_id in each.cut_ids:
+                message = f"expected every mask within {self.max_length} tokens, some lie beyond: shorten the text"
+                raise ApiError(422, "too_long", message, f"inputs[{row}]", self.max_length)
+            if count == 0:
+                message = f"expected a text with {self._tokenizer.mask_token} in it, found none"
+                raise ApiError(422, "no_mask", message, f"inputs[{row}]")
+        if sum(counts) > MAX_MASKS:
+            message = f"expected at most {MAX_MASKS} masks in one request, got {sum(counts)}"
+            raise ApiError(413, "too_many_masks", message, "inputs", MAX_MASKS)
+
+
+def load(source: Source, threads: int = 1) -> ServedModel:
+    """The model, warm, on the fastest of its backends.
+
+    Raises ModelError where it cannot be loaded, does not go with its tokenizer, or lacks the backend asked for.
+    """
+    tokenizer = load_tokenizer(source.directory)
+    labels = tuple(shape_of(source.directory, "student").id2label.values()) if _classed(source) else ()
+    return ServedModel(source, tokenizer, choose(source.directory, source.task, labels, threads, source.backend))
+
+
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Over the last axis."""
+    powers: NDArray[np.float32] = np.exp(logits - logits.max(-1, keepdims=True))
+    shares: NDArray[np.float32] = powers / powers.sum(-1, keepdims=True)
+    return shares
+
+
+def best_of(logits_MV: Result, count: int) -> Best:
+    scores_MV = softmax(logits_MV)
+    kept = min(count, scores_MV.shape[-1])
+    some_MK = np.argpartition(-scores_MV, kept - 1, axis=-1)[:, :kept]
+    order_MK = np.argsort(-np.take_along_axis(scores_MV, some_MK, -1), axis=-1, kind="stable")
+    ids_MK = np.take_along_axis(some_MK, order_MK, -1)
+    return Best(np.take_along_axis(scores_MV, ids_MK, -1), ids_MK)
+
+
+def _cost(asked: Asked) -> int:
+    masks = 0 if asked.row.places is None else len(asked.row.places)
+    return len(asked.row.ids) + MASK_TOKENS * masks
+
+
+def _classed(source: Source) -> bool:
+    return source.task in ("classification", "token_classification")
+
+
+def _mask_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.mask_token_id is None:
+        raise ModelError("expected a tokenizer with a mask token, this one has none")
+    return int(tokenizer.mask_token_id)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
