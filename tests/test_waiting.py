@@ -146,3 +146,12 @@ def test_all_padding_is_worth_its_time_where_length_costs_none() -> None:
         speed.add(cost, cost, seconds=0.5)
     assert speed.spare() > 1e6
     assert speed.seconds(2, 10_000) == pytest.approx(1.0)
+
+
+def test_rounding_keeps_no_equals_apart() -> None:
+    """What would be the first token's price comes out a little below nothing in one of twenty of these."""
+    for cost in range(2, 2000):
+        speed = Speed()
+        speed.add(1, 1, seconds=0.0)
+        speed.add(cost, cost, seconds=0.1)
+        assert speed.spare() >= 0
