@@ -99,6 +99,14 @@ def test_answers_are_the_best_spans_of_all_windows(clients: dict[Task, TestClien
     assert reply["lacking"] == pytest.approx((out.start_logits + out.end_logits)[:, 0].min().item(), abs=1e-4)
 
 
+def test_a_context_may_be_long_but_not_endless(clients: dict[Task, TestClient]) -> None:
+    client, question = clients["question_answering"], "which metal is it? " * 20
+    reply = client.post("/v1/answer", json={"question": question, "context": "iron"}).json()
+    assert reply["truncated"] and reply["windows"] == 1
+    reply = client.post("/v1/answer", json={"question": "which?", "context": CONTEXT * 100})
+    assert (reply.status_code, reply.json()["error"]["type"], reply.json()["error"]["limit"]) == (413, "too_long", 64)
+
+
 def test_vectors_are_the_models_in_openais_form(clients: dict[Task, TestClient], folders: dict[Task, Path]) -> None:
     client, texts = clients["embedding"], ["iron and tin", "the danube", "apple " * 200]
     reply = client.post("/v1/embeddings", json={"input": texts, "model": "any"}).json()
@@ -207,7 +215,8 @@ def test_a_model_that_fails_once_answers_the_next(held: tuple[TestClient, Held, 
     backend.fails = True
     with client:
         reply = client.post("/v1/tokens/classify", json={"inputs": ["iron", "tin"]})
-        assert (reply.status_code, reply.json()["error"]["type"]) == (500, "internal")
+        error = reply.json()["error"]
+        assert (reply.status_code, error["type"], error["param"]) == (500, "internal", "inputs[0]")
         backend.fails = False
         assert client.post("/v1/tokens/classify", json={"inputs": ["iron", "tin"]}).status_code == 200
 

@@ -23,8 +23,8 @@ class ApiError(HTTPException):
         self.error = ErrorDetail(type=type_, message=message, param=param, limit=limit)
 
 
-def unserved(error: NotServed) -> ApiError:
-    """What the batcher says, as an answer."""
+def unserved(error: NotServed, field: str) -> ApiError:
+    """What the batcher says, as an answer; `field`: of the request's items."""
     if isinstance(error, QueueFull):
         return ApiError(429, "overloaded", str(error), headers={"Retry-After": str(math.ceil(error.retry_after_s))})
     if isinstance(error, DeadlineExceeded):
@@ -32,7 +32,8 @@ def unserved(error: NotServed) -> ApiError:
     if isinstance(error, Draining):
         return ApiError(503, "stopping", str(error), headers={"Retry-After": "1"})
     assert isinstance(error, ItemFailed)
-    return ApiError(500, "internal", "the model failed at this input; the server's log says why", f"[{error.index}]")
+    message = f"the model failed at this input ({type(error.__cause__).__name__})"
+    return ApiError(500, "internal", message, f"{field}[{error.index}]")
 
 
 def add_errors(app: FastAPI) -> None:

@@ -22,6 +22,7 @@ from raydistil.serve.errors import ApiError, unserved
 from raydistil.serve.found import answers_of, entities_of
 from raydistil.serve.schema import (
     MAX_MASKS,
+    MAX_WINDOWS,
     AnswerReply,
     AnswerRequest,
     Candidate,
@@ -140,7 +141,7 @@ class ServedModel:
         return TokensReply(model=self.source.name, results=found), timing
 
     async def embed(self, request: EmbeddingsRequest) -> tuple[EmbeddingsReply, Timing]:
-        encoded, results, timing = await self._texts(request.input, request.truncate)
+        encoded, results, timing = await self._texts(request.input, request.truncate, "input")
         coded = request.encoding_format == "base64"
         data = [
             Embedding(index=n, embedding=base64.b64encode(vector_D.tobytes()).decode() if coded else vector_D.tolist())
@@ -153,11 +154,16 @@ class ServedModel:
     async def answer(self, request: AnswerRequest) -> tuple[AnswerReply, Timing]:
         length, started = min(WINDOW, self.max_length), _now()
         encoded = await asyncio.to_thread(self._reader.questions, request.question, request.context, length)
-        results, timing = await self._asked([Asked(Row(each.ids, each.context)) for each in encoded], started)
+        if len(encoded) > MAX_WINDOWS:
+            message = f"expected a context of at most {MAX_WINDOWS} windows of {length} tokens, got {len(encoded)}"
+            raise ApiError(413, "too_long", message, "context", MAX_WINDOWS)
+        asked = [Asked(Row(each.ids, each.context)) for each in encoded]
+        results, timing = await self._asked(asked, started, "windows")
         found, lacking = answers_of(request.context, encoded, results, request.top_k)
         reply = AnswerReply(
-            model=self.source.name, answers=found, lacking=lacking, windows=len(encoded), tokens=timing.tokens
-        )
+            model=self.source.name, answers=found, lacking=lacking, windows=len(encoded), tokens=timing.tokens,
+            truncated=bool(encoded[0].cut_ids),
+        )  # fmt: skip
         return reply, timing
 
     async def fill_mask(self, request: FillMaskRequest) -> tuple[FillMaskReply, Timing]:
@@ -165,7 +171,7 @@ class ServedModel:
         places = [np.flatnonzero(each.ids == self._mask_id) for each in encoded]
         self._check_masks(encoded, [len(each) for each in places])
         asked = [Asked(Row(each.ids, places=at), request.top_k) for each, at in zip(encoded, places, strict=True)]
-        results, timing = await self._asked(asked, started)
+        results, timing = await self._asked(asked, started, "inputs")
         found = [
             Filled(masks=self._filled(best), tokens=each.tokens, truncated=bool(each.cut_ids))
             for each, best in zip(encoded, results, strict=True)
@@ -174,27 +180,31 @@ class ServedModel:
 
     # ---- reading, asking
 
-    async def _texts(self, texts: list[str], truncate: Truncate) -> tuple[list[Encoded], list[Any], Timing]:
-        encoded, started = await self._read(texts, truncate)
-        results, timing = await self._asked([Asked(Row(each.ids)) for each in encoded], started)
+    async def _texts(
+        self, texts: list[str], truncate: Truncate, field: str = "inputs"
+    ) -> tuple[list[Encoded], list[Any], Timing]:  # fmt: skip
+        encoded, started = await self._read(texts, truncate, field)
+        results, timing = await self._asked([Asked(Row(each.ids)) for each in encoded], started, field)
         return encoded, results, timing
 
-    async def _read(self, texts: list[str], truncate: Truncate) -> tuple[list[Encoded], float]:
+    async def _read(
+        self, texts: list[str], truncate: Truncate, field: str = "inputs"
+    ) -> tuple[list[Encoded], float]:  # fmt: skip
         """(rows, when it was begun). Raises ApiError for a text that is too long to be taken whole."""
         started = _now()
         encoded = await asyncio.to_thread(self._reader.texts, texts, truncate)
         for row, each in enumerate(encoded):
             if each.cut_ids and truncate == "error":
                 message = f"expected at most {self.max_length} tokens, got {each.tokens + len(each.cut_ids)}"
-                raise ApiError(422, "too_long", message, f"inputs[{row}]", self.max_length)
+                raise ApiError(422, "too_long", message, f"{field}[{row}]", self.max_length)
         return encoded, started
 
-    async def _asked(self, asked: Sequence[Asked], started: float) -> tuple[list[Any], Timing]:
+    async def _asked(self, asked: Sequence[Asked], started: float, field: str) -> tuple[list[Any], Timing]:
         read_s = _now() - started
         try:
             done: list[Done[Any]] = await self.batcher.submit([Item(_cost(each), each) for each in asked])
         except NotServed as error:
-            raise unserved(error) from error
+            raise unserved(error, field) from error
         tokens = sum(len(each.row.ids) for each in asked)
         timing = Timing(read_s, max(each.queued_s for each in done), max(each.ran_s for each in done), tokens)
         return [each.result for each in done], timing

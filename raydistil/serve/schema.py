@@ -18,6 +18,7 @@ MAX_MASKS = 1024  # of one request: each costs a row of float32 logits over the 
 MAX_CANDIDATES = 100  # of one mask
 
 MAX_ANSWERS = 20  # to one question
+MAX_WINDOWS = 64  # of one context
 
 ROUTES: dict[Task, str] = {
     "classification": "/v1/classify", "token_classification": "/v1/tokens/classify",
@@ -218,6 +219,7 @@ class AnswerReply(BaseModel):
     lacking: float  # the score of there being no answer: higher than the best one's, if the model was taught such
     windows: int
     tokens: int
+    truncated: bool  # whether the question was cut, to half of a window
 
 
 class Embedding(BaseModel):

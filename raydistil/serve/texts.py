@@ -62,12 +62,12 @@ class Reader:
     def questions(self, question: str, context: str, length: int) -> list[Encoded]:
         """The windows of one question, the question cut to half of them."""
         asked, held = self._read([question, context])
-        made = windows(asked.ids[: length // 2], held, None, self._joints, length, length // STRIDE, 0)
+        kept, cut = asked.ids[: length // 2], tuple(asked.ids[length // 2 :])
         return [
             Encoded(
-                np.array(row.ids, np.int32), _padded(row.extras["chars"], len(row.ids)), (), row.extras["context"][0]
+                np.array(row.ids, np.int32), _padded(row.extras["chars"], len(row.ids)), cut, row.extras["context"][0]
             )
-            for row in made
+            for row in windows(kept, held, None, self._joints, length, length // STRIDE, 0)
         ]  # fmt: skip
 
     def _read(self, texts: list[str]) -> list[Tokens]:
