@@ -4,6 +4,7 @@ import re
 import string
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from raydistil.scores import bootstrapped
 from raydistil.types import Score
 
+Floats = NDArray[np.floating[Any]]
 LONGEST = 30  # tokens of an answer
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -35,7 +37,7 @@ class Found:
     best: Span = NOTHING
     lacking: float = np.inf  # the least score of [CLS], which every window must have where there is no answer
 
-    def after(self, starts_L: NDArray[np.float32], ends_L: NDArray[np.float32], chars_L2: NDArray[np.int32]) -> "Found":
+    def after(self, starts_L: Floats, ends_L: Floats, chars_L2: NDArray[np.int32]) -> "Found":
         """`chars_L2`: where each token of the window stands in the context, -1 for others."""
         best = max(self.best, best_span(starts_L, ends_L, chars_L2), key=lambda span: span.score)
         return Found(best, min(self.lacking, float(starts_L[0] + ends_L[0])))
@@ -46,17 +48,21 @@ class Found:
         return "" if lacks else context[self.best.start : self.best.end]
 
 
-def best_span(starts_L: NDArray[np.float32], ends_L: NDArray[np.float32], chars_L2: NDArray[np.int32]) -> Span:
-    """Of one window."""
-    pairs_LL = starts_L[:, None] + ends_L[None, :]
+def span_scores(starts_L: Floats, ends_L: Floats, inside_L: NDArray[np.bool_]) -> Floats:
+    """[L, L] of every span from one token to another, -inf of those that are none, too long, or not inside."""
     places = np.arange(len(starts_L))
     long_LL = places[None, :] - places[:, None]
-    inside_L = chars_L2[:, 0] >= 0
     allowed_LL = (long_LL >= 0) & (long_LL < LONGEST) & inside_L[:, None] & inside_L[None, :]
-    if not allowed_LL.any():
-        return NOTHING
-    first, last = divmod(int(np.where(allowed_LL, pairs_LL, -np.inf).argmax()), len(starts_L))
-    return Span(float(pairs_LL[first, last]), int(chars_L2[first, 0]), int(chars_L2[last, 1]))
+    scores: Floats = np.where(allowed_LL, starts_L[:, None] + ends_L[None, :], -np.inf)
+    return scores
+
+
+def best_span(starts_L: Floats, ends_L: Floats, chars_L2: NDArray[np.int32]) -> Span:
+    """Of one window."""
+    scores_LL = span_scores(starts_L, ends_L, chars_L2[:, 0] >= 0)
+    first, last = divmod(int(scores_LL.argmax()), len(starts_L))
+    score = float(scores_LL[first, last])
+    return Span(score, int(chars_L2[first, 0]), int(chars_L2[last, 1])) if np.isfinite(score) else NOTHING
 
 
 def normalized(answer: str) -> list[str]:

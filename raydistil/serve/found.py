@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from raydistil.scores.answers import LONGEST
+from raydistil.scores.answers import span_scores
 from raydistil.scores.entities import OUTSIDE, entities, marks_entities
 from raydistil.serve.schema import Answer, Entity
 from raydistil.serve.texts import Encoded, words
@@ -48,12 +48,9 @@ def answers_of(
 
 def _spans(window: Encoded, logits_2L: Floats, count: int) -> list[tuple[float, int, int]]:
     """(score, first character, the one after the last) of the best of one window; some may overlap."""
-    starts_L, ends_L = logits_2L
-    places = np.arange(len(starts_L))
-    long_LL = places[None, :] - places[:, None]
+    places = np.arange(logits_2L.shape[1])
     inside_L = (window.places[:, 0] >= 0) & (places >= (window.context or 0))
-    allowed_LL = (long_LL >= 0) & (long_LL < LONGEST) & inside_L[:, None] & inside_L[None, :]
-    scores = np.where(allowed_LL, starts_L[:, None] + ends_L[None, :], -np.inf).ravel()
+    scores = span_scores(logits_2L[0], logits_2L[1], inside_L).ravel()
     best = np.argsort(-scores, kind="stable")[: 50 * count]
     return [
         (float(scores[n]), int(window.places[n // len(places), 0]), int(window.places[n % len(places), 1]))
