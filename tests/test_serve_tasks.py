@@ -209,6 +209,21 @@ def test_a_full_queue_says_when_to_come_again(held: tuple[TestClient, Held, Serv
     assert model.batcher.load().tokens == 0
 
 
+def test_what_cannot_start_in_time_is_not_waited_for(held: tuple[TestClient, Held, ServedModel]) -> None:
+    client, backend, model = held
+    with client, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.post, "/v1/tokens/classify", json={"inputs": "iron"})
+        assert backend.entered.wait(60)
+        late = client.post("/v1/tokens/classify", json={"inputs": "tin"}, headers={"x-deadline-ms": "5"})
+        assert (late.status_code, late.json()["error"]["type"]) == (504, "deadline_exceeded")
+        assert model.batcher.load().items == 0
+        backend.free.set()
+        assert first.result().status_code == 200
+    for wrong in ("0", "soon", "nan", "-1"):
+        reply = client.post("/v1/tokens/classify", json={"inputs": "tin"}, headers={"x-deadline-ms": wrong})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (422, "x-deadline-ms")
+
+
 def test_a_model_that_fails_once_answers_the_next(held: tuple[TestClient, Held, ServedModel]) -> None:
     client, backend, _ = held
     backend.free.set()

@@ -1,9 +1,9 @@
 """The HTTP interface of a student. Knows nothing of Ray: Serve wraps what `build_api` returns."""
 
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Header, Response
 from pydantic import BaseModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -31,6 +31,8 @@ from raydistil.serve.schema import (
 from raydistil.types import Task
 
 R = TypeVar("R", bound=BaseModel)
+LATEST_MS = 30_000.0
+Deadline = Annotated[float, Header(alias="x-deadline-ms", gt=0, le=3_600_000, allow_inf_nan=False)]
 REFUSALS = (400, 413, 422, 429, 503, 504)
 
 
@@ -58,25 +60,25 @@ def _add_task(app: FastAPI, model: ServedModel) -> None:
 
 
 def _endpoint(model: ServedModel) -> Callable[..., Awaitable[BaseModel]]:
-    async def classify(request: ClassifyRequest, response: Response) -> ClassifyReply:
+    async def classify(request: ClassifyRequest, response: Response, by_ms: Deadline = LATEST_MS) -> ClassifyReply:
         """Score every label for each text."""
-        return _timed(response, *await model.classify(request))
+        return _timed(response, *await model.classify(request, by_ms / 1000))
 
-    async def tag(request: TokensRequest, response: Response) -> TokensReply:
+    async def tag(request: TokensRequest, response: Response, by_ms: Deadline = LATEST_MS) -> TokensReply:
         """Find the entities of each text, by their characters."""
-        return _timed(response, *await model.tag(request))
+        return _timed(response, *await model.tag(request, by_ms / 1000))
 
-    async def answer(request: AnswerRequest, response: Response) -> AnswerReply:
+    async def answer(request: AnswerRequest, response: Response, by_ms: Deadline = LATEST_MS) -> AnswerReply:
         """Find the answer to a question in a context."""
-        return _timed(response, *await model.answer(request))
+        return _timed(response, *await model.answer(request, by_ms / 1000))
 
-    async def embed(request: EmbeddingsRequest, response: Response) -> EmbeddingsReply:
+    async def embed(request: EmbeddingsRequest, response: Response, by_ms: Deadline = LATEST_MS) -> EmbeddingsReply:
         """A vector of length 1 for each text."""
-        return _timed(response, *await model.embed(request))
+        return _timed(response, *await model.embed(request, by_ms / 1000))
 
-    async def fill_mask(request: FillMaskRequest, response: Response) -> FillMaskReply:
+    async def fill_mask(request: FillMaskRequest, response: Response, by_ms: Deadline = LATEST_MS) -> FillMaskReply:
         """Candidates for every mask token of each text."""
-        return _timed(response, *await model.fill_mask(request))
+        return _timed(response, *await model.fill_mask(request, by_ms / 1000))
 
     endpoints: dict[Task, Callable[..., Awaitable[BaseModel]]] = {
         "classification": classify, "token_classification": tag, "question_answering": answer, "embedding": embed,

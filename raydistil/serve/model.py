@@ -86,7 +86,7 @@ class Asked:
 
 
 class ServedModel:
-    """Raises ApiError for inputs it cannot take."""
+    """Raises ApiError for inputs it cannot take, and for what it cannot start on `within_s` of its arrival."""
 
     def __init__(self, source: Source, tokenizer: PreTrainedTokenizerBase, chosen: Chosen) -> None:
         """Raises ModelError where model and tokenizer do not go together."""
@@ -112,8 +112,8 @@ class ServedModel:
 
     # ---- by task
 
-    async def classify(self, request: ClassifyRequest) -> tuple[ClassifyReply, Timing]:
-        encoded, results, timing = await self._texts(request.inputs, request.truncate)
+    async def classify(self, request: ClassifyRequest, within_s: float) -> tuple[ClassifyReply, Timing]:
+        encoded, results, timing = await self._texts(request.inputs, request.truncate, within_s)
         assert self.labels is not None
         found = []
         for each, logits_C in zip(encoded, results, strict=True):
@@ -128,8 +128,8 @@ class ServedModel:
             )  # fmt: skip
         return ClassifyReply(model=self.source.name, results=found), timing
 
-    async def tag(self, request: TokensRequest) -> tuple[TokensReply, Timing]:
-        encoded, results, timing = await self._texts(request.inputs, request.truncate)
+    async def tag(self, request: TokensRequest, within_s: float) -> tuple[TokensReply, Timing]:
+        encoded, results, timing = await self._texts(request.inputs, request.truncate, within_s)
         assert self.labels is not None
         found = [
             Tagged(
@@ -140,8 +140,8 @@ class ServedModel:
         ]  # fmt: skip
         return TokensReply(model=self.source.name, results=found), timing
 
-    async def embed(self, request: EmbeddingsRequest) -> tuple[EmbeddingsReply, Timing]:
-        encoded, results, timing = await self._texts(request.input, request.truncate, "input")
+    async def embed(self, request: EmbeddingsRequest, within_s: float) -> tuple[EmbeddingsReply, Timing]:
+        encoded, results, timing = await self._texts(request.input, request.truncate, within_s, "input")
         coded = request.encoding_format == "base64"
         data = [
             Embedding(index=n, embedding=base64.b64encode(vector_D.tobytes()).decode() if coded else vector_D.tolist())
@@ -151,14 +151,14 @@ class ServedModel:
         cut = [bool(each.cut_ids) for each in encoded]
         return EmbeddingsReply(data=data, model=self.source.name, usage=usage, truncated=cut), timing
 
-    async def answer(self, request: AnswerRequest) -> tuple[AnswerReply, Timing]:
+    async def answer(self, request: AnswerRequest, within_s: float) -> tuple[AnswerReply, Timing]:
         length, started = min(WINDOW, self.max_length), _now()
         encoded = await asyncio.to_thread(self._reader.questions, request.question, request.context, length)
         if len(encoded) > MAX_WINDOWS:
             message = f"expected a context of at most {MAX_WINDOWS} windows of {length} tokens, got {len(encoded)}"
             raise ApiError(413, "too_long", message, "context", MAX_WINDOWS)
         asked = [Asked(Row(each.ids, each.context)) for each in encoded]
-        results, timing = await self._asked(asked, started, "windows")
+        results, timing = await self._asked(asked, started + within_s, started, "windows")
         found, lacking = answers_of(request.context, encoded, results, request.top_k)
         reply = AnswerReply(
             model=self.source.name, answers=found, lacking=lacking, windows=len(encoded), tokens=timing.tokens,
@@ -166,12 +166,12 @@ class ServedModel:
         )  # fmt: skip
         return reply, timing
 
-    async def fill_mask(self, request: FillMaskRequest) -> tuple[FillMaskReply, Timing]:
+    async def fill_mask(self, request: FillMaskRequest, within_s: float) -> tuple[FillMaskReply, Timing]:
         encoded, started = await self._read(request.inputs, request.truncate)
         places = [np.flatnonzero(each.ids == self._mask_id) for each in encoded]
         self._check_masks(encoded, [len(each) for each in places])
         asked = [Asked(Row(each.ids, places=at), request.top_k) for each, at in zip(encoded, places, strict=True)]
-        results, timing = await self._asked(asked, started, "inputs")
+        results, timing = await self._asked(asked, started + within_s, started, "inputs")
         found = [
             Filled(masks=self._filled(best), tokens=each.tokens, truncated=bool(each.cut_ids))
             for each, best in zip(encoded, results, strict=True)
@@ -181,10 +181,12 @@ class ServedModel:
     # ---- reading, asking
 
     async def _texts(
-        self, texts: list[str], truncate: Truncate, field: str = "inputs"
+        self, texts: list[str], truncate: Truncate, within_s: float, field: str = "inputs"
     ) -> tuple[list[Encoded], list[Any], Timing]:  # fmt: skip
         encoded, started = await self._read(texts, truncate, field)
-        results, timing = await self._asked([Asked(Row(each.ids)) for each in encoded], started, field)
+        results, timing = await self._asked(
+            [Asked(Row(each.ids)) for each in encoded], started + within_s, started, field
+        )
         return encoded, results, timing
 
     async def _read(
@@ -199,10 +201,12 @@ class ServedModel:
                 raise ApiError(422, "too_long", message, f"{field}[{row}]", self.max_length)
         return encoded, started
 
-    async def _asked(self, asked: Sequence[Asked], started: float, field: str) -> tuple[list[Any], Timing]:
+    async def _asked(
+        self, asked: Sequence[Asked], deadline: float, started: float, field: str
+    ) -> tuple[list[Any], Timing]:  # fmt: skip
         read_s = _now() - started
         try:
-            done: list[Done[Any]] = await self.batcher.submit([Item(_cost(each), each) for each in asked])
+            done: list[Done[Any]] = await self.batcher.submit([Item(_cost(each), each) for each in asked], deadline)
         except NotServed as error:
             raise unserved(error, field) from error
         tokens = sum(len(each.row.ids) for each in asked)
