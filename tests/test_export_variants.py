@@ -57,7 +57,8 @@ def row_of(ids_L: torch.Tensor) -> TokenBatch:
 # ---- halves
 
 
-@pytest.mark.parametrize("task", ["classification", pytest.param("mlm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["classification", "mlm"])
 def test_a_file_in_float16_takes_and_gives_what_that_in_float32_does(tmp_path: Path, task: Task) -> None:
     model = tiny.model(tiny.FAMILIES["bert"], task)
     to_onnx(model, task, tmp_path / "model.onnx")
@@ -133,6 +134,7 @@ def test_what_is_no_number_in_float16_is_refused(run_dir: Path) -> None:
 # ---- 8 bits with ranges that are known before
 
 
+@pytest.mark.slow
 def test_what_a_text_is_given_in_static_ranges_hangs_on_no_other(tmp_path: Path) -> None:
     """Unlike in those that are found on the way; embeddings and matrices are in 8 bits all the same."""
     to_onnx(tiny.model(tiny.FAMILIES["bert"], "classification"), "classification", tmp_path / "model.onnx")
@@ -183,7 +185,8 @@ def test_ranges_are_found_on_training_rows_alone(run_dir: Path, monkeypatch: pyt
 # ---- tied matrices
 
 
-@pytest.mark.parametrize("family", ["bert", pytest.param("electra", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bert", "electra"])
 def test_a_tied_decoder_is_in_the_file_once(tmp_path: Path, family: str) -> None:
     """Of a vocabulary that is most of the model."""
     config = tiny.FAMILIES[family].from_dict({**tiny.FAMILIES[family].to_dict(), "vocab_size": 20_000})
