@@ -19,7 +19,16 @@ from raydistil.models import load_tokenizer, quiet_transformers
 from raydistil.optim import deepspeed_config
 from raydistil.places import compared_share
 from raydistil.plan import cores, local_cpus, threads
-from raydistil.prepare import check_models, classes_of_teacher, corpus_of, describe_heads, needs, outlines
+from raydistil.prepare import (
+    check_models,
+    check_packages,
+    classes_of_teacher,
+    corpus_of,
+    describe_heads,
+    needs,
+    num_outputs,
+    outlines,
+)
 from raydistil.probe import probe
 from raydistil.size import describe_model
 from raydistil.specs import TargetsSpec
@@ -29,10 +38,9 @@ from raydistil.tally import advice
 from raydistil.targets import makes_logits, targets_spec
 from raydistil.tokens import class_names, data_classes
 from raydistil.tokens.writer import STRIDE
-from raydistil.types import TextRow, models_language
+from raydistil.types import TextRow, has_classes, models_language
 
 ROWS_READ = 1000  # enough to meet most defects; `run` reads all
-CLASSED = ("classification", "token_classification")
 SHOWN_CHARACTERS = 200
 SHOWN_TOKENS = 40
 
@@ -44,6 +52,7 @@ def check(path: Path, overrides: list[str], show: int, probes: bool = False) -> 
     """
     quiet_transformers()
     config = load_config(path, overrides)
+    check_packages(config)
     check_models(config)
     check_before_start(config.cluster, needs(config))
     rows, notes = _sample(config)
@@ -69,21 +78,19 @@ def _sample(config: Config) -> tuple[list[TextRow], tuple[str, ...]]:
     rows = list(islice(corpus.rows(), ROWS_READ))
     if not any(row.text.strip() for row in rows):
         raise DataError(f"corpus.source: expected texts in {config.corpus.source}, found none: the corpus is empty")
-    if config.task in CLASSED and len(rows) < ROWS_READ:
+    if has_classes(config.task) and len(rows) < ROWS_READ:
         class_names(rows, classes_of_teacher(config))
     return rows, corpus.notes
 
 
 def _num_outputs(config: Config, rows: list[TextRow]) -> int:
     """Of a class head, by the rows that were read; of another one."""
-    if config.task in CLASSED:
-        return len(classes_of_teacher(config) or data_classes(rows))
-    return 2 if config.task == "question_answering" else 1
+    return num_outputs(config.task, classes_of_teacher(config) or data_classes(rows))
 
 
 def _models(config: Config, rows: list[TextRow]) -> dict[str, dict[str, Any]]:
     """The sizes of teacher and student, with a class head for the classes of the rows that were read."""
-    classes = _num_outputs(config, rows) if config.task in CLASSED and config.finetune else None
+    classes = _num_outputs(config, rows) if has_classes(config.task) and config.finetune else None
     outlined = outlines(config, classes)
     sizes = [describe_model(model, config.tokens.length) for model in outlined]
     between = [f"assistant-{number}" for number in range(1, len(sizes) - 1)]

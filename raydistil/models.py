@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from raydistil.errors import ModelError
 from raydistil.heads import Inputs, has_types, pooling_of, said
-from raydistil.types import Precision, Task, TokenBatch, models_language
+from raydistil.types import Precision, Task, TokenBatch, has_classes, models_language
 
 LOADERS: dict[Task, Any] = {
     "mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM,
@@ -118,7 +118,7 @@ def _head(task: Task, labels: tuple[str, ...]) -> dict[str, Any]:
     """What a configuration says of the head for these classes, or one number; nothing: it stays as it is."""
     if task == "regression":
         return NUMBER
-    names = dict(enumerate(labels)) if task in ("classification", "token_classification") else {}
+    names = dict(enumerate(labels)) if has_classes(task) else {}
     if not names:
         return {}
     kind = {"problem_type": "single_label_classification"} if task == "classification" else {}

@@ -1,7 +1,8 @@
 """prepare: everything that can be wrong with the input shows here, before any Ray process starts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from raydistil.plan import Need, need_of
 from raydistil.prune import pruned_teacher
 from raydistil.student import check_student, check_vocabularies, student_outline
 from raydistil.tokens import TokenStore, build_store
-from raydistil.types import CONTENT, Content, Task, models_language, takes_labels
+from raydistil.types import CONTENT, Content, Task, has_classes, models_language, takes_labels
 
 Say = Callable[[str], None]
 
@@ -52,11 +53,12 @@ class Prepared:
 def prepare(config: Config, say: Say) -> Prepared:
     """Check the models and the plan, make the token store, claim the directory; `say` what the user should know."""
     quiet_transformers()
+    check_packages(config)
     check_models(config)
     check_before_start(config.cluster, needs(config))
     store, used = TokenStore(make_store(config)), config
     check_store(config, store)
-    heads = list(describe_heads(config, len(store.meta.labels) or (2 if config.task == "question_answering" else 1)))
+    heads = list(describe_heads(config, num_outputs(config.task, store.meta.labels)))
     if config.student.vocabulary == "corpus":
         used = _in_words_of(config, store, say)
         store = TokenStore(make_store(used))
@@ -79,6 +81,17 @@ def needs(config: Config) -> list[Need]:
     if config.distill and config.distill.targets.cache:
         return [*wanted, need_of(config.cluster, pools=1, with_student=False), need_of(config.cluster, pools=0)]
     return wanted + ([need_of(config.cluster, pools=1 + len(config.ensemble))] if config.distill else [])
+
+
+def check_packages(config: Config) -> None:
+    """Raise ConfigError where `export.to` names what would be missed when all is trained."""
+    wanted = set(config.export.to) - {"hf", "bf16"} if config.export else set()
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if wanted and find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"export.to: expected the package {missing[0]} for {', '.join(sorted(wanted))}, found none: "
+            f"pip install 'raydistil[onnx]'"
+        )
 
 
 # ---- models
@@ -274,7 +287,7 @@ def corpus_of(config: Config) -> Corpus:
 
 def classes_of_teacher(config: Config) -> tuple[str, ...]:
     """Of one that is used as it came, in the order of its ids; none where it is taught the data's."""
-    if config.task not in ("classification", "token_classification") or config.finetune:
+    if not has_classes(config.task) or config.finetune:
         return ()
     names: dict[int, str] = shape_of(config.teacher.model, "teacher.model").id2label
     return tuple(names[number] for number in sorted(names))
@@ -305,6 +318,11 @@ def describe_store(store: TokenStore) -> list[str]:
         notes = "".join(f", {note}" for note in left_out)
         lines.append(f"{split}: {counts.rows:,} rows, {counts.tokens:,} tokens, {waste:.1%} padding{notes}")
     return lines
+
+
+def num_outputs(task: Task, labels: Collection[str]) -> int:
+    """Of a head: one for each class, two for a span, else one."""
+    return len(labels) if has_classes(task) else 2 if task == "question_answering" else 1
 
 
 def describe_heads(config: Config, wanted: int) -> Iterator[str]:

@@ -47,6 +47,11 @@ def labels_texts(task: Task) -> bool:
     return task in ("classification", "regression")
 
 
+def has_classes(task: Task) -> bool:
+    """Whether the task chooses among classes, of a text or of its words."""
+    return task in ("classification", "token_classification")
+
+
 def takes_labels(task: Task) -> bool:
     """Whether the data's rows have labels, all of them or some."""
     return not models_language(task) and task != "embedding"

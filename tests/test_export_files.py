@@ -17,11 +17,13 @@ from transformers import AutoModelForSequenceClassification
 
 from raydistil import export as exporting
 from raydistil import pipeline, rundir
+from raydistil import prepare as preparing
 from raydistil.cli import _guarded
 from raydistil.config import Config
-from raydistil.errors import ExportError, StorageError
+from raydistil.errors import ConfigError, ExportError, StorageError
 from raydistil.export import MOST_LOST, ONNX, formats_of
-from raydistil.export.measure import difference, padded, real_rows
+from raydistil.export import measure as measuring
+from raydistil.export.measure import ROWS, TIMED_TOKENS, difference, padded, real_rows, timed_rows
 from raydistil.export.onnx import OPSET, OnnxModel, to_onnx
 from raydistil.export.smaller import to_int8
 from raydistil.heads import Inputs
@@ -275,3 +277,24 @@ def test_a_masked_language_model_is_scored_at_its_masks(
     assert (model["format"], file["format"]) == ("hf", "onnx")
     assert file["score"]["metric"] == "masked accuracy" and file["score"] == model["score"]
     assert file["difference"] <= 1e-4
+
+
+def test_packages_that_an_export_needs_are_missed_before_anything_is_trained(
+    able_classifier: str, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "find_spec", lambda name: None if name == "onnxruntime" else object())
+    for to, missed in ((["hf", "bf16"], False), (["hf", "int8"], True)):
+        config = config_for(tmp_path, able_classifier, corpus_file, finetune=None, export={"to": to})
+        if missed:
+            with pytest.raises(ConfigError, match=r"export.to: expected the package onnxruntime for int8, found none"):
+                pipeline.prepare(config, quiet)
+        else:
+            pipeline.prepare(config, quiet)
+
+
+@pytest.mark.parametrize(("length", "expected"), [(8, ROWS), (400, TIMED_TOKENS // 400), (3000, 10)])
+def test_long_texts_that_are_timed_are_fewer(monkeypatch: pytest.MonkeyPatch, length: int, expected: int) -> None:
+    """But never fewer than warm up."""
+    row = TokenBatch(0, np.zeros((1, length), np.int32), np.array([length], np.int32), None, None, 1, np.zeros(1, int))
+    monkeypatch.setattr(measuring, "batches", lambda spec: iter([row] * 500))
+    assert len(timed_rows(SimpleNamespace())) == expected  # type: ignore[arg-type]

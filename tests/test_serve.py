@@ -224,6 +224,7 @@ def test_limits_hold_exactly(classifier: TestClient) -> None:
         ({"inputs": ["[MASK]", "ba"]}, 422, "no_mask", "inputs[1]"),
         ({"inputs": LONG + "[MASK]"}, 422, "too_long", "inputs[0]"),
         ({"inputs": "[MASK] " + LONG + "[MASK]"}, 422, "too_long", "inputs[0]"),
+        ({"inputs": "[MASK] " + LONG * 100 + "[MASK]"}, 422, "too_long", "inputs[0]"),
         ({"inputs": ["[MASK] " * 30] * (MAX_MASKS // 30 + 1)}, 413, "too_many_masks", "inputs"),
         ({"inputs": "[MASK]", "top_k": 101}, 422, "invalid_value", "top_k"),
         ({"inputs": "[MASK]", "top_k": None}, 422, "wrong_type", "top_k"),

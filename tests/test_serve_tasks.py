@@ -156,8 +156,18 @@ def test_a_long_text_costs_no_more_than_the_model_could_read() -> None:
     reader = Reader(tokenizer, 12)
     right, left = (reader.texts(["a " * 10**6 + "end"], way)[0] for way in ("right", "left"))
     assert len(right.cut_ids) < 1000 > len(left.cut_ids)
-    assert tokenizer.decode(left.ids[-2:-1]) == "end"
+    assert right.is_cut and right.unread and tokenizer.decode(left.ids[-2:-1]) == "end"
     assert left.places[-2].tolist() == [2 * 10**6, 2 * 10**6 + 3]
+
+
+def test_what_little_a_long_text_holds_is_read() -> None:
+    """Space is many characters and no token: what stands behind it is not dropped."""
+    tokenizer = load_tokenizer(MINILM)
+    for text in ("iron" + " " * 10**5 + "tin", " " * 10**5 + "iron tin"):
+        for way in ("right", "left"):
+            (row,) = Reader(tokenizer, 12).texts([text], way)
+            assert tokenizer.decode(row.ids[1:-1]) == "iron tin" and not row.is_cut
+            assert text[row.places[2][0] : row.places[2][1]] == "tin"
 
 
 # ---- refusals
@@ -165,8 +175,6 @@ def test_a_long_text_costs_no_more_than_the_model_could_read() -> None:
 
 class Held:
     """The model's own backend, which waits until it is let go, or fails."""
-
-    padded = False
 
     def __init__(self, model: ServedModel) -> None:
         self.free, self.entered, self.fails = threading.Event(), threading.Event(), False
@@ -224,7 +232,9 @@ def test_what_cannot_start_in_time_is_not_waited_for(held: tuple[TestClient, Hel
         assert (reply.status_code, reply.json()["error"]["param"]) == (422, "x-deadline-ms")
 
 
-def test_a_model_that_fails_once_answers_the_next(held: tuple[TestClient, Held, ServedModel]) -> None:
+def test_a_model_that_fails_once_answers_the_next(
+    held: tuple[TestClient, Held, ServedModel], caplog: pytest.LogCaptureFixture
+) -> None:
     client, backend, _ = held
     backend.free.set()
     backend.fails = True
@@ -232,6 +242,7 @@ def test_a_model_that_fails_once_answers_the_next(held: tuple[TestClient, Held, 
         reply = client.post("/v1/tokens/classify", json={"inputs": ["iron", "tin"]})
         error = reply.json()["error"]
         assert (reply.status_code, error["type"], error["param"]) == (500, "internal", "inputs[0]")
+        assert "MemoryError" in caplog.text and "iron" not in caplog.text
         backend.fails = False
         assert client.post("/v1/tokens/classify", json={"inputs": ["iron", "tin"]}).status_code == 200
 

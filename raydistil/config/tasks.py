@@ -38,6 +38,8 @@ def _check_data(config: "Config") -> None:
     without = ("regression", "token_classification", "question_answering")
     if task in without and config.corpus.max_rows_per_label is not None:
         raise ValueError(f"corpus.max_rows_per_label is of texts' classes: use corpus.max_rows for task {task}")
+    if task == "clm" and config.export is not None and set(config.export.to) - {"hf", "bf16"}:
+        raise ValueError(f"export.to: expected hf or bf16 for task clm, got {', '.join(config.export.to)}")
     if task != "mlm" and config.masking != type(config.masking)():
         raise ValueError(f"masking is of task mlm: leave [masking] out for task {task}")
 

@@ -22,6 +22,7 @@ WORD = re.compile(r"\w+|[^\w\s]")
 QUESTIONS = 2  # of a docstring, at most
 QUESTION = "What is the type of {name}?"
 Span = tuple[int, int]
+Kind = tuple[Span, str] | None
 
 
 def of(content: Content, rows: list[TextRow]) -> Iterator[TextRow]:
@@ -69,9 +70,6 @@ def tagged(row: TextRow) -> TextRow:
     tags = tuple(_tag(kind, before) for kind, before in zip(kinds, befores, strict=True))
     words = tuple(row.text[start:end] for start, end in places)
     return replace(row, text=" ".join(words), label=None, words=words, tags=tags)
-
-
-Kind = tuple[Span, str] | None
 
 
 def _kind(place: Span, spans: list[Kind]) -> Kind:

@@ -9,8 +9,8 @@ int8-static  onnx/model_int8_static.onnx: activations too, in ranges found on tr
 
 What loses more than `MOST_LOST` of the score on the validation rows (those of the test where there are none), is no
 smaller than what it was made from, or, of 8 bits, no faster, is refused. card.py writes the model card, onnx.py and
-smaller.py the files, measure.py finds out what they are worth; vocabulary.py cuts the
-vocabulary where that is asked for, before any of these.
+smaller.py the files, measure.py finds out what they are worth; vocabulary.py cuts the vocabulary where that is asked
+for, before any of these.
 """
 
 import math
@@ -48,10 +48,8 @@ FILES: dict[Format, Path] = {
     "int8-static": Path("onnx", "model_int8_static.onnx"),
 }  # fmt: skip
 MADE_OF: dict[Format, Format] = {"bf16": "hf", "fp16": "onnx", "int8": "onnx", "int8-static": "onnx"}
-FASTER: tuple[Format, ...] = (
-    "int8",
-    "int8-static",
-)  # halves are for their bytes: whether they are faster hangs on the machine
+# Halves are for their bytes: whether they are faster hangs on the machine.
+FASTER: tuple[Format, ...] = ("int8", "int8-static")
 MOST_LOST = 0.005  # of a score between 0 and 1
 NEAR = 1e-4  # what float32 logits may differ by
 BATCH = 8

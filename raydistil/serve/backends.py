@@ -76,18 +76,11 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
-    @property
-    def padded(self) -> bool:
-        """Whether a batch costs its padding to the longest row."""
-        ...
-
     def run(self, rows: list[Row]) -> list[Result]: ...
 
 
 class Grouped:
     """A model that is given rows of like length together, and so pads little whatever the batch."""
-
-    padded = False
 
     def __init__(self, name: str, model: Headed, task: Task) -> None:
         self.name = name

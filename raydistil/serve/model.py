@@ -5,6 +5,7 @@ L tokens of a row, D hidden size, C classes, M masks of a text, K candidates kep
 
 import asyncio
 import base64
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from raydistil.errors import ModelError
 from raydistil.models import load_tokenizer, num_parameters, outline, shape_of
 from raydistil.prepare import num_positions
 from raydistil.serve.backends import Chosen, Result, Row, choose
-from raydistil.serve.batcher import Batcher, Done, Item, NotServed
+from raydistil.serve.batcher import Batcher, Done, Item, ItemFailed, NotServed
 from raydistil.serve.errors import ApiError, unserved
 from raydistil.serve.found import answers_of, entities_of
 from raydistil.serve.schema import (
@@ -46,7 +47,9 @@ from raydistil.serve.schema import (
 )
 from raydistil.serve.texts import Encoded, Reader, Truncate
 from raydistil.serve.waiting import Limits
+from raydistil.types import has_classes
 
+LOG = logging.getLogger(__name__)  # never of a text
 LIMITS = Limits(batch_tokens=2048, queue_tokens=1 << 16, age_s=0.5)
 MASK_TOKENS = 16  # that a mask counts for: it costs a row of logits over the vocabulary
 WINDOW = 384  # tokens of a question with a part of its context, at most
@@ -93,12 +96,12 @@ class ServedModel:
         shape = shape_of(source.directory, "student")
         self.source, self._chosen = source, chosen
         self.max_length = int(min(tokenizer.model_max_length, num_positions(shape) or tokenizer.model_max_length))
-        self.labels = [shape.id2label[n] for n in range(len(shape.id2label))] if _classed(source) else None
+        self.labels = [shape.id2label[n] for n in range(len(shape.id2label))] if has_classes(source.task) else None
         self._tokenizer: Any = tokenizer
         self._reader = Reader(tokenizer, self.max_length)
         self._parameters = num_parameters(outline(source.directory, source.task))
         self._mask_id = _mask_id(tokenizer) if source.task == "mlm" else -1
-        self.batcher: Batcher[Asked, Result | Best] = Batcher(self._run, LIMITS, chosen.backend.padded)
+        self.batcher: Batcher[Asked, Result | Best] = Batcher(self._run, LIMITS, padded=False)
         if len(tokenizer) > shape.vocab_size:
             raise ModelError(f"expected at most {shape.vocab_size} tokens, the tokenizer has {len(tokenizer)}")
 
@@ -123,7 +126,7 @@ class ServedModel:
             found.append(
                 Classified(
                     label=scores[0].label, score=scores[0].score, scores=scores, tokens=each.tokens,
-                    truncated=bool(each.cut_ids),
+                    truncated=each.is_cut,
                 )
             )  # fmt: skip
         return ClassifyReply(model=self.source.name, results=found), timing
@@ -134,7 +137,7 @@ class ServedModel:
         found = [
             Tagged(
                 entities=entities_of(text, each, softmax(logits_LC), self.labels), tokens=each.tokens,
-                truncated=bool(each.cut_ids),
+                truncated=each.is_cut,
             )
             for text, each, logits_LC in zip(request.inputs, encoded, results, strict=True)
         ]  # fmt: skip
@@ -148,7 +151,7 @@ class ServedModel:
             for n, vector_D in enumerate(results)
         ]
         usage = Usage(prompt_tokens=timing.tokens, total_tokens=timing.tokens)
-        cut = [bool(each.cut_ids) for each in encoded]
+        cut = [each.is_cut for each in encoded]
         return EmbeddingsReply(data=data, model=self.source.name, usage=usage, truncated=cut), timing
 
     async def answer(self, request: AnswerRequest, within_s: float) -> tuple[AnswerReply, Timing]:
@@ -162,7 +165,7 @@ class ServedModel:
         found, lacking = answers_of(request.context, encoded, results, request.top_k)
         reply = AnswerReply(
             model=self.source.name, answers=found, lacking=lacking, windows=len(encoded), tokens=timing.tokens,
-            truncated=bool(encoded[0].cut_ids),
+            truncated=encoded[0].is_cut,
         )  # fmt: skip
         return reply, timing
 
@@ -173,7 +176,7 @@ class ServedModel:
         asked = [Asked(Row(each.ids, places=at), request.top_k) for each, at in zip(encoded, places, strict=True)]
         results, timing = await self._asked(asked, started + within_s, started, "inputs")
         found = [
-            Filled(masks=self._filled(best), tokens=each.tokens, truncated=bool(each.cut_ids))
+            Filled(masks=self._filled(best), tokens=each.tokens, truncated=each.is_cut)
             for each, best in zip(encoded, results, strict=True)
         ]
         return FillMaskReply(model=self.source.name, results=found), timing
@@ -196,8 +199,9 @@ class ServedModel:
         started = _now()
         encoded = await asyncio.to_thread(self._reader.texts, texts, truncate)
         for row, each in enumerate(encoded):
-            if each.cut_ids and truncate == "error":
-                message = f"expected at most {self.max_length} tokens, got {each.tokens + len(each.cut_ids)}"
+            if each.is_cut and truncate == "error":
+                more = "more than " if each.unread else ""
+                message = f"expected at most {self.max_length} tokens, got {more}{each.tokens + len(each.cut_ids)}"
                 raise ApiError(422, "too_long", message, f"{field}[{row}]", self.max_length)
         return encoded, started
 
@@ -208,6 +212,8 @@ class ServedModel:
         try:
             done: list[Done[Any]] = await self.batcher.submit([Item(_cost(each), each) for each in asked], deadline)
         except NotServed as error:
+            if isinstance(error, ItemFailed):
+                LOG.error("the model failed at one of %d inputs", len(asked), exc_info=error.__cause__)
             raise unserved(error, field) from error
         tokens = sum(len(each.row.ids) for each in asked)
         timing = Timing(read_s, max(each.queued_s for each in done), max(each.ran_s for each in done), tokens)
@@ -236,7 +242,7 @@ class ServedModel:
     def _check_masks(self, encoded: list[Encoded], counts: list[int]) -> None:
         """Every input has a mask, none was cut off, and there are not too many."""
         for row, (each, count) in enumerate(zip(encoded, counts, strict=True)):
-            if self._mask_id in each.cut_ids:
+            if self._mask_id in each.cut_ids or self._tokenizer.mask_token in each.unread:
                 message = f"expected every mask within {self.max_length} tokens, some lie beyond: shorten the text"
                 raise ApiError(422, "too_long", message, f"inputs[{row}]", self.max_length)
             if count == 0:
@@ -253,7 +259,7 @@ def load(source: Source, threads: int = 1) -> ServedModel:
     Raises ModelError where it cannot be loaded, does not go with its tokenizer, or lacks the backend asked for.
     """
     tokenizer = load_tokenizer(source.directory)
-    labels = tuple(shape_of(source.directory, "student").id2label.values()) if _classed(source) else ()
+    labels = tuple(shape_of(source.directory, "student").id2label.values()) if has_classes(source.task) else ()
     return ServedModel(source, tokenizer, choose(source.directory, source.task, labels, threads, source.backend))
 
 
@@ -276,10 +282,6 @@ def best_of(logits_MV: Result, count: int) -> Best:
 def _cost(asked: Asked) -> int:
     masks = 0 if asked.row.places is None else len(asked.row.places)
     return len(asked.row.ids) + MASK_TOKENS * masks
-
-
-def _classed(source: Source) -> bool:
-    return source.task in ("classification", "token_classification")
 
 
 def _mask_id(tokenizer: PreTrainedTokenizerBase) -> int:

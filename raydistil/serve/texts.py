@@ -31,11 +31,16 @@ class Encoded:
     ids: NDArray[np.int32]  # special ones included
     places: NDArray[np.int32]  # [L, 2] where each token stands in its text, -1 for special ones
     cut_ids: tuple[int, ...]  # what did not fit
+    unread: str = ""  # what was so far beyond that nobody read it
     context: int | None = None  # question answering: the first token of the context
 
     @property
     def tokens(self) -> int:
         return len(self.ids)
+
+    @property
+    def is_cut(self) -> bool:
+        return bool(self.cut_ids or self.unread)
 
 
 class Reader:
@@ -57,7 +62,9 @@ class Reader:
         left, most = truncate == "left", self.longest * CHARACTERS
         starts = [max(0, len(text) - most) if left else 0 for text in texts]
         read = self._read([text[start : start + most] for text, start in zip(texts, starts, strict=True)])
-        return [self._row(tokens, start, left) for tokens, start in zip(read, starts, strict=True)]
+        return [
+            self._row(tokens, text, start, most, left) for tokens, text, start in zip(read, texts, starts, strict=True)
+        ]
 
     def questions(self, question: str, context: str, length: int) -> list[Encoded]:
         """The windows of one question, the question cut to half of them."""
@@ -65,7 +72,8 @@ class Reader:
         kept, cut = asked.ids[: length // 2], tuple(asked.ids[length // 2 :])
         return [
             Encoded(
-                np.array(row.ids, np.int32), _padded(row.extras["chars"], len(row.ids)), cut, row.extras["context"][0]
+                np.array(row.ids, np.int32), _padded(row.extras["chars"], len(row.ids)), cut,
+                context=row.extras["context"][0],
             )
             for row in windows(kept, held, None, self._joints, length, length // STRIDE, 0)
         ]  # fmt: skip
@@ -73,15 +81,18 @@ class Reader:
     def _read(self, texts: list[str]) -> list[Tokens]:
         return [Tokens(each.ids, each.offsets) for each in self._backend.encode_batch(texts, add_special_tokens=False)]
 
-    def _row(self, tokens: Tokens, start: int, left: bool) -> Encoded:
-        room = self.longest - len(self._first) - len(self._last)
+    def _row(self, tokens: Tokens, text: str, start: int, most: int, left: bool) -> Encoded:
+        """Of `most` characters from `start` on; of the whole text where those are so few tokens that more might fit."""
+        room, unread = self.longest - len(self._first) - len(self._last), text[:start] + text[start + most :]
+        if unread and len(tokens.ids) < 2 * room:
+            (tokens,), start, unread = self._read([text]), 0, ""
         over = max(0, len(tokens.ids) - room)
         kept, cut = (tokens[over:], tokens.ids[:over]) if left else (tokens[:room], tokens.ids[room:])
         ids = np.array([*self._first, *kept.ids, *self._last], np.int32)
         places = np.full((len(ids), 2), -1, np.int32)
         places[len(self._first) : len(ids) - len(self._last)] = np.reshape(kept.places, (-1, 2))
         places[places >= 0] += start
-        return Encoded(ids, places, tuple(cut))
+        return Encoded(ids, places, tuple(cut), unread)
 
 
 def _padded(chars: Sequence[int], length: int) -> NDArray[np.int32]:
