@@ -135,7 +135,7 @@ def evaluate(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     "--to",
     "formats",
     metavar="FORMATS",
-    help="Of hf, bf16, onnx, fp16, int8, int8-static, with commas; else as configured.",
+    help="Of hf, bf16, onnx, fp16, int8, int8-static, int8-torchao, fp8-torchao, with commas; else as configured.",
 )
 @click.option("--force", is_flag=True, help="Keep what loses too much of the score, or is no faster or smaller.")
 @click.option(

@@ -23,7 +23,7 @@ from raydistil.plan import Need, need_of
 from raydistil.prune import pruned_teacher
 from raydistil.student import check_student, check_vocabularies, student_outline
 from raydistil.tokens import TokenStore, build_store
-from raydistil.types import CONTENT, Content, Task, has_classes, models_language, takes_labels
+from raydistil.types import CONTENT, IN_TORCH, TORCHAO, Content, Task, has_classes, models_language, takes_labels
 
 Say = Callable[[str], None]
 
@@ -85,13 +85,17 @@ def needs(config: Config) -> list[Need]:
 
 def check_packages(config: Config) -> None:
     """Raise ConfigError where `export.to` names what would be missed when all is trained."""
-    wanted = set(config.export.to) - {"hf", "bf16"} if config.export else set()
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if wanted and find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"export.to: expected the package {missing[0]} for {', '.join(sorted(wanted))}, found none: "
-            f"pip install 'raydistil[onnx]'"
-        )
+    asked = set(config.export.to) if config.export else set()
+    for extra, wanted, packages in (
+        ("onnx", asked - IN_TORCH, ("onnx", "onnxscript", "onnxruntime")),
+        ("torchao", asked & TORCHAO, ("torchao",)),
+    ):
+        missing = [name for name in packages if wanted and find_spec(name) is None]
+        if missing:
+            raise ConfigError(
+                f"export.to: expected the package {missing[0]} for {', '.join(sorted(wanted))}, found none: "
+                f"pip install 'raydistil[{extra}]'"
+            )
 
 
 # ---- models

@@ -30,7 +30,9 @@ CONTENT: dict[Task, Content] = {
 }  # fmt: skip
 Labels = NDArray[np.int32] | NDArray[np.float32]
 Precision = Literal["float32", "bfloat16"]  # of the matrix products; weights are float32
-Format = Literal["hf", "bf16", "onnx", "fp16", "int8", "int8-static"]  # of what is exported
+Format = Literal["hf", "bf16", "onnx", "fp16", "int8", "int8-static", "int8-torchao", "fp8-torchao"]  # of an export
+TORCHAO: frozenset[Format] = frozenset({"int8-torchao", "fp8-torchao"})
+IN_TORCH: frozenset[Format] = TORCHAO | {"hf", "bf16"}  # the others are ONNX
 Vocabulary = Literal["teacher", "corpus"]  # of an exported student
 SENTENCE_LAYOUT = "1_Pooling/config.json"  # by which Sentence Transformers knows how states become a vector
 IGNORE = -100  # a label no loss looks at, the convention of torch.nn.functional.cross_entropy; of numbers it is nan

@@ -282,11 +282,12 @@ def test_a_masked_language_model_is_scored_at_its_masks(
 def test_packages_that_an_export_needs_are_missed_before_anything_is_trained(
     able_classifier: str, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparing, "find_spec", lambda name: None if name == "onnxruntime" else object())
-    for to, missed in ((["hf", "bf16"], False), (["hf", "int8"], True)):
+    absent = ("onnxruntime", "torchao")
+    monkeypatch.setattr(preparing, "find_spec", lambda name: None if name in absent else object())
+    for to, missed in ((["hf", "bf16"], ""), (["hf", "int8"], "onnxruntime"), (["int8-torchao"], "torchao")):
         config = config_for(tmp_path, able_classifier, corpus_file, finetune=None, export={"to": to})
         if missed:
-            with pytest.raises(ConfigError, match=r"export.to: expected the package onnxruntime for int8, found none"):
+            with pytest.raises(ConfigError, match=f"export.to: expected the package {missed} for {to[-1]}, found none"):
                 pipeline.prepare(config, quiet)
         else:
             pipeline.prepare(config, quiet)

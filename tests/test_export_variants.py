@@ -26,8 +26,9 @@ from raydistil.errors import ExportError
 from raydistil.export import CALIBRATION, FILES
 from raydistil.export.measure import Artefact, load, real_rows
 from raydistil.export.onnx import to_onnx
-from raydistil.export.smaller import to_bf16, to_fp16, to_int8, to_int8_static
+from raydistil.export.smaller import has_fp8, to_bf16, to_fp16, to_int8, to_int8_static, to_torchao
 from raydistil.heads import Inputs
+from raydistil.models import LOADERS, transformer_layers
 from raydistil.tables import show_export
 from raydistil.types import Format, Split, Task, TokenBatch
 
@@ -95,6 +96,34 @@ def test_a_variant_in_bfloat16_loads_with_transformers_alone(tmp_path: Path, tas
     assert all(tensor.dtype == torch.float32 for tensor in (*states.values(), logits) if tensor is not None)
 
 
+@pytest.mark.parametrize("task", ["classification", "mlm"])
+def test_a_directory_in_8_bits_loads_with_transformers_alone(tmp_path: Path, task: Task) -> None:
+    """The layers' matrices are whole numbers of 127 at most, a scale a row; what is tied or looked up is as in bf16."""
+    path = tiny.write_model(tmp_path / "model", task)
+    to_torchao(path, path / "int8-torchao", task, "int8-torchao")
+    exact = LOADERS[task].from_pretrained(path).eval()
+    small = LOADERS[task].from_pretrained(path, subfolder="int8-torchao", dtype="auto").eval()
+    pairs = list(zip(transformer_layers(exact)[0].parameters(), transformer_layers(small)[0].parameters(), strict=True))
+    matrices = [(whole, kept) for whole, kept in pairs if whole.ndim == 2]
+    assert len(matrices) == 6
+    for whole, kept in matrices:
+        assert kept.qdata.dtype == torch.int8 and kept.scale.shape == (len(whole), 1)
+        torch.testing.assert_close(kept.scale[:, 0].float() * 127, whole.abs().amax(1), rtol=2e-2, atol=0)
+    assert all(torch.equal(kept, whole.bfloat16()) for whole, kept in pairs if whole.ndim == 1)
+    assert torch.equal(small.get_input_embeddings().weight, exact.get_input_embeddings().weight.bfloat16())
+    ids_BL, mask_BL = tiny.ids()
+    loaded = load(Artefact("int8", "torchao", path / "int8-torchao"), task, (), 1)
+    (said,) = loaded(Inputs(ids_BL, mask_BL), (loaded.num_layers,))[0].values()
+    expected = exact.base_model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state[mask_BL.bool()]
+    assert 0 < (said - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@pytest.mark.skipif(has_fp8(), reason="has a GPU with products in float8")
+def test_float8_without_such_a_gpu_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"fp8-torchao: expected a GPU with products in float8 .* found none"):
+        to_torchao(tmp_path, tmp_path / "small", "classification", "fp8-torchao")
+
+
 @pytest.mark.slow
 def test_halves_are_measured_and_need_not_be_faster(run_dir: Path) -> None:
     made = {each["format"]: each for each in pipeline.export_run(run_dir, HALVES, False, quiet)["artefacts"]}
@@ -116,7 +145,7 @@ def test_a_causal_model_has_a_half_and_no_onnx(ray_cluster: None, corpus_file: P
     model, half = pipeline.export_run(config.run_dir, ("bf16",), True, quiet)["artefacts"]
     assert half["score"]["metric"] == "next-token accuracy" and half["score"]["rows"] == model["score"]["rows"]
     assert half["bytes"] < model["bytes"] and half["difference"] > 0
-    with pytest.raises(ExportError, match="got a causal one: export it as hf or bf16"):
+    with pytest.raises(ExportError, match="got a causal one: export it as bf16, fp8-torchao, hf, int8-torchao"):
         pipeline.export_run(config.run_dir, ("bf16", "fp16"), True, quiet)
 
 
@@ -228,7 +257,7 @@ def test_a_checkpoint_of_another_task_is_named(run_dir: Path, formats: str, capf
 # ---- the table
 
 
-def test_six_files_fit_a_terminal_of_eighty_columns(
+def test_all_files_fit_a_terminal_of_eighty_columns(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -237,7 +266,7 @@ def test_six_files_fit_a_terminal_of_eighty_columns(
         {"format": name, "bytes": size * 2**18, "difference": None if name == "hf" else 4.9e-2, "split": "validation",
          "score": score, "latency_p50_ms": 107.1, "latency_p99_ms": 113.1, "rows_s": 1255.6 * 4 / size,
          "peak_mib": 1145.0}
-        for name, size in zip(FILES, (1064, 532, 1064, 532, 266, 266), strict=True)
+        for name, size in zip(FILES, (1064, 532, 1064, 532, 266, 266, 333, 333), strict=True)
     ]  # fmt: skip
     show_export({"artefacts": made, "student_dir": "somewhere"})
     lines = capsys.readouterr().out.splitlines()

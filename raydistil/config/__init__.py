@@ -104,8 +104,8 @@ class EvaluateConfig(Section):
 class ExportConfig(Section):
     to: Annotated[tuple[Format, ...], Field(min_length=1)] = ("hf",)
     """`hf`: always there. `onnx`: for onnxruntime. `bf16` and `fp16`: halves of the two. `int8`: ONNX in 8 bits,
-    `int8-static` with ranges found on training rows. What is not as good, no smaller, or in 8 bits no faster, is
-    refused."""
+    `int8-static` with ranges found on training rows. `int8-torchao`, `fp8-torchao`: PyTorch in 8 bits, for GPUs. What
+    is not as good, no smaller, or in 8 bits no faster, is refused."""
     vocabulary: Vocabulary = "teacher"
     """`corpus`: cut to the tokens of the training texts, and the characters that spell any other text."""
     license: str | None = None

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from raydistil.types import labels_texts, models_language, takes_labels
+from raydistil.types import IN_TORCH, labels_texts, models_language, takes_labels
 
 if TYPE_CHECKING:
     from raydistil.config import Config
@@ -38,8 +38,9 @@ def _check_data(config: "Config") -> None:
     without = ("regression", "token_classification", "question_answering")
     if task in without and config.corpus.max_rows_per_label is not None:
         raise ValueError(f"corpus.max_rows_per_label is of texts' classes: use corpus.max_rows for task {task}")
-    if task == "clm" and config.export is not None and set(config.export.to) - {"hf", "bf16"}:
-        raise ValueError(f"export.to: expected hf or bf16 for task clm, got {', '.join(config.export.to)}")
+    if task == "clm" and config.export is not None and set(config.export.to) - IN_TORCH:
+        known, given = ", ".join(sorted(IN_TORCH)), ", ".join(config.export.to)
+        raise ValueError(f"export.to: expected some of {known} for task clm, got {given}")
     if task != "mlm" and config.masking != type(config.masking)():
         raise ValueError(f"masking is of task mlm: leave [masking] out for task {task}")
 

@@ -6,6 +6,7 @@ onnx    onnx/model.onnx beside them, where users of onnxruntime and transformers
 fp16    onnx/model_fp16.onnx: the same with weights and products in float16
 int8    onnx/model_int8.onnx: the same with weights and embeddings in 8 bits
 int8-static  onnx/model_int8_static.onnx: activations too, in ranges found on training rows
+int8-torchao, fp8-torchao  directories of these names: from_pretrained(.., subfolder="int8-torchao"), for GPUs
 
 What loses more than `MOST_LOST` of the score on the validation rows (those of the test where there are none), is no
 smaller than what it was made from, or, of 8 bits, no faster, is refused. card.py writes the model card, onnx.py and
@@ -20,17 +21,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-
 from raydistil import rundir
 from raydistil.config import Config, EvaluateConfig, config_of
 from raydistil.errors import ExportError, StorageError
 from raydistil.evaluate import judged
 from raydistil.export.card import facts_of, model_card, published
-from raydistil.export.measure import ROWS, Artefact, Speed, difference, load, real_rows, speeds
+from raydistil.export.measure import ROWS, Artefact, Runtime, Speed, difference, load, real_rows, speeds
 from raydistil.export.onnx import to_onnx
 from raydistil.export.sentences import write_layout
-from raydistil.export.smaller import to_bf16, to_fp16, to_int8, to_int8_static
+from raydistil.export.smaller import to_bf16, to_fp16, to_int8, to_int8_static, to_torchao
 from raydistil.export.vocabulary import Cut, check_cut, cut_line, cut_vocabulary, weighed
 from raydistil.models import load_model, outline, shape_of
 from raydistil.plan import cores
@@ -38,7 +37,7 @@ from raydistil.prepare import Prepared
 from raydistil.specs import EvaluateSpec
 from raydistil.storage import whole_directory
 from raydistil.tokens import TokenStore
-from raydistil.types import Format, Score, Split, Vocabulary, takes_labels
+from raydistil.types import IN_TORCH, TORCHAO, Format, Score, Split, Vocabulary, takes_labels
 
 NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
 ONNX = Path("onnx", "model.onnx")
@@ -46,10 +45,13 @@ FILES: dict[Format, Path] = {
     "hf": Path("model.safetensors"), "bf16": Path("model.bf16.safetensors"), "onnx": ONNX,
     "fp16": Path("onnx", "model_fp16.onnx"), "int8": Path("onnx", "model_int8.onnx"),
     "int8-static": Path("onnx", "model_int8_static.onnx"),
+    "int8-torchao": Path("int8-torchao", "model.safetensors"), "fp8-torchao": Path("fp8-torchao", "model.safetensors"),
 }  # fmt: skip
-MADE_OF: dict[Format, Format] = {"bf16": "hf", "fp16": "onnx", "int8": "onnx", "int8-static": "onnx"}
+MADE_OF: dict[Format, Format] = {
+    "bf16": "hf", "fp16": "onnx", "int8": "onnx", "int8-static": "onnx", "int8-torchao": "hf", "fp8-torchao": "hf",
+}  # fmt: skip
 # Halves are for their bytes: whether they are faster hangs on the machine.
-FASTER: tuple[Format, ...] = ("int8", "int8-static")
+FASTER: tuple[Format, ...] = ("int8", "int8-static", *TORCHAO)
 MOST_LOST = 0.005  # of a score between 0 and 1
 NEAR = 1e-4  # what float32 logits may differ by
 BATCH = 8
@@ -149,9 +151,10 @@ def _row(made: Made) -> dict[str, Any]:
 
 def _files(run: Prepared, folder: Path, formats: tuple[Format, ...], force: bool) -> list[Made]:
     """Write the files of `formats` to `folder`, and measure them beside the model in PyTorch."""
-    if run.config.task == "clm" and set(formats) - {"hf", "bf16"}:
+    if run.config.task == "clm" and set(formats) - IN_TORCH:
         raise ExportError(
-            "expected a model of whole texts or masked tokens for ONNX, got a causal one: export it as hf or bf16"
+            f"expected a model of whole texts or masked tokens for ONNX, got a causal one: export it as "
+            f"{', '.join(sorted(IN_TORCH))}"
         )
     spec, written = _spec(run), [name for name in FILES if name in {"hf", *formats, *map(MADE_OF.get, formats)}]
     for name in written:
@@ -168,6 +171,8 @@ def _write(name: Format, folder: Path, spec: EvaluateSpec) -> None:
     path = folder / FILES[name]
     if name == "bf16":
         to_bf16(folder / FILES["hf"], path)
+    elif name in TORCHAO:
+        to_torchao(folder, path.parent, spec.task, name)
     elif name == "onnx":
         path.parent.mkdir()
         to_onnx(load_model(str(folder), spec.task, spec.labels), spec.task, path)
@@ -180,9 +185,10 @@ def _write(name: Format, folder: Path, spec: EvaluateSpec) -> None:
 
 
 def _artefact(name: Format, folder: Path) -> Artefact:
-    if name == "hf":
-        return Artefact(name, "torch", folder)
-    return Artefact(name, "torch-bf16", folder) if name == "bf16" else Artefact(name, "onnx", folder / FILES[name])
+    if name in TORCHAO:
+        return Artefact(name, "torchao", (folder / FILES[name]).parent)
+    runtimes: dict[Format, Runtime] = {"hf": "torch", "bf16": "torch-bf16"}
+    return Artefact(name, runtimes[name], folder) if name in runtimes else Artefact(name, "onnx", folder / FILES[name])
 
 
 def _spec(run: Prepared) -> EvaluateSpec:
@@ -207,10 +213,10 @@ def _measured(spec: EvaluateSpec, artefacts: dict[Format, Artefact], folder: Pat
     reference = load(artefacts["hf"], spec.task, spec.labels, spec.threads)
     for name, each in artefacts.items():
         model = reference if name == "hf" else load(each, spec.task, spec.labels, spec.threads)
-        off = None if name == "hf" else difference(model, reference, rows)
+        off = None if name == "hf" else difference(model, reference, rows, each.device, artefacts["hf"].device)
         if off is not None and not math.isfinite(off):
             raise ExportError(f"{name}: expected logits that are numbers, got {off} for some: leave {name} out of --to")
-        score, _ = judged([(model, 1.0)], spec, torch.device("cpu"))
+        score, _ = judged([(model, 1.0)], spec, each.device)
         size = (folder / FILES[name]).stat().st_size
         yield Made(name, str(FILES[name]), size, off, spec.split, score, speed[name])
 

@@ -1,7 +1,8 @@
 """What an exported file is worth: how near it is to the model, its score, its speed and its memory.
 
 Speed and memory: each artefact in a process of its own, with so many threads, on real texts of mixed length; rounds are
-interleaved, so that noise hits all alike.
+interleaved, so that noise hits all alike. What PyTorch runs is measured on the GPU where it sees one, and what it holds
+there is the memory that counts; ONNX files on the CPU.
 """
 
 import multiprocessing
@@ -23,11 +24,22 @@ from numpy.typing import NDArray
 
 from raydistil.evaluate import batches
 from raydistil.heads import Inputs
-from raydistil.models import LOADERS, Headed, HeadedEncoder, load_model, on_device, quiet_transformers
+from raydistil.models import (
+    LOADERS,
+    Headed,
+    HeadedEncoder,
+    load_model,
+    on_device,
+    quiet_transformers,
+    transformer_layers,
+)
 from raydistil.specs import EvaluateSpec
-from raydistil.types import Task, TokenBatch
+from raydistil.types import Precision, Task, TokenBatch
 
-Runtime = Literal["torch", "torch-bf16", "onnx"]
+Runtime = Literal["torch", "torch-bf16", "torchao", "onnx"]
+CPU = torch.device("cpu")
+FLOAT32: Precision = "float32"
+BFLOAT16: Precision = "bfloat16"
 ROUNDS, WARM_UP = 5, 10
 ROWS = 200
 TIMED_TOKENS = 8192  # of the texts that are timed, together: long ones are fewer
@@ -35,11 +47,15 @@ TIMED_TOKENS = 8192  # of the texts that are timed, together: long ones are fewe
 
 @dataclass(frozen=True, slots=True)
 class Artefact:
-    """Something that can be run: a directory in hub layout, with or without its weights in half, or an ONNX file."""
+    """Something that can be run: a directory in hub layout, as it is or in fewer bits, or an ONNX file."""
 
     name: str
     runtime: Runtime
     path: Path
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if self.runtime != "onnx" and torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +74,17 @@ def load(artefact: Artefact, task: Task, labels: tuple[str, ...], threads: int) 
 
         return OnnxModel(artefact.path, threads, task)
     torch.set_num_threads(threads)
-    if artefact.runtime == "torch-bf16":
+    if artefact.runtime == "torch":
+        model, precision = load_model(str(artefact.path), task, labels), FLOAT32
+    else:
         quiet_transformers()
-        half = LOADERS[task].from_pretrained(artefact.path, variant="bf16", dtype=torch.bfloat16)
-        return HeadedEncoder(half, task, "bfloat16").frozen()
-    return HeadedEncoder(load_model(str(artefact.path), task, labels), task, "float32").frozen()
+        variant = "bf16" if artefact.runtime == "torch-bf16" else None
+        model = LOADERS[task].from_pretrained(artefact.path, variant=variant, dtype=torch.bfloat16)
+        precision = BFLOAT16
+    if artefact.runtime == "torchao" and artefact.device.type == "cuda":
+        for layer in transformer_layers(model):  # without its products one by one, which are slower than float16's
+            layer.compile(dynamic=True)
+    return HeadedEncoder(model, task, precision).frozen().to(artefact.device)
 
 
 def real_rows(spec: EvaluateSpec, most: int) -> list[TokenBatch]:
@@ -90,20 +112,23 @@ def _singles(batch: TokenBatch) -> Iterator[TokenBatch]:
 
 
 @torch.inference_mode()
-def difference(model: Headed, reference: Headed, rows: list[TokenBatch]) -> float:
+def difference(
+    model: Headed, reference: Headed, rows: list[TokenBatch], device: torch.device = CPU, other: torch.device = CPU
+) -> float:  # fmt: skip
     """The largest between any two logits of the same text, in batches of mixed length; nan where one is no number."""
-    groups = (padded(rows[start : start + 8]) for start in range(0, len(rows), 8))
-    worst = [(_said(model, group) - _said(reference, group)).abs().max() for group in groups]
+    groups = (rows[start : start + 8] for start in range(0, len(rows), 8))
+    worst = [(_said(model, group, device) - _said(reference, group, other)).abs().max() for group in groups]
     return torch.stack(worst).max().item()
 
 
-def _said(model: Headed, inputs: Inputs) -> torch.Tensor:
-    states, logits = model(inputs, (model.num_layers,))
+def _said(model: Headed, rows: list[TokenBatch], device: torch.device) -> torch.Tensor:
+    """On the CPU."""
+    states, logits = model(padded(rows, device), (model.num_layers,))
     made: torch.Tensor = model.vocabulary_logits(states[model.num_layers]) if logits is None else logits
-    return made
+    return made.cpu()
 
 
-def padded(rows: list[TokenBatch]) -> Inputs:
+def padded(rows: list[TokenBatch], device: torch.device = CPU) -> Inputs:
     """Rows that are each alone, together."""
     contexts = [row.contexts_B for row in rows if row.contexts_B is not None]
     positions = [row.positions_BL[0] for row in rows if row.positions_BL is not None]
@@ -113,7 +138,7 @@ def padded(rows: list[TokenBatch]) -> Inputs:
         positions_BL=_lines(positions) if positions else None,
         contexts_B=np.concatenate(contexts) if contexts else None,
     )  # fmt: skip
-    return on_device(both, torch.device("cpu"))
+    return on_device(both, device)
 
 
 def _lines(lines: list[NDArray[np.int32]]) -> NDArray[np.int32]:
@@ -157,7 +182,7 @@ def _speed(latencies: list[float], rates: list[float], peak_mib: float) -> Speed
 
 
 def _prepare(artefact: Artefact, spec: EvaluateSpec, threads: int, rows: list[TokenBatch]) -> None:
-    _loaded["before_mib"] = _most_mib()
+    _loaded["before_mib"], _loaded["device"] = _most_mib(artefact.device), artefact.device
     _loaded["model"], _loaded["rows"] = load(artefact, spec.task, spec.labels, threads), rows
     for row in rows[:WARM_UP]:
         _run([row])
@@ -165,7 +190,7 @@ def _prepare(artefact: Artefact, spec: EvaluateSpec, threads: int, rows: list[To
 
 def _run(rows: list[TokenBatch]) -> None:
     with torch.inference_mode():
-        _said(_loaded["model"], padded(rows))
+        _said(_loaded["model"], rows, _loaded["device"])
 
 
 def _latencies() -> list[float]:
@@ -190,11 +215,13 @@ def _rate(at_once: int) -> float:
 def _peak_mib() -> float:
     """What the process has held at most, beyond `_loaded["before_mib"]`."""
     before_mib: float = _loaded["before_mib"]
-    return max(0.0, _most_mib() - before_mib)
+    return max(0.0, _most_mib(_loaded["device"]) - before_mib)
 
 
-def _most_mib() -> float:
+def _most_mib(device: torch.device) -> float:
     """Of this program: what the one that started it held counts in `getrusage`, not in Linux's own figure."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
     if status.exists():
         return int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0]) / 1024

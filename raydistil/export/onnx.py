@@ -138,16 +138,14 @@ class OnnxModel:
         return states_ND
 
 
-def needed(package: str) -> Any:
+def needed(package: str, extra: str = "onnx") -> Any:
     """The module, imported when it is asked for. Raises ExportError where it is not installed."""
     import importlib
 
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ExportError(
-            f"expected the package {package} for ONNX, found none: pip install 'raydistil[onnx]'"
-        ) from error
+        raise ExportError(f"expected the package {package}, found none: pip install 'raydistil[{extra}]'") from error
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""An exported model in fewer bits: weights in bfloat16, ONNX files in float16 or in 8 bits."""
+"""An exported model in fewer bits: PyTorch's weights in bfloat16 or 8 bits, ONNX files in float16 or 8 bits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from transformers import TorchAoConfig
 
 from raydistil.errors import ExportError
 from raydistil.export.measure import padded
 from raydistil.export.onnx import feed, needed, quiet
-from raydistil.types import TokenBatch
+from raydistil.models import LOADERS, quiet_transformers
+from raydistil.types import Format, Task, TokenBatch
 
 INT8_OPS = ("MatMul", "Gemm", "Gather")  # with Gather the embeddings, most of a small student
 # What sums or divides over many numbers, as one operation or in pieces: float16 ends at 65,504.
@@ -27,6 +29,36 @@ def to_bf16(source: Path, path: Path) -> None:
 
 def _half(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.bfloat16() if tensor.is_floating_point() else tensor
+
+
+def to_torchao(source: Path, folder: Path, task: Task, name: Format) -> None:
+    """A directory that transformers loads where torchao is installed: the layers' matrices in 8 bits, a scale a row,
+    activations rounded to as many on the way; the rest in bfloat16.
+
+    Raises ExportError for `fp8-torchao` where no GPU has such products: torchao makes it nowhere else.
+    """
+    needed("torchao", "torchao")
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Int8DynamicActivationInt8WeightConfig
+    from torchao.quantization.granularity import PerRow
+
+    if name == "fp8-torchao" and not has_fp8():
+        raise ExportError(
+            f"{name}: expected a GPU with products in float8 (compute capability 8.9 or more), found none: leave it out"
+        )
+    fp8 = name == "fp8-torchao"
+    kind = (
+        Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+        if fp8
+        else Int8DynamicActivationInt8WeightConfig()
+    )
+    quiet_transformers()
+    with torch.device("cuda" if fp8 else "cpu"):
+        made = LOADERS[task].from_pretrained(source, quantization_config=TorchAoConfig(kind), dtype=torch.bfloat16)
+    made.save_pretrained(folder)
+
+
+def has_fp8() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 
 
 def to_fp16(source: Path, path: Path) -> None:
