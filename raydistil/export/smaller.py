@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from transformers import TorchAoConfig
 
 from raydistil.errors import ExportError
 from raydistil.export.measure import padded
@@ -40,6 +39,7 @@ def to_torchao(source: Path, folder: Path, task: Task, name: Format) -> None:
     needed("torchao", "torchao")
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Int8DynamicActivationInt8WeightConfig
     from torchao.quantization.granularity import PerRow
+    from transformers import TorchAoConfig  # imports torchao, which prints of what it lacks
 
     if name == "fp8-torchao" and not has_fp8():
         raise ExportError(
