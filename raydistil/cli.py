@@ -164,7 +164,7 @@ def export(
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
 @click.option("--replicas", default=2, show_default=True, type=click.IntRange(min=1), help="Most replicas.")
 @click.option(
-    "--backend", type=click.Choice(["auto", "torch", "onnx", "int8"]), default="auto", show_default=True,
+    "--backend", type=click.Choice(["auto", "torch", "packed", "onnx", "int8"]), default="auto", show_default=True,
     help="What replicas run with; auto: the fastest that says what the checkpoint says.",
 )  # fmt: skip
 def serve(run_dir: Path, host: str, port: int, replicas: int, backend: Any) -> None:
@@ -276,6 +276,32 @@ def bench_chaos(output: Path, seed: int, students: int, quick: bool, as_json: bo
     _emit(work, as_json, tables.show_chaos)
     if not results[0]["passed"]:
         raise FailedError(f"expected nothing lost and nothing twice, and as many kills as planned: see {output}")
+
+
+@bench.command("serve")
+@click.argument("run_dir", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
+@click.option("--output", default=Path("runs/serve"), show_default=True, type=click.Path(path_type=Path))
+@click.option(
+    "--backend", type=click.Choice(["auto", "torch", "packed", "onnx", "int8"]), default="auto", show_default=True,
+    help="What all servers run.",
+)  # fmt: skip
+@click.option("--replicas", default=1, show_default=True, type=click.IntRange(min=1), help="Of each server.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1))
+@click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(min=1), help="Of each load.")
+@click.option("--deadline-ms", default=1000.0, show_default=True, type=click.FloatRange(min=1), help="Of a request.")
+@click.option("--soak", default=0.0, show_default=True, help="Seconds of steady load, while memory is watched.")
+@click.option("--peer", metavar="URL", help="Another server's embeddings, as OpenAI's: http://HOST:PORT/embeddings.")
+@_json
+def bench_serve(
+    run_dir: Path | None, output: Path, backend: Any, replicas: int, rounds: int, seconds: float, deadline_ms: float,
+    soak: float, peer: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Requests a second and latency of the server beside others of the same model. Without RUN: 3 layers of MiniLM."""
+    from raydistil import tables
+    from raydistil.bench import serve
+
+    setting = serve.Setting(run_dir, output, backend, replicas, rounds, seconds, deadline_ms, soak, peer)
+    _emit(lambda: serve.bench_serve(setting, _say), as_json, tables.show_serve)
 
 
 def main() -> None:

@@ -142,6 +142,27 @@ def show_stream(result: dict[str, Any]) -> None:
         console.print(warning, markup=False, highlight=False)
 
 
+def show_serve(result: dict[str, Any]) -> None:
+    """A line a server and rate; what is of the whole below."""
+    title = f"{result['model']} with {result['backend']}, {result['mean_tokens']:.0f} tokens a text, "
+    title += f"{result['replicas']} replicas, deadline {result['deadline_ms']:g} ms"
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", padding=0, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for heading in ("offered/s", "served/s", "p50 (ms)", "p95", "p99", "refused", "unanswered", "5xx"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, arm in result["arms"].items():
+        for rate in arm["rates"]:
+            cells = [f"{rate[key]:.0f}" for key in ("offered", "served")]
+            cells += [f"{rate[key]:.1f}" for key in ("p50_ms", "p95_ms", "p99_ms")]
+            table.add_row(name, *cells, *(str(rate[key]) for key in ("rejected", "unanswered", "errors_5xx")))
+    console = Console()
+    console.print(table)
+    ratios = ", ".join(f"{value:.2f}x {key[9:]}" for key, value in result.items() if key.startswith("ratio_vs_"))
+    line = f"{result['saturation_rps']:.0f} requests a second at most: {ratios}; idle, "
+    line += f"{result['overhead_p50_ms']:.1f} ms more than the {result['in_process_p50_ms']:.1f} ms in process"
+    console.print(line, markup=False, highlight=False)
+
+
 STREAM_ROWS = (
     ("streamed tok/s", "streamed_tok_s", ",.0f"),
     ("in-process tok/s", "inprocess_tok_s", ",.0f"),

@@ -171,7 +171,7 @@ def test_when_to_come_again_follows_from_what_was_measured() -> None:
             assert expected <= refusal.value.retry_after_s <= expected + 1
         with pytest.raises(QueueFull) as refusal:
             await batcher.submit(numbers(1, 6), deadline=time.monotonic() + 30)
-        assert 20 - 1e-3 <= refusal.value.retry_after_s <= 21
+        assert 20.1 - 1e-3 <= refusal.value.retry_after_s <= 21.1  # its own token takes .1 s
         in_time = await submitted(batcher, numbers(1, 6), deadline=time.monotonic() + 1000)
         device.let(10)
         assert results(await in_time) == [12]

@@ -10,7 +10,6 @@ ratios are taken within a round and the median over the rounds is reported.
 """
 
 import json
-import multiprocessing
 import os
 import shutil
 import statistics
@@ -18,16 +17,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 
 from raydistil import rundir
 from raydistil.bench import MINILM
 from raydistil.bench.loops import measured
+from raydistil.bench.processes import in_a_process
 from raydistil.bench.window import Window, window_of
 from raydistil.cluster import environment
 from raydistil.config import Config, config_of, flatten
@@ -47,7 +46,6 @@ LENGTH = 128
 HONEST = (0.95, 1.05)  # a window's balance: outside, what was made before it (or is left after it) flatters the rate
 Shape = Literal["minilm", "base"]
 Tree = dict[str, Any]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +133,7 @@ def tree_for(setting: Setting, teacher: str, precision: Precision, name: str) ->
 def _round(setting: Setting, teacher: str, precision: Precision, number: int) -> Tree:
     """Every side in turn: {loop: tokens a second}, the machine's own rate, and the streams as a whole."""
     loops = _of_loops(setting, teacher, precision)
-    found: Tree = _in_a_process(measured, loops, setting.steps, setting.device, number)
+    found: Tree = in_a_process(measured, loops, setting.steps, setting.device, number)
     tree = tree_for(setting, teacher, precision, f"stream-{precision}-{number}")
     found["streamed"] = _streamed(setting, tree)
     if setting.device == "cpu":
@@ -147,12 +145,6 @@ def _apart() -> Tree:
     """Half the cores for the teacher, the others for the student: neither has the other's when that one waits."""
     half = max(1, cores() // 2)
     return {"cluster": {"teacher_threads": half, "student_threads": max(1, cores() - half)}}
-
-
-def _in_a_process(function: Callable[..., T], *given: Any) -> T:
-    """What it returns, in a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *given).result()
 
 
 def _streamed(setting: Setting, tree: Tree) -> Streamed:

@@ -41,9 +41,7 @@ from raydistil.types import Task, models_language
 
 # Weights in 8 bits are taken where they are asked for: what they say of a text hangs on its batch, and another replica
 # may find another backend the fastest.
-WISHES: dict[Wish, tuple[str, ...]] = {
-    "auto": ("torch", "packed", "onnx"), "torch": ("torch", "packed"), "onnx": ("onnx",), "int8": ("int8",),
-}  # fmt: skip
+AUTO = ("torch", "packed", "onnx")
 # Tokens of a group, padding included: MiniLM's best on a CPU. Larger ones leave its caches, smaller ones cost calls.
 MOST_TOKENS = {"torch": 256, "packed": 1024, "onnx": 128, "int8": 128}
 ROWS, LONGEST, ROUNDS = 12, 60, 5  # that backends are compared and timed on
@@ -213,7 +211,7 @@ def choose(directory: str, task: Task, labels: tuple[str, ...], threads: int, wi
     if not all(np.isfinite(said).all() for said in expected):
         raise ModelError(f"expected a checkpoint that says numbers, the one in {directory} does not: train it again")
     found, left_out = dict[str, Backend](), dict[str, str]()
-    for name in WISHES[wish]:
+    for name in AUTO if wish == "auto" else (wish,):
         try:
             if name == "int8":
                 _check_scored(folder)

@@ -167,7 +167,8 @@ class Batcher(Generic[P, R]):
         self._open: set[asyncio.Future[list[Done[R]] | NotServed]] = set()
 
     async def submit(self, items: Sequence[Item[P]], deadline: float | None = None) -> list[Done[R]]:
-        """What the model makes of each item; all of them are to start before `deadline`, a time of the loop's clock.
+        """What the model makes of each item; all of it is to be done by `deadline`, a time of the loop's clock: what
+        cannot be, as far as is known, is not taken, and what has not started then is not run.
 
         Raises NotServed: the request is then without effect, as it is where the caller is cancelled.
         """
@@ -239,9 +240,14 @@ class Batcher(Generic[P, R]):
         over = waiting + tokens - self._limits.queue_tokens
         if waiting and over > 0:
             raise QueueFull(self._wait_s(now, min(over, waiting)) if self._speed.rate else RETRY_S)
-        late_s = now + self._wait_s(now, waiting) - deadline
+        late_s = now + self._wait_s(now, self._ahead(waiting) + tokens) - deadline
         if late_s > 0:
             raise QueueFull(late_s)
+
+    def _ahead(self, waiting: int) -> int:
+        """Tokens that are run before who comes now: where batches are full, the last one will be, too."""
+        batch = self._limits.batch_tokens
+        return waiting if waiting < batch else math.ceil(waiting / batch) * batch
 
     def _wait_s(self, now: float, tokens: int) -> float:
         """Until the batch that runs and `tokens` after it are done. Where much waits, there is little padding."""

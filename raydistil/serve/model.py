@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from raydistil.errors import ModelError
 from raydistil.models import load_tokenizer, num_parameters, outline, shape_of
 from raydistil.prepare import num_positions
-from raydistil.serve.backends import Chosen, Result, Row, choose
+from raydistil.serve.backends import Backend, Chosen, Result, Row, choose
 from raydistil.serve.batcher import Batcher, Done, Item, ItemFailed, NotServed
 from raydistil.serve.errors import ApiError, unserved
 from raydistil.serve.found import answers_of, entities_of
@@ -50,7 +50,7 @@ from raydistil.serve.waiting import Limits
 from raydistil.types import has_classes
 
 LOG = logging.getLogger(__name__)  # never of a text
-LIMITS = Limits(batch_tokens=2048, queue_tokens=1 << 16, age_s=0.5)
+LIMITS = Limits(batch_tokens=1024, queue_tokens=1 << 16, age_s=0.5)
 MASK_TOKENS = 16  # that a mask counts for: it costs a row of logits over the vocabulary
 WINDOW = 384  # tokens of a question with a part of its context, at most
 
@@ -98,18 +98,22 @@ class ServedModel:
         self.max_length = int(min(tokenizer.model_max_length, num_positions(shape) or tokenizer.model_max_length))
         self.labels = [shape.id2label[n] for n in range(len(shape.id2label))] if has_classes(source.task) else None
         self._tokenizer: Any = tokenizer
-        self._reader = Reader(tokenizer, self.max_length)
+        self.reader = Reader(tokenizer, self.max_length)
         self._parameters = num_parameters(outline(source.directory, source.task))
         self._mask_id = _mask_id(tokenizer) if source.task == "mlm" else -1
         self.batcher: Batcher[Asked, Result | Best] = Batcher(self._run, LIMITS, padded=False)
         if len(tokenizer) > shape.vocab_size:
             raise ModelError(f"expected at most {shape.vocab_size} tokens, the tokenizer has {len(tokenizer)}")
 
+    @property
+    def backend(self) -> Backend:
+        return self._chosen.backend
+
     def info(self) -> Info:
         mask = self._tokenizer.mask_token if self.source.task == "mlm" else None
         return Info(
             model=self.source.name, task=self.source.task, labels=self.labels, mask_token=mask,
-            backend=self._chosen.backend.name, texts_s=self._chosen.rows_s,
+            backend=self.backend.name, texts_s=self._chosen.rows_s,
             parameters=self._parameters, max_length=self.max_length, report=self.source.report,
         )  # fmt: skip
 
@@ -156,7 +160,7 @@ class ServedModel:
 
     async def answer(self, request: AnswerRequest, within_s: float) -> tuple[AnswerReply, Timing]:
         length, started = min(WINDOW, self.max_length), _now()
-        encoded = await asyncio.to_thread(self._reader.questions, request.question, request.context, length)
+        encoded = await asyncio.to_thread(self.reader.questions, request.question, request.context, length)
         if len(encoded) > MAX_WINDOWS:
             message = f"expected a context of at most {MAX_WINDOWS} windows of {length} tokens, got {len(encoded)}"
             raise ApiError(413, "too_long", message, "context", MAX_WINDOWS)
@@ -197,7 +201,7 @@ class ServedModel:
     ) -> tuple[list[Encoded], float]:  # fmt: skip
         """(rows, when it was begun). Raises ApiError for a text that is too long to be taken whole."""
         started = _now()
-        encoded = await asyncio.to_thread(self._reader.texts, texts, truncate)
+        encoded = await asyncio.to_thread(self.reader.texts, texts, truncate)
         for row, each in enumerate(encoded):
             if each.is_cut and truncate == "error":
                 more = "more than " if each.unread else ""
@@ -221,7 +225,7 @@ class ServedModel:
 
     def _run(self, items: list[Item[Asked]]) -> list[Result | Best]:
         """On the batcher's thread. Logits over the vocabulary do not outlive it."""
-        made = self._chosen.backend.run([item.payload.row for item in items])
+        made = self.backend.run([item.payload.row for item in items])
         return [
             result if item.payload.best is None else best_of(result, item.payload.best)
             for item, result in zip(items, made, strict=True)

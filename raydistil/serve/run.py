@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -22,6 +22,8 @@ from raydistil import rundir
 from raydistil.cluster import address_of, connected
 from raydistil.config.cluster import ClusterConfig
 from raydistil.errors import ModelError, PlanError, RaydistilError, StorageError
+from raydistil.serve.ingress import tuned
+from raydistil.serve.ports import free_port, url_of
 from raydistil.serve.schema import ROUTES, Source, Wish
 from raydistil.types import SENTENCE_LAYOUT, Task
 
@@ -39,7 +41,7 @@ CAUSAL = ("ForCausalLM", "LMHeadModel")
 APP, DEPLOYMENT = "raydistil", "student"
 OBJECT_STORE_BYTES = 256 << 20  # of a local cluster; requests and replies are small
 STOP = (signal.SIGINT, signal.SIGTERM)
-MAX_ONGOING = 64  # requests of one replica, waiting ones included
+MAX_ONGOING = 4096  # requests of one replica, waiting ones included: its own bound, in tokens, is to be the first
 TARGET_ONGOING = 8  # a replica works on one at a time; more than this waiting asks for another replica
 
 
@@ -56,10 +58,11 @@ def serve_forever(
     if port == 0 or address_of(cluster) is None:
         port = free_port(host, port)
     # SystemExit: what Ray's own handler makes of a SIGTERM that comes before ours is in place.
-    with suppress(KeyboardInterrupt, SystemExit), connected(cluster):
+    ingress = tuned() if address_of(cluster) is None else nullcontext()
+    with suppress(KeyboardInterrupt, SystemExit), ingress, connected(cluster):
         _stop_on_signals()
         check_cluster(replicas)
-        with _serve_ended(address_of(cluster)), serving(source, host, port, replicas):
+        with serve_ended(), serving(source, host, port, replicas):
             url = url_of(host, port)
             say(f"serving {source.name} at {url} (try: {example(source, url)})")
             _wait()
@@ -162,25 +165,6 @@ def _mask_token(directory: Path) -> str | None:
     return token["content"] if isinstance(token, dict) else token
 
 
-def free_port(host: str, port: int) -> int:
-    """`port`, or any free one for 0. Raises RaydistilError where it cannot be listened on."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just left is free
-            probe.bind(address)
-            return int(probe.getsockname()[1])
-    except OSError as error:
-        raise RaydistilError(
-            f"expected a free port to listen on, {host}:{port} is not ({error.strerror}): choose another with --port, "
-            f"or --port 0 for any free one"
-        ) from error
-
-
-def url_of(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
 def example(source: Source, url: str) -> str:
     """A request to paste into a shell."""
     asked: dict[Task, dict[str, str]] = {
@@ -216,8 +200,8 @@ class Student:
         return build_api(self._model)
 
 
-def application(source: Source, replicas: int) -> "Application":
-    """The Serve application: one deployment, one to `replicas` replicas."""
+def application(source: Source, replicas: int, least: int = 1) -> "Application":
+    """The Serve application: one deployment, `least` to `replicas` replicas."""
     from ray import serve
 
     deployment: Any = serve.deployment(
@@ -226,7 +210,7 @@ def application(source: Source, replicas: int) -> "Application":
         ray_actor_options={"num_cpus": 1},
         max_ongoing_requests=MAX_ONGOING,
         autoscaling_config={
-            "min_replicas": 1, "max_replicas": replicas, "target_ongoing_requests": TARGET_ONGOING,
+            "min_replicas": least, "max_replicas": replicas, "target_ongoing_requests": TARGET_ONGOING,
         },
         health_check_period_s=10,
         health_check_timeout_s=60,
@@ -248,7 +232,7 @@ def check_cluster(replicas: int) -> None:
 
 
 @contextmanager
-def serving(source: Source, host: str, port: int, replicas: int) -> Iterator[None]:
+def serving(source: Source, host: str, port: int, replicas: int, least: int = 1) -> Iterator[None]:
     """The app answers at host:port inside the block, and is deleted after it. Ray must be connected; Serve is started.
 
     Raises ModelError where the model does not load, RaydistilError where the cluster cannot listen there.
@@ -260,7 +244,7 @@ def serving(source: Source, host: str, port: int, replicas: int) -> Iterator[Non
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
     except RuntimeError as error:
         raise RaydistilError(f"expected a port to listen on: {_cause(str(error))} Choose one with --port") from error
-    _deploy(source, replicas)
+    _deploy(source, replicas, least)
     try:
         yield
     finally:
@@ -269,14 +253,14 @@ def serving(source: Source, host: str, port: int, replicas: int) -> Iterator[Non
 
 
 @contextmanager
-def _serve_ended(address: str | None) -> Iterator[None]:
-    """Serve is shut down after the block, unless the cluster was started here and so ends with it anyway."""
+def serve_ended() -> Iterator[None]:
+    """Serve is shut down after the block: with a cluster that was started here its HAProxy would not end."""
     from ray import serve
 
     try:
         yield
     finally:
-        if address is not None and _ray_lives():
+        if _ray_lives():
             serve.shutdown()
 
 
@@ -291,12 +275,12 @@ def _ray_lives() -> bool:
     return False
 
 
-def _deploy(source: Source, replicas: int) -> None:
+def _deploy(source: Source, replicas: int, least: int) -> None:
     """Returns when the first replica answers."""
     from ray import serve
 
     try:
-        serve.run(application(source, replicas), name=APP, route_prefix="/")
+        serve.run(application(source, replicas, least), name=APP, route_prefix="/")
     except RuntimeError as error:
         reason = _cause(serve.status().applications[APP].deployments[DEPLOYMENT].message)
         raise ModelError(f"expected a replica to load {source.directory}, it failed: {reason}") from error
