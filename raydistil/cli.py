@@ -163,15 +163,30 @@ def export(
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
 @click.option("--replicas", default=2, show_default=True, type=click.IntRange(min=1), help="Most replicas.")
+@click.option("--least", default=1, show_default=True, type=click.IntRange(min=0), help="Fewest; 0: none when idle.")
 @click.option(
     "--backend", type=click.Choice(["auto", "torch", "packed", "onnx", "int8"]), default="auto", show_default=True,
     help="What replicas run with; auto: the fastest that says what the checkpoint says.",
 )  # fmt: skip
-def serve(run_dir: Path, host: str, port: int, replicas: int, backend: Any) -> None:
+@click.option("--keys", type=click.Path(path_type=Path), help="File of API keys; else everybody may ask.")
+def serve(run_dir: Path, host: str, port: int, replicas: int, least: int, backend: Any, keys: Path | None) -> None:
     """Answer over HTTP on Ray Serve until Ctrl-C. RUN_DIR: a finished run, or a model directory."""
-    from raydistil.serve.run import serve_forever
+    from raydistil.serve.run import Replicas, serve_forever
 
-    serve_forever(run_dir, host, port, replicas, _say, backend)
+    if least > replicas:
+        raise click.UsageError(f"--least: expected at most the {replicas} of --replicas, got {least}")
+    serve_forever(run_dir, host, port, Replicas(least, replicas), _say, backend, keys)
+
+
+@app.command()
+@click.argument("name")
+@click.option("--file", "path", default=Path("keys.txt"), show_default=True, type=click.Path(path_type=Path))
+@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Requests a second, of each replica.")
+def key(name: str, path: Path, rate: float | None) -> None:
+    """Make an API key for serve --keys: it is printed once, the file holds its hash."""
+    from raydistil.serve.keys import add_key
+
+    sys.stdout.write(add_key(path, name, rate) + "\n")
 
 
 @app.group()

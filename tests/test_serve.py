@@ -116,8 +116,10 @@ def test_state_and_docs_answer(classifier: TestClient) -> None:
     assert classifier.get("/livez").json() == classifier.get("/readyz").json() == {"status": "ok"}
     assert classifier.get("/docs").status_code == 200
     paths = classifier.get("/openapi.json").json()["paths"]
-    assert set(paths) == {"/v1/classify", "/v1/models", "/livez", "/readyz", "/info"}
-    assert set(paths["/v1/classify"]["post"]["responses"]) == {"200", "400", "413", "422", "429", "503", "504"}
+    assert set(paths) == {"/v1/classify", "/v1/models", "/livez", "/readyz", "/info", "/metrics"}
+    assert set(paths["/v1/classify"]["post"]["responses"]) == {
+        "200", "400", "413", "422", "429", "500", "503", "504",
+    }  # fmt: skip
 
 
 def test_requests_at_the_same_time_do_not_mix(classifier: TestClient) -> None:

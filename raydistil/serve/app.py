@@ -1,16 +1,19 @@
 """The HTTP interface of a student. Knows nothing of Ray: Serve wraps what `build_api` returns."""
 
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Header, Response
 from pydantic import BaseModel
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.responses import HTMLResponse, PlainTextResponse
 
 from raydistil.serve.errors import ApiError, add_errors
+from raydistil.serve.gate import Admission, BodyLimit, Counted
+from raydistil.serve.keys import Key, Keys
+from raydistil.serve.metrics import CONTENT_TYPE, Families, exposition
 from raydistil.serve.model import ServedModel, Timing
 from raydistil.serve.schema import (
-    MAX_BODY_BYTES,
     ROUTES,
     AnswerReply,
     AnswerRequest,
@@ -33,15 +36,31 @@ from raydistil.types import Task
 R = TypeVar("R", bound=BaseModel)
 LATEST_MS = 30_000.0
 Deadline = Annotated[float, Header(alias="x-deadline-ms", gt=0, le=3_600_000, allow_inf_nan=False)]
-REFUSALS = (400, 413, 422, 429, 503, 504)
+REFUSALS = (400, 413, 422, 429, 500, 503, 504)
+PAGE = Path(__file__).with_name("page.html")
+Gather = Callable[[Families], Awaitable[list[Families]]]
 
 
-def build_api(model: ServedModel) -> FastAPI:
-    """The route of the model's task, its state, and an answer for every error."""
-    app = FastAPI(title=f"raydistil: {model.source.name}", description="A distilled student.")
+async def alone(families: Families) -> list[Families]:
+    return [families]
+
+
+def build_api(model: ServedModel, gather: Gather = alone) -> FastAPI:
+    """The route of the model's task, its state, and an answer for every error.
+
+    `gather`: what this replica has counted, with that of the others.
+    """
+    locked: dict[int | str, dict[str, Any]] = {401: {"model": ErrorReply}} if model.source.keys else {}
+    app = FastAPI(
+        title=f"raydistil: {model.source.name}", description="A distilled student.", redoc_url=None, responses=locked
+    )
     app.add_middleware(BodyLimit)
+    app.add_middleware(Counted, meter=model.meter, route=ROUTES[model.source.task])
+    if model.source.keys:
+        app.add_middleware(Admission, keys=Keys([Key(*each) for each in model.source.keys]))
     add_errors(app)
     _add_state(app, model)
+    _add_metrics(app, model, gather)
     _add_task(app, model)
     return app
 
@@ -92,6 +111,19 @@ def _timed(response: Response, reply: R, timing: Timing) -> R:
     return reply
 
 
+def _add_metrics(app: FastAPI, model: ServedModel, gather: Gather) -> None:
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> PlainTextResponse:
+        """Of all replicas, for Prometheus."""
+        made = await gather(model.meter.families(model.batcher.load()))
+        return PlainTextResponse(exposition(made), media_type=CONTENT_TYPE)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        """To try the model by hand."""
+        return HTMLResponse(PAGE.read_text(encoding="utf8"))
+
+
 def _add_state(app: FastAPI, model: ServedModel) -> None:
     info = model.info()
 
@@ -114,24 +146,3 @@ def _add_state(app: FastAPI, model: ServedModel) -> None:
     async def models() -> Models:
         """The one there is, as OpenAI's clients ask for it."""
         return Models(data=[ModelEntry(id=info.model)])
-
-
-class BodyLimit:
-    """ASGI middleware: stop reading a body that is longer than MAX_BODY_BYTES."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        read = 0
-
-        async def counted() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > MAX_BODY_BYTES:
-                expected = f"expected a body of at most {MAX_BODY_BYTES} bytes"
-                raise ApiError(413, "body_too_large", expected, limit=MAX_BODY_BYTES)
-            return message
-
-        await self.app(scope, counted, send)

@@ -100,6 +100,7 @@ class Load:
     running_tokens: int
     rate: float | None  # tokens a second of the device's time; None: no batch was timed yet
     wait_s: float  # for who comes now, as far as is known
+    busy_s: float  # that batches took, all together
 
 
 # ---- requests
@@ -158,7 +159,7 @@ class Batcher(Generic[P, R]):
     ) -> None:
         self._run, self._limits, self._padded, self._seen = run, limits, padded, seen
         self._queue: Queue[Entry[P, R]] = Queue(limits, padded)
-        self._speed = Speed()
+        self._speed, self._busy_s = Speed(), 0.0
         self._running: tuple[Forming[Entry[P, R]], float] | None = None  # and since when
         self._numbers = itertools.count()
         self._thread: threading.Thread | None = None
@@ -192,7 +193,7 @@ class Batcher(Generic[P, R]):
         with self._changed:
             running = self._running[0].tokens if self._running else 0
             queue, rate = self._queue, self._speed.rate
-            return Load(len(queue), queue.tokens, running, rate, self._wait_s(now, queue.tokens))
+            return Load(len(queue), queue.tokens, running, rate, self._wait_s(now, queue.tokens), self._busy_s)
 
     async def drain(self) -> None:
         """Take no more requests, and return when all there are have their answers."""
@@ -337,6 +338,7 @@ class Batcher(Generic[P, R]):
         report = Batch(len(entries), batch.tokens, batch.cost(), waits_s, seconds, len(outcome.errors))
         with self._changed:
             self._running = None
+            self._busy_s += seconds
             if outcome.results:
                 self._speed.add(batch.tokens, batch.cost(), seconds)
         with suppress(RuntimeError):  # the loop is closed: nobody waits

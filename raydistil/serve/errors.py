@@ -39,7 +39,7 @@ def unserved(error: NotServed, field: str) -> ApiError:
 def add_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def refused(_: Request, error: ApiError) -> JSONResponse:
-        return _reply(error.status_code, error.error, dict(error.headers or {}))
+        return answered(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -52,6 +52,11 @@ def add_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def failed(_: Request, __: Exception) -> JSONResponse:
         return _reply(500, ErrorDetail(type="internal", message="the server failed; its log says why"))
+
+
+def answered(error: ApiError) -> JSONResponse:
+    """As an ASGI app."""
+    return _reply(error.status_code, error.error, dict(error.headers or {}))
 
 
 def _reply(status: int, error: ErrorDetail, headers: dict[str, str] | None = None) -> JSONResponse:

@@ -21,6 +21,7 @@ from raydistil.serve.backends import Backend, Chosen, Result, Row, choose
 from raydistil.serve.batcher import Batcher, Done, Item, ItemFailed, NotServed
 from raydistil.serve.errors import ApiError, unserved
 from raydistil.serve.found import answers_of, entities_of
+from raydistil.serve.metrics import Meter
 from raydistil.serve.schema import (
     MAX_MASKS,
     MAX_WINDOWS,
@@ -91,17 +92,21 @@ class Asked:
 class ServedModel:
     """Raises ApiError for inputs it cannot take, and for what it cannot start on `within_s` of its arrival."""
 
-    def __init__(self, source: Source, tokenizer: PreTrainedTokenizerBase, chosen: Chosen) -> None:
+    def __init__(
+        self, source: Source, tokenizer: PreTrainedTokenizerBase, chosen: Chosen, replica: str = "0"
+    ) -> None:  # fmt: skip
         """Raises ModelError where model and tokenizer do not go together."""
         shape = shape_of(source.directory, "student")
-        self.source, self._chosen = source, chosen
+        self.source, self._chosen, self.meter = source, chosen, Meter(replica)
         self.max_length = int(min(tokenizer.model_max_length, num_positions(shape) or tokenizer.model_max_length))
         self.labels = [shape.id2label[n] for n in range(len(shape.id2label))] if has_classes(source.task) else None
         self._tokenizer: Any = tokenizer
         self.reader = Reader(tokenizer, self.max_length)
         self._parameters = num_parameters(outline(source.directory, source.task))
         self._mask_id = _mask_id(tokenizer) if source.task == "mlm" else -1
-        self.batcher: Batcher[Asked, Result | Best] = Batcher(self._run, LIMITS, padded=False)
+        self.batcher: Batcher[Asked, Result | Best] = Batcher(
+            self._run, LIMITS, padded=False, seen=self.meter.batch
+        )  # fmt: skip
         if len(tokenizer) > shape.vocab_size:
             raise ModelError(f"expected at most {shape.vocab_size} tokens, the tokenizer has {len(tokenizer)}")
 
@@ -202,6 +207,7 @@ class ServedModel:
         """(rows, when it was begun). Raises ApiError for a text that is too long to be taken whole."""
         started = _now()
         encoded = await asyncio.to_thread(self.reader.texts, texts, truncate)
+        self.meter.cut(sum(each.is_cut for each in encoded))
         for row, each in enumerate(encoded):
             if each.is_cut and truncate == "error":
                 more = "more than " if each.unread else ""
@@ -221,6 +227,7 @@ class ServedModel:
             raise unserved(error, field) from error
         tokens = sum(len(each.row.ids) for each in asked)
         timing = Timing(read_s, max(each.queued_s for each in done), max(each.ran_s for each in done), tokens)
+        self.meter.phases(timing.read_s, timing.queued_s, timing.ran_s)
         return [each.result for each in done], timing
 
     def _run(self, items: list[Item[Asked]]) -> list[Result | Best]:
@@ -257,14 +264,15 @@ class ServedModel:
             raise ApiError(413, "too_many_masks", message, "inputs", MAX_MASKS)
 
 
-def load(source: Source, threads: int = 1) -> ServedModel:
+def load(source: Source, threads: int = 1, replica: str = "0") -> ServedModel:
     """The model, warm, on the fastest of its backends.
 
     Raises ModelError where it cannot be loaded, does not go with its tokenizer, or lacks the backend asked for.
     """
     tokenizer = load_tokenizer(source.directory)
     labels = tuple(shape_of(source.directory, "student").id2label.values()) if has_classes(source.task) else ()
-    return ServedModel(source, tokenizer, choose(source.directory, source.task, labels, threads, source.backend))
+    chosen = choose(source.directory, source.task, labels, threads, source.backend)
+    return ServedModel(source, tokenizer, chosen, replica)
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:

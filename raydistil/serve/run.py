@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,10 @@ from raydistil.cluster import address_of, connected
 from raydistil.config.cluster import ClusterConfig
 from raydistil.errors import ModelError, PlanError, RaydistilError, StorageError
 from raydistil.serve.ingress import tuned
+from raydistil.serve.keys import read_keys
+from raydistil.serve.metrics import Board, Families
 from raydistil.serve.ports import free_port, url_of
+from raydistil.serve.scaling import Stats, settings
 from raydistil.serve.schema import ROUTES, Source, Wish
 from raydistil.types import SENTENCE_LAYOUT, Task
 
@@ -38,22 +41,30 @@ HEADS: dict[str, Task] = {
     "ForQuestionAnswering": "question_answering", "ForMaskedLM": "mlm",
 }  # fmt: skip
 CAUSAL = ("ForCausalLM", "LMHeadModel")
-APP, DEPLOYMENT = "raydistil", "student"
+APP, DEPLOYMENT, BOARD = "raydistil", "student", "metrics"
 OBJECT_STORE_BYTES = 256 << 20  # of a local cluster; requests and replies are small
 STOP = (signal.SIGINT, signal.SIGTERM)
 MAX_ONGOING = 4096  # requests of one replica, waiting ones included: its own bound, in tokens, is to be the first
-TARGET_ONGOING = 8  # a replica works on one at a time; more than this waiting asks for another replica
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    least: int
+    most: int
+    calm_s: float = 60.0  # as long must fewer be enough
 
 
 def serve_forever(
-    run_dir: Path, host: str, port: int, replicas: int, say: Callable[[str], None], backend: Wish = "auto"
+    run_dir: Path, host: str, port: int, replicas: Replicas, say: Callable[[str], None], backend: Wish = "auto",
+    keys: Path | None = None,
 ) -> None:  # fmt: skip
     """Serve the student of `run_dir` until SIGINT or SIGTERM, then stop everything this started.
 
     Raises StorageError for a missing or broken model and RaydistilError for a port that cannot be had, both before
     Ray starts; PlanError for a cluster that cannot hold `replicas`; ModelError where a replica cannot load the model.
     """
-    source = replace(find(run_dir), backend=backend)
+    known = () if keys is None else tuple((key.name, key.hash, key.rate) for key in read_keys(keys))
+    source = replace(find(run_dir), backend=backend, keys=known)
     cluster = ClusterConfig(object_store_bytes=OBJECT_STORE_BYTES)
     if port == 0 or address_of(cluster) is None:
         port = free_port(host, port)
@@ -61,7 +72,7 @@ def serve_forever(
     ingress = tuned() if address_of(cluster) is None else nullcontext()
     with suppress(KeyboardInterrupt, SystemExit), ingress, connected(cluster):
         _stop_on_signals()
-        check_cluster(replicas)
+        check_cluster(replicas.most)
         with serve_ended(), serving(source, host, port, replicas):
             url = url_of(host, port)
             say(f"serving {source.name} at {url} (try: {example(source, url)})")
@@ -184,24 +195,43 @@ def example(source: Source, url: str) -> str:
 
 
 class Student:
-    """One replica: the model and the app around it. Serve itself asks for the app."""
+    """One replica: the model and the app around it. Serve itself asks for the app, and for what there is to do."""
 
     def __init__(self, source: Source) -> None:
         import torch
+        from ray import serve
 
         from raydistil.serve.model import load
 
         torch.set_num_threads(1)  # a replica is one CPU to Ray
-        self._model = load(source)
+        self._name = serve.get_replica_context().replica_id.unique_id
+        self._model, self._stats, self._board = load(source, replica=self._name), Stats(), board()
 
     def __serve_build_asgi_app__(self) -> "FastAPI":
         from raydistil.serve.app import build_api
 
-        return build_api(self._model)
+        return build_api(self._model, self._gather)
+
+    async def _gather(self, families: Families) -> list[Families]:
+        made: list[Families] = await self._board.show.remote(self._name, families)
+        return made
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        load = self._model.batcher.load()
+        self._board.show.remote(self._name, self._model.meter.families(load))
+        return self._stats.now(load)
 
 
-def application(source: Source, replicas: int, least: int = 1) -> "Application":
-    """The Serve application: one deployment, `least` to `replicas` replicas."""
+def board() -> Any:
+    """The actor on which replicas show their counts."""
+    import ray
+
+    kept: Any = ray.remote(num_cpus=0)(Board)
+    return kept.options(name=BOARD, namespace=APP, lifetime="detached", get_if_exists=True).remote()
+
+
+def application(source: Source, replicas: Replicas) -> "Application":
+    """The Serve application: one deployment."""
     from ray import serve
 
     deployment: Any = serve.deployment(
@@ -209,12 +239,11 @@ def application(source: Source, replicas: int, least: int = 1) -> "Application":
         name=DEPLOYMENT,
         ray_actor_options={"num_cpus": 1},
         max_ongoing_requests=MAX_ONGOING,
-        autoscaling_config={
-            "min_replicas": least, "max_replicas": replicas, "target_ongoing_requests": TARGET_ONGOING,
-        },
+        autoscaling_config=settings(replicas.least, replicas.most, replicas.calm_s),
+        max_surge_percent=100,
         health_check_period_s=10,
         health_check_timeout_s=60,
-    )  # fmt: skip
+    )
     bound: Application = deployment.bind(source)
     return bound
 
@@ -232,7 +261,7 @@ def check_cluster(replicas: int) -> None:
 
 
 @contextmanager
-def serving(source: Source, host: str, port: int, replicas: int, least: int = 1) -> Iterator[None]:
+def serving(source: Source, host: str, port: int, replicas: Replicas) -> Iterator[None]:
     """The app answers at host:port inside the block, and is deleted after it. Ray must be connected; Serve is started.
 
     Raises ModelError where the model does not load, RaydistilError where the cluster cannot listen there.
@@ -244,7 +273,7 @@ def serving(source: Source, host: str, port: int, replicas: int, least: int = 1)
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
     except RuntimeError as error:
         raise RaydistilError(f"expected a port to listen on: {_cause(str(error))} Choose one with --port") from error
-    _deploy(source, replicas, least)
+    _deploy(source, replicas)
     try:
         yield
     finally:
@@ -255,6 +284,7 @@ def serving(source: Source, host: str, port: int, replicas: int, least: int = 1)
 @contextmanager
 def serve_ended() -> Iterator[None]:
     """Serve is shut down after the block: with a cluster that was started here its HAProxy would not end."""
+    import ray
     from ray import serve
 
     try:
@@ -262,6 +292,8 @@ def serve_ended() -> Iterator[None]:
     finally:
         if _ray_lives():
             serve.shutdown()
+            with suppress(ValueError):  # no replica had come up
+                ray.kill(ray.get_actor(BOARD, namespace=APP))
 
 
 def _ray_lives() -> bool:
@@ -275,12 +307,12 @@ def _ray_lives() -> bool:
     return False
 
 
-def _deploy(source: Source, replicas: int, least: int) -> None:
+def _deploy(source: Source, replicas: Replicas) -> None:
     """Returns when the first replica answers."""
     from ray import serve
 
     try:
-        serve.run(application(source, replicas, least), name=APP, route_prefix="/")
+        serve.run(application(source, replicas), name=APP, route_prefix="/")
     except RuntimeError as error:
         reason = _cause(serve.status().applications[APP].deployments[DEPLOYMENT].message)
         raise ModelError(f"expected a replica to load {source.directory}, it failed: {reason}") from error

@@ -30,7 +30,7 @@ Wish = Literal["auto", "torch", "packed", "onnx", "int8"]  # what a replica runs
 ErrorType = Literal[
     "malformed_json", "not_found", "wrong_task", "method_not_allowed", "body_too_large", "too_many_inputs",
     "too_many_masks", "empty_input", "missing_field", "unknown_field", "wrong_type", "invalid_value", "too_long",
-    "no_mask", "overloaded", "deadline_exceeded", "stopping", "internal",
+    "no_mask", "unauthorized", "rate_limited", "overloaded", "deadline_exceeded", "stopping", "internal",
 ]  # fmt: skip
 
 
@@ -44,6 +44,7 @@ class Source:
     mask_token: str | None  # None: not a masked-LM, or not written down
     report: dict[str, Any] | None  # measured by `raydistil evaluate`; None: nothing was
     backend: Wish = "auto"
+    keys: tuple[tuple[str, str, float | None], ...] = ()  # name, hash and requests a second of each; none: anybody
 
 
 # ---- requests

@@ -1,0 +1,87 @@
+"""Before the app: who may ask, how long a body may be, and the count of what was answered."""
+
+import math
+import time
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from raydistil.serve.errors import ApiError, answered
+from raydistil.serve.keys import Keys
+from raydistil.serve.metrics import Meter
+from raydistil.serve.schema import MAX_BODY_BYTES
+
+OPEN = ("/", "/livez", "/readyz", "/docs", "/openapi.json")  # nothing of these is anybody's
+
+
+class BodyLimit:
+    """ASGI middleware: stop reading a body that is longer than MAX_BODY_BYTES."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        read = 0
+
+        async def counted() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > MAX_BODY_BYTES:
+                expected = f"expected a body of at most {MAX_BODY_BYTES} bytes"
+                raise ApiError(413, "body_too_large", expected, limit=MAX_BODY_BYTES)
+            return message
+
+        await self.app(scope, counted, send)
+
+
+class Admission:
+    """ASGI middleware: an API key, where there are keys, and no more requests with it than it allows."""
+
+    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+        self.app, self._keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal(scope) if scope["type"] == "http" and _path(scope) not in OPEN else None
+        await (self.app if refusal is None else answered(refusal))(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        given = dict(scope["headers"]).get(b"authorization", b"").decode("latin1")
+        kind, _, key = given.partition(" ")
+        owner = self._keys.owner(key.strip()) if kind.lower() == "bearer" else None
+        if owner is None:
+            message = "expected a key that is known, as authorization: Bearer KEY"
+            return ApiError(401, "unauthorized", message, headers={"WWW-Authenticate": "Bearer"})
+        wait_s = owner.wait_s()
+        if wait_s > 0:
+            message = f"expected at most {owner.rate:g} requests a second with this key, retry in {wait_s:.1f} s"
+            return ApiError(429, "rate_limited", message, headers={"Retry-After": str(math.ceil(wait_s))})
+        return None
+
+
+class Counted:
+    """ASGI middleware: the model's requests by their status, and how long they took."""
+
+    def __init__(self, app: ASGIApp, meter: Meter, route: str) -> None:
+        self.app, self._meter, self._route = app, meter, route
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or _path(scope) != self._route:
+            await self.app(scope, receive, send)
+            return
+        started, status = time.perf_counter(), 500
+
+        async def seen(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, seen)
+        finally:
+            self._meter.request(status, time.perf_counter() - started)
+
+
+def _path(scope: Scope) -> str:
+    """Below where the app is mounted."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", "")) or "/"

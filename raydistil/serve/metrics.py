@@ -1,0 +1,103 @@
+"""What Prometheus reads at /metrics, of all replicas whichever is asked: each keeps its own and shows them on a board.
+
+Every series is there from the first second, at zero.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.registry import Collector
+
+from raydistil.serve.batcher import Batch, Load
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+PHASES = ("tokenization", "queue", "inference", "total")
+STATUSES = ("200", "400", "401", "404", "413", "422", "429", "500", "503", "504")
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+Families = list[Metric]
+
+
+class Meter:
+    """The counts of one replica."""
+
+    def __init__(self, replica: str) -> None:
+        self._registry = own = CollectorRegistry()
+        self._replica = replica
+
+        def made(kind: Any, name: str, text: str, *labels: str, **more: Any) -> Any:
+            return kind(f"raydistil_{name}", text, ("replica", *labels), registry=own, **more)
+
+        self._requests = made(Counter, "requests", "Requests of the model's route that were answered", "status")
+        self._seconds = made(Histogram, "request_seconds", "Where requests' time went", "phase", buckets=SECONDS)
+        self._batch = made(Histogram, "batch_tokens", "Tokens of a batch", buckets=TOKENS).labels(replica)
+        self._items = made(Counter, "items", "Texts that were run").labels(replica)
+        self._tokens = made(Counter, "tokens", "Tokens that were run").labels(replica)
+        self._failures = made(Counter, "failures", "Texts at which the model failed").labels(replica)
+        self._cut = made(Counter, "truncated", "Texts that were cut to what the model takes").labels(replica)
+        self._busy = made(Counter, "busy_seconds", "Time that batches took").labels(replica)
+        self._waiting = made(Gauge, "queue_tokens", "Tokens that wait").labels(replica)
+        self._wait = made(Gauge, "queue_seconds", "How long who comes now would wait").labels(replica)
+        for status in STATUSES:
+            self._requests.labels(replica, status)
+        for phase in PHASES:
+            self._seconds.labels(replica, phase)
+
+    def request(self, status: int, seconds: float) -> None:
+        self._requests.labels(self._replica, str(status)).inc()
+        self._seconds.labels(self._replica, "total").observe(seconds)
+
+    def phases(self, read_s: float, queued_s: float, ran_s: float) -> None:
+        for phase, seconds in zip(PHASES, (read_s, queued_s, ran_s), strict=False):
+            self._seconds.labels(self._replica, phase).observe(seconds)
+
+    def batch(self, batch: Batch) -> None:
+        self._batch.observe(batch.tokens)
+        for count, value in (
+            (self._items, batch.items), (self._tokens, batch.tokens), (self._failures, batch.failures),
+            (self._busy, batch.seconds),
+        ):  # fmt: skip
+            count.inc(value)
+
+    def cut(self, texts: int) -> None:
+        self._cut.inc(texts)
+
+    def families(self, load: Load) -> Families:
+        """All counts as they are now."""
+        self._waiting.set(load.tokens)
+        self._wait.set(load.wait_s)
+        return list(self._registry.collect())
+
+
+def exposition(replicas: Iterable[Families]) -> bytes:
+    """Prometheus' text of several replicas: each family once, with the series of all."""
+    merged: dict[str, Metric] = {}
+    for families in replicas:
+        for family in families:
+            own = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            own.samples += family.samples
+    return generate_latest(_Made(list(merged.values())))
+
+
+@dataclass(frozen=True)
+class _Made(Collector):
+    """Families as a registry, as prometheus_client writes them."""
+
+    made: Families
+
+    def collect(self) -> Families:
+        return self.made
+
+
+class Board:
+    """Where replicas show what they have counted. What a replica that is gone has shown stays: counts never fall."""
+
+    def __init__(self) -> None:
+        self._shown: dict[str, Families] = {}
+
+    def show(self, replica: str, families: Families) -> list[Families]:
+        """What all have shown, this one just now."""
+        self._shown[replica] = families
+        return list(self._shown.values())
