@@ -168,14 +168,20 @@ def export(
     "--backend", type=click.Choice(["auto", "torch", "packed", "onnx", "int8"]), default="auto", show_default=True,
     help="What replicas run with; auto: the fastest that says what the checkpoint says.",
 )  # fmt: skip
+@click.option(
+    "--calm", default=60.0, show_default=True, type=click.FloatRange(min=0),
+    help="Seconds for which fewer replicas must be enough before one is stopped.",
+)  # fmt: skip
 @click.option("--keys", type=click.Path(path_type=Path), help="File of API keys; else everybody may ask.")
-def serve(run_dir: Path, host: str, port: int, replicas: int, least: int, backend: Any, keys: Path | None) -> None:
+def serve(
+    run_dir: Path, host: str, port: int, replicas: int, least: int, backend: Any, calm: float, keys: Path | None
+) -> None:  # fmt: skip
     """Answer over HTTP on Ray Serve until Ctrl-C. RUN_DIR: a finished run, or a model directory."""
     from raydistil.serve.run import Replicas, serve_forever
 
     if least > replicas:
         raise click.UsageError(f"--least: expected at most the {replicas} of --replicas, got {least}")
-    serve_forever(run_dir, host, port, Replicas(least, replicas), _say, backend, keys)
+    serve_forever(run_dir, host, port, Replicas(least, replicas, calm), _say, backend, keys)
 
 
 @app.command()

@@ -22,7 +22,7 @@ from raydistil.export.push import Repository, push
 from raydistil.manifest import keyed
 from raydistil.models import load_model, resolve
 from raydistil.plan import cores
-from raydistil.prepare import Prepared, Say, needs, prepare
+from raydistil.prepare import Prepared, Say, needs, prepare, reopened
 from raydistil.specs import Candidate, EvaluateSpec, ModelReport
 from raydistil.stages import Training, manifest_of, train_stage
 from raydistil.storage import whole_directory
@@ -256,11 +256,11 @@ def export_run(
     `to`: where it is pushed to then; its address stands in the result as `pushed`.
     """
     config = run_config(run_dir)
-    run, wanted = prepare(config, say), config.export or ExportConfig()
-    exported = export(
-        run, rundir.read_report(run.run_dir), formats or wanted.to, force, vocabulary or wanted.vocabulary,
-        to.name if to else None,
-    )  # fmt: skip
+    wanted = config.export or ExportConfig()
+    words = vocabulary or wanted.vocabulary
+    run = reopened(config, say) if words == "teacher" else prepare(config, say)  # other words: other rows of the corpus
+    report = rundir.read_report(run.run_dir)
+    exported = export(run, report, formats or wanted.to, force, words, to.name if to else None)
     if to is not None:
         say(f"push: to {to.name}")
         message = f"{config.name}: exported by raydistil, configuration {result_hash(config)}"

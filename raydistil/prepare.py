@@ -21,6 +21,7 @@ from raydistil.layers import plan_layers
 from raydistil.models import load_tokenizer, outline, quiet_transformers, resolve, shape_of
 from raydistil.plan import Need, need_of
 from raydistil.prune import pruned_teacher
+from raydistil.storage import cache_dir
 from raydistil.student import check_student, check_vocabularies, student_outline
 from raydistil.tokens import TokenStore, build_store
 from raydistil.types import CONTENT, IN_TORCH, TORCHAO, Content, Task, has_classes, models_language, takes_labels
@@ -65,6 +66,19 @@ def prepare(config: Config, say: Say) -> Prepared:
     for line in (*describe_store(store), *heads):
         say(line)
     return Prepared(used, rundir.claim(config, store.path.name), store, say)
+
+
+def reopened(config: Config, say: Say) -> Prepared:
+    """A run that is there, with the token store it was made from, whatever has become of its corpus: of `python-docs`
+    every package that is installed is a part. Where that store is not in the cache, or the student has words of its
+    own, it is prepared anew.
+    """
+    kept = rundir.data_of(config.run_dir)
+    path = cache_dir() / "tokens" / kept if kept else None
+    if path is None or not path.is_dir() or config.student.vocabulary == "corpus":
+        return prepare(config, say)
+    quiet_transformers()
+    return Prepared(config, rundir.claim(config, path.name), TokenStore(path), say)
 
 
 def _in_words_of(config: Config, store: TokenStore, say: Say) -> Config:

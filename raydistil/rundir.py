@@ -133,6 +133,14 @@ def read_config(run_dir: Path) -> dict[str, Any] | None:
     return None
 
 
+def data_of(run_dir: Path) -> str | None:
+    """The name of the token store that a run was made from; None where there is no run."""
+    path = run_dir / CONFIG
+    with suppress(ValueError):
+        return json.loads(path.read_text()).get("data") if path.exists() else None
+    return None
+
+
 def read_report(run_dir: Path) -> dict[str, Any]:
     """The report as far as there is one."""
     path = run_dir / REPORT

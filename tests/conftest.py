@@ -194,7 +194,7 @@ def classifier(classifier_run: Path) -> "TestClient":
 
     from raydistil.serve.app import build_api
     from raydistil.serve.model import load
-    from raydistil.serve.run import find
+    from raydistil.serve.source import find
 
     return TestClient(build_api(load(find(classifier_run))), raise_server_exceptions=False)
 

@@ -15,7 +15,7 @@ from raydistil import pipeline
 from raydistil.config import Config, load_config
 from raydistil.errors import ConfigError, ModelError, StorageError
 from raydistil.prepare import check_models, make_store
-from raydistil.serve.run import find
+from raydistil.serve.source import find
 from raydistil.tokens import TokenStore
 
 TRAIN = {"micro_batch_size": 8, "lr": 3e-3}

@@ -20,7 +20,7 @@ from raydistil import pipeline, rundir
 from raydistil import prepare as preparing
 from raydistil.cli import _guarded
 from raydistil.config import Config
-from raydistil.errors import ConfigError, ExportError, StorageError
+from raydistil.errors import ConfigError, DataError, ExportError, StorageError
 from raydistil.export import MOST_LOST, ONNX, formats_of
 from raydistil.export import measure as measuring
 from raydistil.export.measure import ROWS, TIMED_TOKENS, difference, padded, real_rows, timed_rows
@@ -291,6 +291,23 @@ def test_packages_that_an_export_needs_are_missed_before_anything_is_trained(
                 pipeline.prepare(config, quiet)
         else:
             pipeline.prepare(config, quiet)
+
+
+def test_a_run_is_exported_with_the_rows_it_was_made_from(
+    finished: tuple[Config, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was installed since, of which `python-docs` is made; where the rows are gone, it is read again."""
+    config, path = finished[0], tmp_path / "another"
+    shutil.copytree(config.run_dir, path, ignore=shutil.ignore_patterns(rundir.LOCK))
+
+    def changed(config: Config) -> Path:
+        raise DataError("the corpus has changed")
+
+    monkeypatch.setattr(preparing, "make_store", changed)
+    assert pipeline.export_run(path, ("hf",), False, quiet)["artefacts"] == []
+    monkeypatch.setenv("RAYDISTIL_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(DataError, match="the corpus has changed"):
+        pipeline.export_run(path, ("hf",), False, quiet)
 
 
 @pytest.mark.parametrize(("length", "expected"), [(8, ROWS), (400, TIMED_TOKENS // 400), (3000, 10)])

@@ -18,7 +18,7 @@ import uvicorn
 from raydistil.serve.app import build_api
 from raydistil.serve.model import load
 from raydistil.serve.ports import free_port
-from raydistil.serve.run import find
+from raydistil.serve.source import find
 from raydistil.types import Task
 
 browser = test_browser.browser

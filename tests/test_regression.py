@@ -28,7 +28,7 @@ from raydistil.errors import ConfigError, DataError, ModelError, StorageError
 from raydistil.manifest import Manifest
 from raydistil.models import load_model, load_tokenizer
 from raydistil.prepare import check_models, check_store, describe_store, make_store
-from raydistil.serve.run import find
+from raydistil.serve.source import find
 from raydistil.source import MicroBatches
 from raydistil.specs import SourceSpec
 from raydistil.student import build_student

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from raydistil.serve.app import build_api
 from raydistil.serve.model import load
-from raydistil.serve.run import find
 from raydistil.serve.schema import MAX_BODY_BYTES, MAX_INPUTS, MAX_MASKS
+from raydistil.serve.source import find
 from raydistil.types import Task
 
 POSITIONS = tiny.SHAPE["max_position_embeddings"]

@@ -22,8 +22,9 @@ from raydistil.cluster import _uninterrupted
 from raydistil.errors import ModelError, RaydistilError, StorageError
 from raydistil.serve.model import load
 from raydistil.serve.ports import free_port, url_of
-from raydistil.serve.run import Replicas, example, find, serve_forever, serving
+from raydistil.serve.run import Replicas, example, serve_forever, serving
 from raydistil.serve.schema import MAX_BODY_BYTES
+from raydistil.serve.source import find
 
 LONG = "ba " * 100  # every word is one token
 JSON = {"content-type": "application/json"}

@@ -22,8 +22,8 @@ from raydistil.scores.entities import entities
 from raydistil.serve.app import build_api
 from raydistil.serve.backends import Result, Row
 from raydistil.serve.model import ServedModel, load
-from raydistil.serve.run import find
 from raydistil.serve.schema import ROUTES
+from raydistil.serve.source import find
 from raydistil.serve.texts import Reader, words
 from raydistil.types import Task
 

@@ -33,8 +33,9 @@ from raydistil.models import load_model, resolve
 from raydistil.prepare import Say
 from raydistil.serve.ingress import tuned
 from raydistil.serve.ports import free_port, url_of
-from raydistil.serve.run import Replicas, find, serve_ended, serving
+from raydistil.serve.run import Replicas, serve_ended, serving
 from raydistil.serve.schema import ROUTES, Source, Wish
+from raydistil.serve.source import find
 from raydistil.storage import whole_directory
 from raydistil.student import build_student, save_model
 
@@ -72,7 +73,7 @@ class Arm:
 
 def bench_serve(setting: Setting, say: Say) -> Tree:
     """The table; see the module. Raises StorageError and ConfigError for a model that it cannot serve."""
-    source = replace(find(setting.run_dir or _student(setting.output)), backend=setting.backend)
+    source = replace(find(setting.run_dir or student(setting.output)), backend=setting.backend)
     if source.task not in FIELDS or (setting.peer and source.task != "embedding"):
         wanted = "embedding" if setting.peer else " or ".join(FIELDS)
         raise ConfigError(f"bench serve: expected a model of task {wanted}, got {source.task}: serve another one")
@@ -98,7 +99,7 @@ def _named(source: Source) -> dict[str, str]:
     return {"model": source.name} if source.task == "embedding" else {}
 
 
-def _student(output: Path) -> Path:
+def student(output: Path) -> Path:
     """Every other layer of MiniLM, with a head at random: how fast it is does not hang on what it learnt."""
     path = output / "student-minilm"
     if not path.exists():

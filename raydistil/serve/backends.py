@@ -35,8 +35,8 @@ from raydistil.export import NEAR
 from raydistil.export.onnx import OnnxModel
 from raydistil.heads import Inputs
 from raydistil.models import Headed, HeadedEncoder, load_model, load_tokenizer, transformer_layers
-from raydistil.serve.run import REPORT
 from raydistil.serve.schema import Wish
+from raydistil.serve.source import REPORT
 from raydistil.types import Task, models_language
 
 # Weights in 8 bits are taken where they are asked for: what they say of a text hangs on its batch, and another replica

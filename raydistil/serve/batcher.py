@@ -188,6 +188,11 @@ class Batcher(Generic[P, R]):
             raise answer
         return answer
 
+    def check(self, deadline: float) -> None:
+        """Raises NotServed where no request could come in now: it need not be read."""
+        with self._changed:
+            self._check(1, deadline, time.monotonic())
+
     def load(self) -> Load:
         now = time.monotonic()
         with self._changed:

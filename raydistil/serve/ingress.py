@@ -13,7 +13,15 @@ from importlib.util import find_spec
 from raydistil.serve.ports import free_or_any
 
 STATISTICS, METRICS = 8404, 9101  # where these are free; else on any port
-FLAGS = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+# What a replica that dies had not begun to answer is asked of another one, where the request is no larger than the
+# buffer: the same question twice does no harm. Replicas tell how much they have to do every second, not every ten.
+FLAGS = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response", "RAY_SERVE_HAPROXY_RETRIES": "3",
+    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(1 << 16),
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+}  # fmt: skip
 
 
 @contextmanager

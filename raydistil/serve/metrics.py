@@ -7,7 +7,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.registry import Collector
 
 from raydistil.serve.batcher import Batch, Load
@@ -18,6 +26,7 @@ STATUSES = ("200", "400", "401", "404", "413", "422", "429", "500", "503", "504"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 Families = list[Metric]
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, of when it was made
 
 
 class Meter:

@@ -117,7 +117,8 @@ class ServedModel:
     def info(self) -> Info:
         mask = self._tokenizer.mask_token if self.source.task == "mlm" else None
         return Info(
-            model=self.source.name, task=self.source.task, labels=self.labels, mask_token=mask,
+            model=self.source.name, version=self.source.version, task=self.source.task,
+            labels=self.labels, mask_token=mask,
             backend=self.backend.name, texts_s=self._chosen.rows_s,
             parameters=self._parameters, max_length=self.max_length, report=self.source.report,
         )  # fmt: skip
@@ -165,6 +166,7 @@ class ServedModel:
 
     async def answer(self, request: AnswerRequest, within_s: float) -> tuple[AnswerReply, Timing]:
         length, started = min(WINDOW, self.max_length), _now()
+        self._check(started + within_s, "context")
         encoded = await asyncio.to_thread(self.reader.questions, request.question, request.context, length)
         if len(encoded) > MAX_WINDOWS:
             message = f"expected a context of at most {MAX_WINDOWS} windows of {length} tokens, got {len(encoded)}"
@@ -179,7 +181,7 @@ class ServedModel:
         return reply, timing
 
     async def fill_mask(self, request: FillMaskRequest, within_s: float) -> tuple[FillMaskReply, Timing]:
-        encoded, started = await self._read(request.inputs, request.truncate)
+        encoded, started = await self._read(request.inputs, request.truncate, within_s)
         places = [np.flatnonzero(each.ids == self._mask_id) for each in encoded]
         self._check_masks(encoded, [len(each) for each in places])
         asked = [Asked(Row(each.ids, places=at), request.top_k) for each, at in zip(encoded, places, strict=True)]
@@ -195,17 +197,20 @@ class ServedModel:
     async def _texts(
         self, texts: list[str], truncate: Truncate, within_s: float, field: str = "inputs"
     ) -> tuple[list[Encoded], list[Any], Timing]:  # fmt: skip
-        encoded, started = await self._read(texts, truncate, field)
+        encoded, started = await self._read(texts, truncate, within_s, field)
         results, timing = await self._asked(
             [Asked(Row(each.ids)) for each in encoded], started + within_s, started, field
         )
         return encoded, results, timing
 
     async def _read(
-        self, texts: list[str], truncate: Truncate, field: str = "inputs"
+        self, texts: list[str], truncate: Truncate, within_s: float, field: str = "inputs"
     ) -> tuple[list[Encoded], float]:  # fmt: skip
-        """(rows, when it was begun). Raises ApiError for a text that is too long to be taken whole."""
+        """(rows, when it was begun). Raises ApiError for a text that is too long to be taken whole, and for what could
+        not be run in time, which nobody reads then.
+        """
         started = _now()
+        self._check(started + within_s, field)
         encoded = await asyncio.to_thread(self.reader.texts, texts, truncate)
         self.meter.cut(sum(each.is_cut for each in encoded))
         for row, each in enumerate(encoded):
@@ -214,6 +219,12 @@ class ServedModel:
                 message = f"expected at most {self.max_length} tokens, got {more}{each.tokens + len(each.cut_ids)}"
                 raise ApiError(422, "too_long", message, f"{field}[{row}]", self.max_length)
         return encoded, started
+
+    def _check(self, deadline: float, field: str) -> None:
+        try:
+            self.batcher.check(deadline)
+        except NotServed as error:
+            raise unserved(error, field) from error
 
     async def _asked(
         self, asked: Sequence[Asked], deadline: float, started: float, field: str

@@ -5,9 +5,9 @@ Only the replicas load the model.
 
 import json
 import logging
+import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -16,33 +16,27 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
-from raydistil import rundir
 from raydistil.cluster import address_of, connected
 from raydistil.config.cluster import ClusterConfig
-from raydistil.errors import ModelError, PlanError, RaydistilError, StorageError
+from raydistil.errors import ModelError, PlanError, RaydistilError
+from raydistil.raylet import kept_in
 from raydistil.serve.ingress import tuned
 from raydistil.serve.keys import read_keys
 from raydistil.serve.metrics import Board, Families
 from raydistil.serve.ports import free_port, url_of
 from raydistil.serve.scaling import Stats, settings
 from raydistil.serve.schema import ROUTES, Source, Wish
-from raydistil.types import SENTENCE_LAYOUT, Task
+from raydistil.serve.source import WEIGHTS, directory_of, find
+from raydistil.types import Task
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from ray.serve import Application
 
-TOKENIZER, SETTINGS, WEIGHTS = "tokenizer.json", "tokenizer_config.json", "model.safetensors"
-REPORT = "raydistil.json"
-HEADS: dict[str, Task] = {
-    "ForSequenceClassification": "classification", "ForTokenClassification": "token_classification",
-    "ForQuestionAnswering": "question_answering", "ForMaskedLM": "mlm",
-}  # fmt: skip
-CAUSAL = ("ForCausalLM", "LMHeadModel")
 APP, DEPLOYMENT, BOARD = "raydistil", "student", "metrics"
 OBJECT_STORE_BYTES = 256 << 20  # of a local cluster; requests and replies are small
+TOLD_S = 0.5  # that what Ray says of it takes to come
+LOOK_S = 1.0  # between looks for a student that was exported anew
 STOP = (signal.SIGINT, signal.SIGTERM)
 MAX_ONGOING = 4096  # requests of one replica, waiting ones included: its own bound, in tokens, is to be the first
 
@@ -76,104 +70,12 @@ def serve_forever(
         with serve_ended(), serving(source, host, port, replicas):
             url = url_of(host, port)
             say(f"serving {source.name} at {url} (try: {example(source, url)})")
-            _wait()
+            _versions(run_dir, source, replicas, say)
             say("stopping: requests under way are answered first")
     say(f"stopped serving {source.name}")
 
 
 # ---- before Ray starts
-
-
-def find(run_dir: Path) -> Source:
-    """The model of a run's directory, or in a directory of its own. Raises StorageError: none, incomplete, no task."""
-    student = run_dir / rundir.STUDENT
-    directory = student if student.is_dir() else run_dir
-    if not run_dir.is_dir():
-        raise StorageError(f"expected the directory of a run or a model, found none at {run_dir}: check the path")
-    if directory == run_dir and "hash" in _json(run_dir, rundir.CONFIG):
-        raise StorageError(f"expected an exported student at {student}, found none: run raydistil export first")
-    config = _json(directory, "config.json")
-    _json(directory, TOKENIZER)
-    _check_weights(directory)
-    report = _json(directory, REPORT) if (directory / REPORT).exists() else None
-    task = _task(directory, config)
-    mask_token = _mask_token(directory) if task == "mlm" else None
-    return Source(run_dir.resolve().name, str(directory.resolve()), task, mask_token, report or None)
-
-
-def _json(directory: Path, name: str) -> dict[str, Any]:
-    """Raises StorageError where the file is missing or broken."""
-    path = directory / name
-    try:
-        value: Any = json.loads(path.read_text(encoding="utf8"))
-    except FileNotFoundError as error:
-        raise _incomplete(directory, name, "is not there") from error
-    except ValueError as error:
-        raise _incomplete(directory, name, f"is not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise _incomplete(directory, name, "is not a JSON object")
-    return value
-
-
-def _check_weights(directory: Path) -> None:
-    """Raises StorageError where the file is missing or shorter than its header says."""
-    path = directory / WEIGHTS
-    if not path.is_file():
-        raise _incomplete(directory, WEIGHTS, "is not there")
-    try:
-        with safe_open(path, framework="numpy"):
-            pass
-    except SafetensorError as error:
-        raise _incomplete(directory, WEIGHTS, f"is broken ({error})") from error
-
-
-def _incomplete(directory: Path, name: str, what: str) -> StorageError:
-    return StorageError(
-        f"expected a whole model in {directory} (config.json, {WEIGHTS}, {TOKENIZER}), but {name} {what}: "
-        f"run raydistil export again, or check the path"
-    )
-
-
-def _task(directory: Path, config: dict[str, Any]) -> Task:
-    """By the model's head. Raises StorageError for one that no route answers for."""
-    names = config.get("architectures") or []
-    if any(name.endswith(CAUSAL) for name in names):
-        raise StorageError(
-            f"expected a model {' or '.join(HEADS)} in {directory}, got the causal language model {names[0]}: there is "
-            f"no route for those, load it with transformers' AutoModelForCausalLM"
-        )
-    if "pooling" in config or (directory / SENTENCE_LAYOUT).exists():
-        return "embedding"
-    tasks = [task for name in names for head, task in HEADS.items() if name.endswith(head)]
-    if not tasks:
-        raise StorageError(
-            f"expected a model {' or '.join(HEADS)} in {directory}, its architecture is "
-            f"{', '.join(names) or 'not given'}: serve the exported student of a run"
-        )
-    _check_scores(directory, config, tasks[0])
-    return tasks[0]
-
-
-def _check_scores(directory: Path, config: dict[str, Any], task: Task) -> None:
-    """Raises StorageError where a head's numbers are no scores of labels, one of which is chosen."""
-    one = task == "classification" and len(config.get("id2label") or "??") == 1
-    if config.get("problem_type") == "regression" or one:
-        raise StorageError(
-            f"expected a model that chooses one label in {directory}, got one that gives a number: there is no route "
-            f"for those, load it with transformers' AutoModelForSequenceClassification"
-        )
-    if config.get("problem_type") not in (None, "single_label_classification"):
-        raise StorageError(
-            f"expected a model that chooses one label in {directory}, its problem_type is {config['problem_type']}: "
-            f"its scores would mean something else"
-        )
-
-
-def _mask_token(directory: Path) -> str | None:
-    """As the tokenizer's settings have it; some leave it to the tokenizer's class."""
-    settings = _json(directory, SETTINGS) if (directory / SETTINGS).exists() else {}
-    token = settings.get("mask_token")
-    return token["content"] if isinstance(token, dict) else token
 
 
 def example(source: Source, url: str) -> str:
@@ -291,9 +193,11 @@ def serve_ended() -> Iterator[None]:
         yield
     finally:
         if _ray_lives():
-            serve.shutdown()
-            with suppress(ValueError):  # no replica had come up
-                ray.kill(ray.get_actor(BOARD, namespace=APP))
+            with kept_in(Path(os.devnull)):  # that Serve's controller does not live through its own end
+                serve.shutdown()
+                with suppress(ValueError):  # no replica had come up
+                    ray.kill(ray.get_actor(BOARD, namespace=APP))
+                time.sleep(TOLD_S)
 
 
 def _ray_lives() -> bool:
@@ -341,6 +245,37 @@ def _stop(_: int, __: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _wait() -> None:
+def _versions(run_dir: Path, source: Source, replicas: Replicas, say: Callable[[str], None]) -> None:
+    """Until the user stops it. A student that is exported anew takes over from the one that is served, which answers
+    what it was asked first; one that cannot be served is told of, and the served one stays.
+    """
+    before = _stamp(run_dir)
     with suppress(KeyboardInterrupt):
-        threading.Event().wait()
+        while True:
+            time.sleep(LOOK_S)
+            if (now := _stamp(run_dir)) not in (before, None):
+                before = now
+                source = _swapped(run_dir, source, replicas, say)
+
+
+def _stamp(run_dir: Path) -> tuple[int, int] | None:
+    """Changes with every export; None where there is none just now."""
+    with suppress(OSError):
+        found = (directory_of(run_dir) / WEIGHTS).stat()
+        return found.st_ino, found.st_mtime_ns
+    return None
+
+
+def _swapped(run_dir: Path, source: Source, replicas: Replicas, say: Callable[[str], None]) -> Source:
+    """What is served now."""
+    try:
+        fresh = replace(find(run_dir), backend=source.backend, keys=source.keys)
+        if fresh == source:
+            return source
+        say(f"{source.name} was exported anew: loading {fresh.version[:12]}")
+        _deploy(fresh, replicas)
+    except RaydistilError as error:
+        say(f"error: {error}; the one that was served before still is")
+        return source
+    say(f"serving {source.name} {fresh.version[:12]} in place of {source.version[:12]}")
+    return fresh

@@ -1,0 +1,170 @@
+"""`raydistil serve` under load, as a user starts it: more replicas and fewer, another student, a replica that dies."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from safetensors.torch import load_file, save_file
+from test_serve_run import fetch, session_of
+
+from raydistil.bench.load import Measured, Plan, put
+from raydistil.bench.serve import student
+from raydistil.serve.source import find
+
+pytestmark = pytest.mark.slow
+BODIES = tuple(json.dumps({"inputs": "how do I read a file " * n}).encode() for n in (1, 2, 4, 8))
+
+
+@dataclass(frozen=True)
+class Live:
+    process: subprocess.Popen[str]
+    url: str
+    folder: Path
+    lines: list[str]
+
+    def replicas(self) -> list[psutil.Process]:
+        """Those that are up, and those that come up."""
+        names = ((pid, psutil.Process(pid)) for pid in session_of(self.process.pid))
+        return [process for _, process in names if "ServeReplica:raydistil" in " ".join(_cmdline(process))]
+
+    def load(self, rate: float, seconds: float) -> "Load":
+        return Load(Plan(f"{self.url}/v1/classify", BODIES, rate, seconds, {"x-deadline-ms": "4000"}, 20.0, 0))
+
+
+class Load(threading.Thread):
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan, self.measured = plan, list[Measured]()
+        self.start()
+
+    def run(self) -> None:
+        self.measured.append(put(self.plan))
+
+    def statuses(self) -> dict[int, int]:
+        self.join()
+        return {status: count for status, count in self.measured[0].statuses.items() if count}
+
+
+def _cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    folder = Path(
+        shutil.copytree(student(tmp_path_factory.mktemp("live")), tmp_path_factory.mktemp("served") / "model")
+    )
+    command = [
+        sys.executable, "-m", "raydistil", "serve", str(folder), "--port", "0", "--replicas", "2", "--calm", "4",
+        "--backend", "torch",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None
+    first = process.stderr.readline()
+    found = re.match(r"serving model at (http://127\.0\.0\.1:\d+) ", first)
+    assert found, first
+    lines: list[str] = []
+    reader = threading.Thread(target=lambda: lines.extend(process.stderr or ()))
+    reader.start()
+    yield Live(process, found[1], folder, lines)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 0 and session_of(process.pid) == []
+    reader.join()
+
+
+def soon(true: Callable[[], Any], within_s: float = 60.0) -> Any:
+    until = time.monotonic() + within_s
+    while not (found := true()):
+        assert time.monotonic() < until, "it did not come"
+        time.sleep(0.2)
+    return found
+
+
+def test_more_replicas_come_under_load_and_go_after_it(live: Live) -> None:
+    assert len(live.replicas()) == 1
+    load = live.load(rate=600.0, seconds=25.0)
+    soon(lambda: len(live.replicas()) == 2, 25)
+    statuses = load.statuses()
+    assert set(statuses) <= {200, 429} and statuses[200] > statuses.get(429, 0) / 10
+    soon(lambda: len(live.replicas()) == 1)
+    text = _text(f"{live.url}/metrics")
+    served = {
+        sample.labels["replica"]: sample.value
+        for family in text_string_to_metric_families(text) for sample in family.samples
+        if sample.name == "raydistil_requests_total" and sample.labels["status"] == "200"
+    }  # fmt: skip
+    assert len(served) == 2 and sum(served.values()) == statuses[200]
+
+
+def test_a_student_that_is_exported_anew_takes_over_and_no_request_fails(live: Live) -> None:
+    before = fetch(f"{live.url}/info")[1]["version"]
+    load = live.load(rate=30.0, seconds=25.0)
+    time.sleep(2)
+    fresh = live.folder.with_name("fresh")
+    shutil.copytree(live.folder, fresh)
+    weights = load_file(fresh / "model.safetensors")
+    weights["classifier.bias"] += 1
+    save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
+    live.folder.rename(live.folder.with_name("old"))
+    fresh.rename(live.folder)
+    expected = find(live.folder).version
+    assert soon(lambda: fetch(f"{live.url}/info")[1]["version"] == expected) and expected != before
+    assert load.statuses() == {200: sum(load.statuses().values())}
+    soon(lambda: any("in place of" in line for line in live.lines))
+
+
+def test_a_student_that_cannot_be_served_does_not_take_over(live: Live) -> None:
+    version = fetch(f"{live.url}/info")[1]["version"]
+    broken = live.folder.with_name("broken")
+    shutil.copytree(live.folder, broken)
+    (broken / "model.safetensors").write_bytes(b"not weights")
+    good = live.folder.with_name("good")
+    live.folder.rename(good)
+    broken.rename(live.folder)
+    soon(lambda: any("still is" in line for line in live.lines))
+    assert fetch(f"{live.url}/info")[1]["version"] == version
+    shutil.rmtree(live.folder)
+    good.rename(live.folder)
+
+
+def test_a_replica_that_dies_loses_no_request_that_another_can_answer(live: Live) -> None:
+    """Those that it had are asked of the one that Serve starts; who cannot wait gets a 503."""
+    with at_least_two(live):
+        load = live.load(rate=40.0, seconds=15.0)
+        time.sleep(4)
+        live.replicas()[0].kill()
+        statuses = load.statuses()
+    assert set(statuses) <= {200, 503} and statuses[200] >= 0.98 * sum(statuses.values())
+
+
+@contextmanager
+def at_least_two(live: Live) -> Iterator[None]:
+    """While a load that one replica cannot take comes in."""
+    load = Load(replace(live.load(rate=1.0, seconds=0.5).plan, rate=400.0, seconds=12.0))
+    soon(lambda: len(live.replicas()) == 2, 30)
+    load.join()
+    yield
+
+
+def _text(url: str) -> str:
+    import urllib.request
+
+    with urllib.request.urlopen(url, timeout=30) as response:
+        return str(response.read().decode())
