@@ -1,23 +1,17 @@
 """The page at `/` in a real browser: it asks the model by itself and shows what it says."""
 
-import json
 import os
 import subprocess
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlencode
 
 import pytest
 import test_browser
 import tiny
-import uvicorn
+from served import running, student
 
 from raydistil.serve.app import build_api
 from raydistil.serve.model import load
-from raydistil.serve.ports import free_port
 from raydistil.serve.source import find
 from raydistil.types import Task
 
@@ -29,25 +23,6 @@ GIVEN: dict[Task, dict[str, str]] = {
     "question_answering": {"question": "ba", "context": TEXT}, "embedding": {"text": TEXT, "other": "ga"},
     "mlm": {"text": "ba [MASK] du"},
 }  # fmt: skip
-
-
-@contextmanager
-def running(app: Any) -> Iterator[str]:
-    port = free_port("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
-
-
-def student(folder: Path, task: Task) -> Path:
-    path = tiny.write_model(folder / "topics", task)
-    if task == "embedding":
-        config = json.loads((path / "config.json").read_text())
-        (path / "config.json").write_text(json.dumps(config | {"pooling": "mean"}))
-    return path
 
 
 @pytest.mark.parametrize("task", list(GIVEN))

@@ -35,7 +35,7 @@ from raydistil.types import Task
 
 R = TypeVar("R", bound=BaseModel)
 LATEST_MS = 10_000.0
-Deadline = Annotated[float, Header(alias="x-deadline-ms", gt=0, le=3_600_000, allow_inf_nan=False)]
+Deadline = Annotated[float, Header(alias="x-deadline-ms", ge=1, le=3_600_000, allow_inf_nan=False)]
 REFUSALS = (400, 413, 422, 429, 500, 503, 504)
 PAGE = Path(__file__).with_name("page.html")
 Gather = Callable[[Families], Awaitable[list[Families]]]

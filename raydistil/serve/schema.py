@@ -75,11 +75,18 @@ def _readable(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_readable)]
+# No lone surrogate, which no JSON that is UTF-8 has, and something but spaces.
+SOME_TEXT: dict[str, Any] = {"type": "string", "minLength": 1, "pattern": r"\S"}
+Text = Annotated[str, AfterValidator(_readable), WithJsonSchema(SOME_TEXT)]
 ONE_OR_MANY: dict[str, Any] = {
-    "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": MAX_INPUTS}],
+    "anyOf": [SOME_TEXT, {"type": "array", "items": SOME_TEXT, "minItems": 1, "maxItems": MAX_INPUTS}],
     "title": "Inputs",
 }
+
+
+def _whole(value: object) -> object:
+    """1.0 is a whole number in JSON; "1" is none."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class TextRequest(BaseModel):
@@ -94,14 +101,14 @@ class TextRequest(BaseModel):
 class ClassifyRequest(TextRequest):
     model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": ["Good.", "Not good."], "top_k": 2}]})
 
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_k: Annotated[int, Field(ge=1), BeforeValidator(_whole)] | None = None
     """Labels to list, best first; null or more than there are: all."""
     raw: bool = False
     """Scores as the model's logits, not as probabilities."""
 
 
 class FillMaskRequest(TextRequest):
-    top_k: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] = 5
+    top_k: Annotated[int, Field(ge=1, le=MAX_CANDIDATES), BeforeValidator(_whole)] = 5
     """Candidates to list for each mask, best first."""
 
 
@@ -138,7 +145,7 @@ class AnswerRequest(BaseModel):
     question: Text
     context: Text
     """Where the answer stands; however long, it is read in windows."""
-    top_k: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] = 1
+    top_k: Annotated[int, Field(ge=1, le=MAX_ANSWERS), BeforeValidator(_whole)] = 1
     """Answers to list, best first; none of them lies within a better one."""
 
 
