@@ -42,7 +42,6 @@ def test_no_request_breaks_the_server_or_its_promises(tmp_path: Path, task: Task
     with running(build_api(load(find(student(tmp_path, task))))) as url:
         done = tried(tmp_path, url, task)
     assert done.returncode == 0, done.stdout[-4000:]
-    assert "No issues found" in done.stdout
 
 
 def test_nor_where_a_key_is_needed(tmp_path: Path) -> None:
