@@ -86,12 +86,11 @@ def bench_serve(setting: Setting, say: Say) -> Tree:
         arms += [Arm(PEER, setting.peer, {})] if setting.peer else []
         top = _first(arms[0], bodies)
         say(f"{APP} serves {top:.0f} requests a second when it is asked for more")
-        rounds = [_round(setting, arms, bodies, top, number, say) for number in range(setting.rounds)]
+        rounds, alone = list[Round](), list[float]()
+        for number in range(setting.rounds):
+            alone.append(in_a_process(alone_ms, source, given.texts, SHARES[0] * top, setting.seconds, number))
+            rounds.append(_round(setting, arms, bodies, top, number, say))
         memory = _soak(setting, arms[0], bodies, top) if setting.soak_s else {}
-    alone = [
-        in_a_process(alone_ms, source, given.texts, SHARES[0] * top, setting.seconds, number)
-        for number in range(setting.rounds)
-    ]
     return _result(setting, source, given, rounds, alone) | memory
 
 

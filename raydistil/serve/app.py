@@ -14,6 +14,7 @@ from raydistil.serve.keys import Key, Keys
 from raydistil.serve.metrics import CONTENT_TYPE, Families, exposition
 from raydistil.serve.model import ServedModel, Timing
 from raydistil.serve.schema import (
+    LATEST_MS,
     ROUTES,
     AnswerReply,
     AnswerRequest,
@@ -34,7 +35,6 @@ from raydistil.serve.schema import (
 from raydistil.types import Task
 
 R = TypeVar("R", bound=BaseModel)
-LATEST_MS = 10_000.0
 Deadline = Annotated[float, Header(alias="x-deadline-ms", ge=1, le=3_600_000, allow_inf_nan=False)]
 REFUSALS = (400, 413, 422, 429, 500, 503, 504)
 PAGE = Path(__file__).with_name("page.html")
@@ -55,7 +55,7 @@ def build_api(model: ServedModel, gather: Gather = alone) -> FastAPI:
         title=f"raydistil: {model.source.name}", description="A distilled student.", redoc_url=None, responses=locked
     )
     app.add_middleware(BodyLimit)
-    app.add_middleware(Counted, meter=model.meter, route=ROUTES[model.source.task])
+    app.add_middleware(Counted, model=model, route=ROUTES[model.source.task])
     if model.source.keys:
         app.add_middleware(Admission, keys=Keys([Key(*each) for each in model.source.keys]))
     add_errors(app)

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from raydistil.serve.waiting import Forming, Limits, Queue, Speed, Ticket
+from raydistil.serve.waiting import Forming, Lateness, Limits, Queue, Speed, Ticket
 
 P = TypeVar("P")  # what the model reads of an item
 R = TypeVar("R")  # what it makes of it
@@ -107,9 +107,10 @@ class Load:
 
 
 class Request(Generic[R]):
-    """Items that are answered together. Only the loop's thread changes it."""
+    """Items that are answered together, at a time that was foreseen. Only the loop's thread changes it."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, foreseen: float) -> None:
+        self.foreseen = foreseen
         self.answer: asyncio.Future[list[Done[R]] | NotServed] = asyncio.get_running_loop().create_future()
         self._done: dict[int, Done[R]] = {}
         self._size = size
@@ -159,7 +160,7 @@ class Batcher(Generic[P, R]):
     ) -> None:
         self._run, self._limits, self._padded, self._seen = run, limits, padded, seen
         self._queue: Queue[Entry[P, R]] = Queue(limits, padded)
-        self._speed, self._busy_s = Speed(), 0.0
+        self._speed, self._late, self._busy_s = Speed(), Lateness(), 0.0
         self._running: tuple[Forming[Entry[P, R]], float] | None = None  # and since when
         self._numbers = itertools.count()
         self._thread: threading.Thread | None = None
@@ -224,7 +225,8 @@ class Batcher(Generic[P, R]):
         now = time.monotonic()
         with self._changed:
             self._check(sum(item.tokens for item in items), deadline, now)
-            request: Request[R] = Request(len(items))
+            foreseen = now + self._wait_s(now, self._ahead(self._queue.tokens) + sum(item.tokens for item in items))
+            request: Request[R] = Request(len(items), foreseen)
             entries = [
                 Entry(next(self._numbers), item.tokens, now, item, index, request, deadline)
                 for index, item in enumerate(items)
@@ -247,6 +249,8 @@ class Batcher(Generic[P, R]):
         if waiting and over > 0:
             raise QueueFull(self._wait_s(now, min(over, waiting)) if self._speed.rate else RETRY_S)
         late_s = now + self._wait_s(now, self._ahead(waiting) + tokens) - deadline
+        if waiting or self._running:
+            late_s += self._late.seconds(now)
         if late_s > 0:
             raise QueueFull(late_s)
 
@@ -275,6 +279,8 @@ class Batcher(Generic[P, R]):
                 self._queue.discard(entry)
 
     def _deliver(self, entries: list[Entry[P, R]], outcome: Outcome[R], batch: Batch) -> None:
+        now = time.monotonic()
+        self._late.add(now, now - min(entry.request.foreseen for entry in entries))
         for entry, wait_s in zip(entries, batch.waits_s, strict=True):
             if entry.number in outcome.results:
                 entry.request.put(entry.index, Done(outcome.results[entry.number], wait_s, batch.seconds))

@@ -1,14 +1,16 @@
 """Before the app: who may ask, how long a body may be, and the count of what was answered."""
 
+import asyncio
 import math
 import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from raydistil.serve.errors import ApiError, answered
+from raydistil.serve.batcher import NotServed
+from raydistil.serve.errors import ApiError, answered, unserved
 from raydistil.serve.keys import Keys
-from raydistil.serve.metrics import Meter
-from raydistil.serve.schema import MAX_BODY_BYTES
+from raydistil.serve.model import ServedModel
+from raydistil.serve.schema import LATEST_MS, MAX_BODY_BYTES
 
 OPEN = ("/", "/livez", "/readyz", "/docs", "/openapi.json")  # nothing of these is anybody's
 
@@ -59,10 +61,13 @@ class Admission:
 
 
 class Counted:
-    """ASGI middleware: the model's requests by their status, and how long they took."""
+    """ASGI middleware: the model's requests by their status, and how long they took.
 
-    def __init__(self, app: ASGIApp, meter: Meter, route: str) -> None:
-        self.app, self._meter, self._route = app, meter, route
+    What could not be answered in time is refused before anybody reads it: under an overload that is most of what comes.
+    """
+
+    def __init__(self, app: ASGIApp, model: ServedModel, route: str) -> None:
+        self.app, self._model, self._route = app, model, route
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or _path(scope) != self._route:
@@ -76,9 +81,20 @@ class Counted:
             await send(message)
 
         try:
-            await self.app(scope, receive, seen)
+            await (self._refused(scope) or self.app)(scope, receive, seen)
         finally:
-            self._meter.request(status, time.perf_counter() - started)
+            self._model.meter.request(status, time.perf_counter() - started)
+
+    def _refused(self, scope: Scope) -> ASGIApp | None:
+        try:
+            by_ms = float(dict(scope["headers"]).get(b"x-deadline-ms", LATEST_MS))
+            if by_ms >= 1:  # else it is for the app to say what is wrong
+                self._model.batcher.check(asyncio.get_running_loop().time() + by_ms / 1000)
+        except NotServed as error:
+            return answered(unserved(error, ""))
+        except ValueError:  # nor is it a number
+            pass
+        return None
 
 
 def _path(scope: Scope) -> str:

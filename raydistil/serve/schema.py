@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from raydistil.serve.texts import Truncate
 from raydistil.types import Task
 
+LATEST_MS = 10_000.0  # that an answer may take, where the request does not say
 MAX_BODY_BYTES = 1 << 20
 MAX_INPUTS = 64  # of one request
 MAX_MASKS = 1024  # of one request: each costs a row of float32 logits over the vocabulary, 120 kB for BERT's

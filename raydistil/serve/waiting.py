@@ -11,6 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+HALF_S = 1.0
 DECAY = 0.95  # a batch counts by this much less with each batch after it
 
 
@@ -171,3 +172,16 @@ class Speed:
             return None
         slope = (self._weight * self._product - self._cost * self._seconds) / variance
         return min(max(slope, 0.0), self._seconds / self._cost)  # a batch without tokens takes no less than nothing
+
+
+class Lateness:
+    """By how much answers came later than was foreseen, at most; what was is forgotten, by half in `HALF_S`."""
+
+    def __init__(self) -> None:
+        self._seconds = self._at = 0.0
+
+    def add(self, now: float, seconds: float) -> None:
+        self._seconds, self._at = max(seconds, self.seconds(now)), now
+
+    def seconds(self, now: float) -> float:
+        return self._seconds * math.exp2((self._at - now) / HALF_S)
