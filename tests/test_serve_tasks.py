@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoModelForQuestionAnswering, AutoModelForT
 from raydistil.models import load_tokenizer
 from raydistil.scores.entities import entities
 from raydistil.serve.app import build_api
-from raydistil.serve.backends import Result, Row
+from raydistil.serve.backends import Row
 from raydistil.serve.model import ServedModel, load
 from raydistil.serve.schema import ROUTES
 from raydistil.serve.source import find
@@ -180,7 +180,7 @@ class Held:
         self.free, self.entered, self.fails = threading.Event(), threading.Event(), False
         self._own, self.name = model._chosen.backend, "held"
 
-    def run(self, rows: list[Row]) -> list[Result]:
+    def run(self, rows: list[Row]) -> list[Any]:
         self.entered.set()
         assert self.free.wait(60)
         if self.fails:

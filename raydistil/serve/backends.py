@@ -58,6 +58,15 @@ class Row:
     ids: NDArray[np.int32]  # its tokens, special ones included
     context: int | None = None  # question answering: the first token of the context
     places: NDArray[np.int64] | None = None  # masked LM: the tokens whose logits over the vocabulary are wanted
+    best: int | None = None  # or of these no more than so many, see `Best`
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """Of each mask of a text, the K most probable tokens."""
+
+    scores_MK: NDArray[np.float32]
+    ids_MK: NDArray[np.int64]
 
 
 class Backend(Protocol):
@@ -68,13 +77,20 @@ class Backend(Protocol):
     | classification, regression, embedding | [C], or [1], [D]  |
     | token_classification                  | [L, C]            |
     | question_answering                    | [2, L]            |
-    | mlm                                   | [len(places), V]  |
+    | mlm                                   | [len(places), V], or Best |
     """
 
     @property
     def name(self) -> str: ...
 
-    def run(self, rows: list[Row]) -> list[Result]: ...
+    def run(self, rows: list[Row]) -> list[Result | Best]: ...
+
+
+def numbers_of(backend: Backend, rows: list[Row]) -> list[Result]:
+    """Of rows that ask for all there are."""
+    assert all(row.best is None for row in rows)
+    made: Any = backend.run(rows)
+    return list(made)
 
 
 class Grouped:
@@ -85,11 +101,11 @@ class Grouped:
         self._model, self._task, self._most_tokens = model, task, MOST_TOKENS[name]
 
     @torch.inference_mode()
-    def run(self, rows: list[Row]) -> list[Result]:
-        found: dict[int, Result] = {}
+    def run(self, rows: list[Row]) -> list[Result | Best]:
+        found: dict[int, Result | Best] = {}
         for group in groups([len(row.ids) for row in rows], self._most_tokens):
             said = self._said([rows[n] for n in group])
-            found |= zip(group, (each.numpy().copy() for each in said), strict=True)
+            found |= {n: kept(rows[n], each.numpy()) for n, each in zip(group, said, strict=True)}
         return [found[n] for n in range(len(rows))]
 
     def _said(self, rows: list[Row]) -> Iterator[Tensor]:
@@ -111,6 +127,27 @@ class Grouped:
         wanted = [torch.from_numpy(places_of(row)) + start for row, start in zip(rows, starts, strict=False)]
         logits_NV = self._model.vocabulary_logits(states_TD[torch.cat(wanted)])
         return iter(torch.split(logits_NV, [len(each) for each in wanted]))
+
+
+def kept(row: Row, said: Result) -> Result | Best:
+    """Of what a model has said all together, what a row asks for."""
+    return said.copy() if row.best is None else best_of(said, row.best)
+
+
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Over the last axis."""
+    powers: NDArray[np.float32] = np.exp(logits - logits.max(-1, keepdims=True))
+    shares: NDArray[np.float32] = powers / powers.sum(-1, keepdims=True)
+    return shares
+
+
+def best_of(logits_MV: Result, count: int) -> Best:
+    scores_MV = softmax(logits_MV)
+    kept = min(count, scores_MV.shape[-1])
+    some_MK = np.argpartition(-scores_MV, kept - 1, axis=-1)[:, :kept]
+    order_MK = np.argsort(-np.take_along_axis(scores_MV, some_MK, -1), axis=-1, kind="stable")
+    ids_MK = np.take_along_axis(some_MK, order_MK, -1)
+    return Best(np.take_along_axis(scores_MV, ids_MK, -1), ids_MK)
 
 
 def places_of(row: Row) -> NDArray[np.int64]:
@@ -198,6 +235,9 @@ class Chosen:
     left_out: dict[str, str]  # why the others were not
 
 
+Choosing = Callable[[str, Task, tuple[str, ...], int, Wish], Chosen]
+
+
 def choose(directory: str, task: Task, labels: tuple[str, ...], threads: int, wish: Wish) -> Chosen:
     """The fastest of what `directory` has and `wish` allows, on so many threads.
 
@@ -207,7 +247,7 @@ def choose(directory: str, task: Task, labels: tuple[str, ...], threads: int, wi
     torch.set_num_threads(threads)
     folder, model = Path(directory), load_model(directory, task, labels, "student")
     rows = made_rows(task, model, load_tokenizer(directory, "student"))
-    expected = _made("torch", folder, model, task, threads).run(rows)
+    expected = numbers_of(_made("torch", folder, model, task, threads), rows)
     if not all(np.isfinite(said).all() for said in expected):
         raise ModelError(f"expected a checkpoint that says numbers, the one in {directory} does not: train it again")
     found, left_out = dict[str, Backend](), dict[str, str]()
@@ -254,7 +294,7 @@ def _tried(make: Callable[[], Backend], name: str, rows: list[Row], expected: li
     """One that runs, and says what is expected; in 8 bits, what it loses is known. Raises ModelError for any other."""
     try:
         backend = make()
-        off = difference(backend.run(rows), expected)
+        off = difference(numbers_of(backend, rows), expected)
     except RaydistilError:
         raise
     except Exception as error:  # onnxruntime has a kind for every way in which a file can be wrong

@@ -6,19 +6,17 @@ L tokens of a row, D hidden size, C classes, M masks of a text, K candidates kep
 import asyncio
 import base64
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from raydistil.errors import ModelError
 from raydistil.models import load_tokenizer, num_parameters, outline, shape_of
 from raydistil.prepare import num_positions
-from raydistil.serve.backends import Backend, Chosen, Result, Row, choose
+from raydistil.serve.backends import Backend, Best, Choosing, Chosen, Result, Row, choose, softmax
 from raydistil.serve.batcher import Batcher, Done, Item, ItemFailed, NotServed
 from raydistil.serve.errors import ApiError, unserved
 from raydistil.serve.found import answers_of, entities_of
@@ -53,9 +51,6 @@ from raydistil.types import has_classes
 
 LOG = logging.getLogger(__name__)  # never of a text
 LIMITS = Limits(batch_tokens=1024, queue_tokens=1 << 16, age_s=0.5)
-# For which a thread may keep Python to itself while another wants it, as the model's thread does of the event loop's
-# after every operation: with Python's own 5 ms, a replica that has too much to do answers a fifth less.
-SWITCH_S = 0.0002
 MASK_TOKENS = 16  # that a mask counts for: it costs a row of logits over the vocabulary
 WINDOW = 384  # tokens of a question with a part of its context, at most
 
@@ -77,22 +72,6 @@ class Timing:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Best:
-    """Of each mask of a text, the K most probable tokens."""
-
-    scores_MK: NDArray[np.float32]
-    ids_MK: NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a batch is given of one item."""
-
-    row: Row
-    best: int | None = None  # candidates of each mask that are kept
-
-
 class ServedModel:
     """Raises ApiError for inputs it cannot take, and for what it cannot start on `within_s` of its arrival."""
 
@@ -108,7 +87,7 @@ class ServedModel:
         self.reader = Reader(tokenizer, self.max_length)
         self._parameters = num_parameters(outline(source.directory, source.task))
         self._mask_id = _mask_id(tokenizer) if source.task == "mlm" else -1
-        self.batcher: Batcher[Asked, Result | Best] = Batcher(
+        self.batcher: Batcher[Row, Result | Best] = Batcher(
             self._run, LIMITS, padded=False, seen=self.meter.batch
         )  # fmt: skip
         if len(tokenizer) > shape.vocab_size:
@@ -174,7 +153,7 @@ class ServedModel:
         if len(encoded) > MAX_WINDOWS:
             message = f"expected a context of at most {MAX_WINDOWS} windows of {length} tokens, got {len(encoded)}"
             raise ApiError(413, "too_long", message, "context", MAX_WINDOWS)
-        asked = [Asked(Row(each.ids, each.context)) for each in encoded]
+        asked = [Row(each.ids, each.context) for each in encoded]
         results, timing = await self._asked(asked, started + within_s, started, "windows")
         found, lacking = answers_of(request.context, encoded, results, request.top_k)
         reply = AnswerReply(
@@ -187,7 +166,7 @@ class ServedModel:
         encoded, started = await self._read(request.inputs, request.truncate)
         places = [np.flatnonzero(each.ids == self._mask_id) for each in encoded]
         self._check_masks(encoded, [len(each) for each in places])
-        asked = [Asked(Row(each.ids, places=at), request.top_k) for each, at in zip(encoded, places, strict=True)]
+        asked = [Row(each.ids, places=at, best=request.top_k) for each, at in zip(encoded, places, strict=True)]
         results, timing = await self._asked(asked, started + within_s, started, "inputs")
         found = [
             Filled(masks=self._filled(best), tokens=each.tokens, truncated=each.is_cut)
@@ -201,9 +180,7 @@ class ServedModel:
         self, texts: list[str], truncate: Truncate, within_s: float, field: str = "inputs"
     ) -> tuple[list[Encoded], list[Any], Timing]:  # fmt: skip
         encoded, started = await self._read(texts, truncate, field)
-        results, timing = await self._asked(
-            [Asked(Row(each.ids)) for each in encoded], started + within_s, started, field
-        )
+        results, timing = await self._asked([Row(each.ids) for each in encoded], started + within_s, started, field)
         return encoded, results, timing
 
     async def _read(
@@ -221,7 +198,7 @@ class ServedModel:
         return encoded, started
 
     async def _asked(
-        self, asked: Sequence[Asked], deadline: float, started: float, field: str
+        self, asked: Sequence[Row], deadline: float, started: float, field: str
     ) -> tuple[list[Any], Timing]:  # fmt: skip
         read_s = _now() - started
         try:
@@ -230,18 +207,14 @@ class ServedModel:
             if isinstance(error, ItemFailed):
                 LOG.error("the model failed at one of %d inputs", len(asked), exc_info=error.__cause__)
             raise unserved(error, field) from error
-        tokens = sum(len(each.row.ids) for each in asked)
+        tokens = sum(len(each.ids) for each in asked)
         timing = Timing(read_s, max(each.queued_s for each in done), max(each.ran_s for each in done), tokens)
         self.meter.phases(timing.read_s, timing.queued_s, timing.ran_s)
         return [each.result for each in done], timing
 
-    def _run(self, items: list[Item[Asked]]) -> list[Result | Best]:
-        """On the batcher's thread. Logits over the vocabulary do not outlive it."""
-        made = self.backend.run([item.payload.row for item in items])
-        return [
-            result if item.payload.best is None else best_of(result, item.payload.best)
-            for item, result in zip(items, made, strict=True)
-        ]
+    def _run(self, items: list[Item[Row]]) -> list[Result | Best]:
+        """On the batcher's thread."""
+        return self.backend.run([item.payload for item in items])
 
     def _filled(self, best: Best) -> list[FilledMask]:
         decode = self._tokenizer.backend_tokenizer.decode
@@ -269,37 +242,19 @@ class ServedModel:
             raise ApiError(413, "too_many_masks", message, "inputs", MAX_MASKS)
 
 
-def load(source: Source, threads: int = 1, replica: str = "0") -> ServedModel:
-    """The model, warm, on the fastest of its backends; this process is to serve it.
+def load(source: Source, threads: int = 1, replica: str = "0", choosing: Choosing = choose) -> ServedModel:
+    """The model, warm, on the fastest of its backends; `choosing`: in this process, or in one of its own (`apart`).
 
     Raises ModelError where it cannot be loaded, does not go with its tokenizer, or lacks the backend asked for.
     """
-    sys.setswitchinterval(SWITCH_S)
     tokenizer = load_tokenizer(source.directory)
     labels = tuple(shape_of(source.directory, "student").id2label.values()) if has_classes(source.task) else ()
-    chosen = choose(source.directory, source.task, labels, threads, source.backend)
+    chosen = choosing(source.directory, source.task, labels, threads, source.backend)
     return ServedModel(source, tokenizer, chosen, replica)
 
 
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Over the last axis."""
-    powers: NDArray[np.float32] = np.exp(logits - logits.max(-1, keepdims=True))
-    shares: NDArray[np.float32] = powers / powers.sum(-1, keepdims=True)
-    return shares
-
-
-def best_of(logits_MV: Result, count: int) -> Best:
-    scores_MV = softmax(logits_MV)
-    kept = min(count, scores_MV.shape[-1])
-    some_MK = np.argpartition(-scores_MV, kept - 1, axis=-1)[:, :kept]
-    order_MK = np.argsort(-np.take_along_axis(scores_MV, some_MK, -1), axis=-1, kind="stable")
-    ids_MK = np.take_along_axis(some_MK, order_MK, -1)
-    return Best(np.take_along_axis(scores_MV, ids_MK, -1), ids_MK)
-
-
-def _cost(asked: Asked) -> int:
-    masks = 0 if asked.row.places is None else len(asked.row.places)
-    return len(asked.row.ids) + MASK_TOKENS * masks
+def _cost(row: Row) -> int:
+    return len(row.ids) + MASK_TOKENS * (0 if row.places is None else len(row.places))
 
 
 def _mask_id(tokenizer: PreTrainedTokenizerBase) -> int:

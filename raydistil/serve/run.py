@@ -100,14 +100,14 @@ class Student:
     """One replica: the model and the app around it. Serve itself asks for the app, and for what there is to do."""
 
     def __init__(self, source: Source) -> None:
-        import torch
         from ray import serve
 
+        from raydistil.serve.apart import choose_apart
         from raydistil.serve.model import load
 
-        torch.set_num_threads(1)  # a replica is one CPU to Ray
         self._name = serve.get_replica_context().replica_id.unique_id
-        self._model, self._stats, self._board = load(source, replica=self._name), Stats(), board()
+        self._stats, self._board = Stats(), board()
+        self._model = load(source, 1, self._name, choose_apart)  # one thread: a replica is one CPU to Ray
 
     def __serve_build_asgi_app__(self) -> "FastAPI":
         from raydistil.serve.app import build_api
@@ -117,6 +117,12 @@ class Student:
     async def _gather(self, families: Families) -> list[Families]:
         made: list[Families] = await self._board.show.remote(self._name, families)
         return made
+
+    def check_health(self) -> None:
+        """Raises RuntimeError where the model's process is no more: Serve starts another replica then."""
+        backend: Any = self._model.backend
+        if not backend.is_alive():
+            raise RuntimeError("the model's process has ended")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         load = self._model.batcher.load()

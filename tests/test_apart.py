@@ -1,0 +1,83 @@
+"""A backend in a process of its own says what it says here, and its end is noticed."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from raydistil.errors import ModelError
+from raydistil.serve.apart import Apart, _portable, choose_apart
+from raydistil.serve.backends import Best, Row, choose
+from raydistil.types import Task
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("apart") / "model", "mlm")
+
+
+def rows() -> list[Row]:
+    ids = np.arange(5, 5 + 12, dtype=np.int32)
+    return [
+        Row(ids, places=np.array([2, 3])),
+        Row(ids[:5], places=np.array([1]), best=4),
+        Row(ids[:9], places=np.array([0])),
+    ]
+
+
+def test_it_says_there_what_it_says_here(folder: Path) -> None:
+    task: Task = "mlm"
+    here, there = (make(str(folder), task, (), 1, "torch") for make in (choose, choose_apart))
+    assert there.backend.name == "torch" and list(there.rows_s) == ["torch"] and there.left_out == {}
+    for _ in range(3):
+        for own, other in zip(here.backend.run(rows()), there.backend.run(rows()), strict=True):
+            if isinstance(own, Best):
+                assert isinstance(other, Best) and np.array_equal(own.ids_MK, other.ids_MK)
+                np.testing.assert_allclose(own.scores_MK, other.scores_MK, rtol=1e-6)
+            else:
+                assert not isinstance(other, Best) and own.dtype == other.dtype == np.float32
+                np.testing.assert_allclose(own, other, rtol=1e-5, atol=1e-6)
+    _close(there.backend)
+
+
+def test_an_error_there_is_an_error_here_and_the_next_batch_is_answered(folder: Path) -> None:
+    backend = choose_apart(str(folder), "mlm", (), 1, "torch").backend
+    with pytest.raises(IndexError):
+        backend.run([Row(np.array([10**6], np.int32), places=np.array([0]))])
+    assert len(backend.run(rows())) == 3
+    _close(backend)
+
+
+def test_what_cannot_be_served_is_told_as_in_one_process(folder: Path) -> None:
+    with pytest.raises(
+        ModelError, match=r"int8: expected onnx/model_int8.onnx in .*, found none: run raydistil export"
+    ):
+        choose_apart(str(folder), "mlm", (), 1, "int8")
+
+
+def test_a_process_that_has_ended_is_noticed(folder: Path) -> None:
+    backend: Any = choose_apart(str(folder), "mlm", (), 1, "torch").backend
+    assert backend.is_alive()
+    backend._process.kill()
+    backend._process.wait()
+    for _ in range(2):
+        with pytest.raises(ModelError, match="expected the model's process to answer, it ended with -9"):
+            backend.run(rows())
+    assert not backend.is_alive()
+
+
+def test_an_error_that_cannot_be_sent_is_told() -> None:
+    class Odd(Exception):
+        pass
+
+    assert str(_portable(Odd("why"))) == "Odd: why"
+    assert pickle.loads(pickle.dumps(_portable(MemoryError("much")))).args == ("much",)
+
+
+def _close(backend: Any) -> None:
+    assert isinstance(backend, Apart)
+    backend.close()
+    assert not backend.is_alive() and backend._process.returncode == 0
