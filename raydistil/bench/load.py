@@ -138,11 +138,14 @@ class Client:
         return f"{head}content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
 
     async def ask(self, request: bytes) -> Answer:
-        """NO_ANSWER where the connection fails."""
+        """NO_ANSWER where the connection fails. One that was kept may close as it is used again, which is no answer
+        either: clients ask on a fresh one then.
+        """
         while self._idle:
             kept = self._idle.pop()
-            if kept.is_open():
-                return await self._sent(kept, request)
+            answer = await self._sent(kept, request) if kept.is_open() else None
+            if answer is not None and (answer.status != NO_ANSWER or kept.has_read):
+                return answer
         try:
             _, fresh = await asyncio.get_running_loop().create_connection(Connection, self._host, self._port)
         except OSError:
@@ -186,6 +189,10 @@ class Connection(asyncio.Protocol):
     def _end(self, status: int) -> None:
         if not self._answer.done():
             self._answer.set_result(Answer(status, time.perf_counter()))
+
+    @property
+    def has_read(self) -> bool:
+        return bool(self._read)
 
     def is_open(self) -> bool:
         return not self._transport.is_closing()

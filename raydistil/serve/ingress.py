@@ -9,16 +9,19 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 
 from raydistil.serve.ports import free_or_any
+from raydistil.serve.schema import ErrorDetail, ErrorReply
 
 STATISTICS, METRICS = 8404, 9101  # where these are free; else on any port
 # What a replica that dies had not begun to answer is asked of another one, where the request is no larger than the
-# buffer: the same question twice does no harm. Replicas tell how much they have to do every second, not every ten.
+# buffer: the same question twice does no harm. A replica that is to end stays for three seconds, not thirty: HAProxy,
+# beside it, knows within one. How much there is to do is told every second.
 FLAGS = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response", "RAY_SERVE_HAPROXY_RETRIES": "3",
-    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(1 << 16),
+    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(1 << 16), "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
 }  # fmt: skip
@@ -42,3 +45,17 @@ def tuned() -> Iterator[None]:
     finally:
         for name in asked:
             os.environ.pop(name, None)
+
+
+def speak_for_nobody(node: str) -> None:
+    """What HAProxy on this machine says where no replica answers: that one may come again, and not Serve's 500.
+
+    To be called when Serve has started, before there is an app: HAProxy reads the file then.
+    """
+    folder = Path(os.environ.get("RAY_SERVE_HAPROXY_CONFIG_FILE_LOC", "/tmp/haproxy-serve/haproxy.cfg")).parent
+    file = folder / node / "500.http"
+    if file.exists():
+        error = ErrorDetail(type="unavailable", message="expected a replica to answer, none does: retry in 1 s")
+        body = ErrorReply(error=error).model_dump_json()
+        head = f"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        file.write_bytes(f"{head}retry-after: 1\r\nconnection: close\r\n\r\n{body}".encode())

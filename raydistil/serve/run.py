@@ -20,7 +20,7 @@ from raydistil.cluster import address_of, connected
 from raydistil.config.cluster import ClusterConfig
 from raydistil.errors import ModelError, PlanError, RaydistilError
 from raydistil.raylet import kept_in
-from raydistil.serve.ingress import tuned
+from raydistil.serve.ingress import speak_for_nobody, tuned
 from raydistil.serve.keys import read_keys
 from raydistil.serve.metrics import Board, Families
 from raydistil.serve.ports import free_port, url_of
@@ -174,6 +174,7 @@ def serving(source: Source, host: str, port: int, replicas: Replicas) -> Iterato
 
     Raises ModelError where the model does not load, RaydistilError where the cluster cannot listen there.
     """
+    import ray
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # its import sets the level to INFO
@@ -181,6 +182,7 @@ def serving(source: Source, host: str, port: int, replicas: Replicas) -> Iterato
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
     except RuntimeError as error:
         raise RaydistilError(f"expected a port to listen on: {_cause(str(error))} Choose one with --port") from error
+    speak_for_nobody(ray.get_runtime_context().get_node_id())
     _deploy(source, replicas)
     try:
         yield

@@ -31,7 +31,7 @@ Wish = Literal["auto", "torch", "packed", "onnx", "int8"]  # what a replica runs
 ErrorType = Literal[
     "malformed_json", "not_found", "wrong_task", "method_not_allowed", "body_too_large", "too_many_inputs",
     "too_many_masks", "empty_input", "missing_field", "unknown_field", "wrong_type", "invalid_value", "too_long",
-    "no_mask", "unauthorized", "rate_limited", "overloaded", "deadline_exceeded", "stopping", "internal",
+    "no_mask", "unauthorized", "rate_limited", "overloaded", "deadline_exceeded", "stopping", "unavailable", "internal",
 ]  # fmt: skip
 
 
