@@ -1,5 +1,7 @@
 """Before the app: API keys, their limits, and the counts at /metrics."""
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,3 +160,14 @@ def test_the_counts_of_all_replicas_stand_under_one_name() -> None:
     assert 'raydistil_items_total{replica="a"} 2.0' in text and 'raydistil_items_total{replica="b"} 3.0' in text
     families = list(text_string_to_metric_families(text))
     assert len({family.name for family in families}) == len(families)
+
+
+def test_the_dashboard_asks_for_what_there_is() -> None:
+    board = json.loads((Path(__file__).parents[1] / "cluster" / "grafana.json").read_text())
+    asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    there = {key[0] for key in numbers(exposition([Meter("a").families(IDLE)]).decode())}
+    for expression in asked:
+        assert set(re.findall(r"raydistil_\w+", expression)) <= there
+    shown = {name for expression in asked for name in re.findall(r"raydistil_\w+", expression)}
+    assert {name for name in there if not name.endswith(("_count", "_sum"))} == shown
+    assert set(re.findall(r'phase="(\w+)"', " ".join(asked))) == set(PHASES)

@@ -72,7 +72,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         shutil.copytree(student(tmp_path_factory.mktemp("live")), tmp_path_factory.mktemp("served") / "model")
     )
     command = [
-        sys.executable, "-m", "raydistil", "serve", str(folder), "--port", "0", "--replicas", "2", "--calm", "4",
+        sys.executable, "-m", "raydistil", "serve", str(folder), "--port", "0", "--replicas", "2", "--calm", "12",
         "--backend", "torch",
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -99,8 +99,8 @@ def soon(true: Callable[[], Any], within_s: float = 60.0) -> Any:
 
 def test_more_replicas_come_under_load_and_go_after_it(live: Live) -> None:
     assert len(live.replicas()) == 1
-    load = live.load(rate=300.0, seconds=25.0)
-    soon(lambda: len(live.replicas()) == 2, 25)
+    load = live.load(rate=300.0, seconds=40.0)
+    soon(lambda: len(live.replicas()) == 2, 40)
     statuses = load.statuses()
     assert set(statuses) <= {200, 429, 504} and statuses[200] > statuses.get(504, 0)
     soon(lambda: len(live.replicas()) == 1)
