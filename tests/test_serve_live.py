@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file, save_file
 from test_serve_run import fetch, session_of
 
-from raydistil.bench.load import Measured, Plan, put
+from raydistil.bench.load import NO_ANSWER, Measured, Plan, put
 from raydistil.bench.serve import student
 from raydistil.serve.source import find
 
@@ -102,7 +102,8 @@ def test_more_replicas_come_under_load_and_go_after_it(live: Live) -> None:
     load = live.load(rate=300.0, seconds=40.0)
     soon(lambda: len(live.replicas()) == 2, 40)
     statuses = load.statuses()
-    assert set(statuses) <= {200, 429, 504} and statuses[200] > statuses.get(504, 0)
+    # Ten times what a busy machine can do: the client itself may be too late for some.
+    assert set(statuses) <= {NO_ANSWER, 200, 429, 504} and statuses[200] > statuses.get(504, 0)
     soon(lambda: len(live.replicas()) == 1)
     text = _text(f"{live.url}/metrics")
     served = {
@@ -110,7 +111,7 @@ def test_more_replicas_come_under_load_and_go_after_it(live: Live) -> None:
         for family in text_string_to_metric_families(text) for sample in family.samples
         if sample.name == "raydistil_requests_total" and sample.labels["status"] == "200"
     }  # fmt: skip
-    assert len(served) == 2 and sum(served.values()) == statuses[200]
+    assert len(served) == 2 and sum(served.values()) >= statuses[200]
 
 
 def test_a_student_that_is_exported_anew_takes_over_and_no_request_fails(live: Live) -> None:
