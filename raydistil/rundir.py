@@ -126,19 +126,21 @@ def read_summary(run_dir: Path, stage: str) -> dict[str, Any] | None:
 
 def read_config(run_dir: Path) -> dict[str, Any] | None:
     """The resolved configuration that `claim` left there; None where it was not, as in a model's directory."""
-    path = run_dir / CONFIG
-    with suppress(ValueError):
-        found = json.loads(path.read_text()) if path.exists() else {}
-        return dict(found["config"]) if {"hash", "config"} <= found.keys() else None
-    return None
+    found = _claimed(run_dir)
+    return dict(found["config"]) if {"hash", "config"} <= found.keys() else None
 
 
 def data_of(run_dir: Path) -> str | None:
     """The name of the token store that a run was made from; None where there is no run."""
+    return _claimed(run_dir).get("data")
+
+
+def _claimed(run_dir: Path) -> dict[str, Any]:
+    """What `claim` wrote, or whatever else is there under that name."""
     path = run_dir / CONFIG
     with suppress(ValueError):
-        return json.loads(path.read_text()).get("data") if path.exists() else None
-    return None
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    return {}
 
 
 def read_report(run_dir: Path) -> dict[str, Any]:

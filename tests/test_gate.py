@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from raydistil.cli import _guarded
 from raydistil.errors import ConfigError, StorageError
 from raydistil.serve import keys as keeping
+from raydistil.serve import metrics as measuring
 from raydistil.serve.app import build_api
 from raydistil.serve.batcher import Batch, Load
 from raydistil.serve.keys import Key, Keys, add_key, hash_of, read_keys
@@ -160,6 +161,23 @@ def test_the_counts_of_all_replicas_stand_under_one_name() -> None:
     assert 'raydistil_items_total{replica="a"} 2.0' in text and 'raydistil_items_total{replica="b"} 3.0' in text
     families = list(text_string_to_metric_families(text))
     assert len({family.name for family in families}) == len(families)
+
+
+def test_of_a_replica_that_is_gone_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its counts stay for a while, then nothing does."""
+    now = [0.0]
+    monkeypatch.setattr(measuring.time, "monotonic", lambda: now[0])
+    board, waiting = Board(), Load(3, 50, 0, 100.0, 0.5, 0.0)
+    assert b'queue_tokens{replica="a"} 50.0' in exposition(board.show("a", Meter("a").families(waiting)))
+    for passed, gauges, counts in (
+        (5, True, True),
+        (measuring.GONE_S + 1, False, True),
+        (measuring.KEPT_S, False, False),
+    ):
+        now[0] = passed
+        text = exposition(board.show("b", Meter("b").families(waiting)))
+        assert (b'queue_tokens{replica="a"}' in text) is gauges and (b'items_total{replica="a"}' in text) is counts
+        assert b'queue_tokens{replica="b"} 50.0' in text
 
 
 def test_the_dashboard_asks_for_what_there_is() -> None:

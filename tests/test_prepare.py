@@ -13,10 +13,11 @@ from transformers import (
     XLNetConfig,
 )
 
+from raydistil.compared import check_losses
 from raydistil.config import config_of
 from raydistil.config.loss import LossConfig
 from raydistil.errors import RaydistilError
-from raydistil.prepare import check_losses, num_positions
+from raydistil.prepare import num_positions
 
 BERT = BertConfig(hidden_size=96, num_hidden_layers=6, num_attention_heads=12)
 NARROW = BertConfig(hidden_size=48, num_hidden_layers=3, num_attention_heads=6)

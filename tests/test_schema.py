@@ -34,7 +34,7 @@ def tried(folder: Path, url: str, task: Task, *more: str) -> subprocess.Complete
         sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run", f"{url}/openapi.json",
         "--checks", "all", "--seed", "0", "--max-examples", "60", "--generation-database", "none", "--no-color", *more,
     ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
 
 
 @pytest.mark.parametrize("task", TASKS)

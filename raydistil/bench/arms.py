@@ -99,8 +99,8 @@ def batched(source: Source, replicas: int) -> "Application":
     from ray import serve
 
     deployment: Any = serve.deployment(
-        serve.ingress()(Batched), name="batched", num_replicas=replicas, ray_actor_options={"num_cpus": 0.5},
-        max_ongoing_requests=ONGOING, health_check_timeout_s=60,
+        serve.ingress()(Batched), name="batched", num_replicas=replicas, max_ongoing_requests=ONGOING,
+        ray_actor_options={"num_cpus": 0}, health_check_timeout_s=60,  # on the app's CPUs, in turn with it
     )  # fmt: skip
     bound: Application = deployment.bind(source)
     return bound

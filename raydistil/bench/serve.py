@@ -33,13 +33,14 @@ from raydistil.models import load_model, resolve
 from raydistil.prepare import Say
 from raydistil.serve.ingress import tuned
 from raydistil.serve.ports import free_port, url_of
-from raydistil.serve.run import Replicas, serve_ended, serving
+from raydistil.serve.run import Replicas, check_cluster, serve_ended, serving
 from raydistil.serve.schema import ROUTES, Source, Wish
 from raydistil.serve.source import find
 from raydistil.storage import whole_directory
 from raydistil.student import build_student, save_model
 
 HOST = "127.0.0.1"
+REPLICA = "ray::ServeReplica:raydistil:student"  # the title of its process
 APP, BATCHED, BARE, PEER = "raydistil", "serve.batch", "fastapi", "peer"
 SHARES = (0.05, 0.5, 0.8, 1.0, 1.3, 2.0)  # of the app's saturation that are offered
 FIRST_S, FIRST = 4.0, 100.0  # of each load by which it is found; a second
@@ -122,6 +123,7 @@ def _on_serve(setting: Setting, source: Source) -> Iterator[list[Arm]]:
 
         from raydistil.bench.arms import batched
 
+        check_cluster(setting.replicas)
         with serving(source, HOST, port, Replicas(setting.replicas, setting.replicas)):
             serve.run(batched(source, setting.replicas), name=BATCHED, route_prefix="/batched")
             yield [
@@ -181,16 +183,16 @@ def _round(setting: Setting, arms: list[Arm], bodies: tuple[bytes, ...], top: fl
 
 
 def _soak(setting: Setting, app: Arm, bodies: tuple[bytes, ...], top: float) -> Tree:
-    """MiB that the replica's process holds, minute by minute or ten times, under four fifths of what it can do."""
-    replicas = [
-        p for p in psutil.process_iter(["cmdline"]) if "ServeReplica:raydistil" in " ".join(p.info["cmdline"] or [])
-    ]
+    """MiB that replicas and their models hold, minute by minute or ten times, under four fifths of what the app can."""
+    named = ((process, " ".join(process.info["cmdline"] or [])) for process in psutil.process_iter(["cmdline"]))
+    replicas = [process for process, name in named if name.startswith(REPLICA)]
+    held_by = [each for replica in replicas for each in (replica, *replica.children(recursive=True))]
     parts = max(10, round(setting.soak_s / 60))
     held, errors = [], 0
     for part in range(parts):
         done = _put(app, bodies, 0.8 * top, setting.soak_s / parts, setting.deadline_ms / 1000, part)
         errors += _errors(done)
-        held.append(round(sum(p.memory_info().rss for p in replicas) / 2**20, 1))
+        held.append(round(sum(each.memory_info().rss for each in held_by) / 2**20, 1))
     return {"soak": {"seconds": setting.soak_s, "replica_mib": held, "errors_5xx": errors}}
 
 
@@ -213,7 +215,7 @@ def _result(setting: Setting, source: Source, given: Asked, rounds: list[Round],
         "model": source.name, "task": source.task, "backend": given.backend, "mean_tokens": given.mean_tokens,
         "replicas": setting.replicas, "rounds": setting.rounds, "seconds": setting.seconds,
         "deadline_ms": setting.deadline_ms, "in_process_p50_ms": statistics.median(alone),
-        "arms": {name: _arm([turn[name] for turn in rounds]) for name in rounds[0]},
+        "rates": _arm(app)["rates"], "arms": {name: _arm([turn[name] for turn in rounds]) for name in rounds[0]},
         "saturation_rps": statistics.median(map(_top, app)),
         **{f"ratio_vs_{name.replace('.', '_')}": _ratio(rounds, name) for name in rounds[0] if name != APP},
         "errors_5xx": sum(_errors(done) for turn in app for done in turn),

@@ -38,8 +38,6 @@ from raydistil.types import Precision, Task, TokenBatch
 
 Runtime = Literal["torch", "torch-bf16", "torchao", "onnx"]
 CPU = torch.device("cpu")
-FLOAT32: Precision = "float32"
-BFLOAT16: Precision = "bfloat16"
 ROUNDS, WARM_UP = 5, 10
 ROWS = 200
 TIMED_TOKENS = 8192  # of the texts that are timed, together: long ones are fewer
@@ -74,13 +72,13 @@ def load(artefact: Artefact, task: Task, labels: tuple[str, ...], threads: int) 
 
         return OnnxModel(artefact.path, threads, task)
     torch.set_num_threads(threads)
+    precision: Precision = "float32" if artefact.runtime == "torch" else "bfloat16"
     if artefact.runtime == "torch":
-        model, precision = load_model(str(artefact.path), task, labels), FLOAT32
+        model = load_model(str(artefact.path), task, labels)
     else:
         quiet_transformers()
         variant = "bf16" if artefact.runtime == "torch-bf16" else None
         model = LOADERS[task].from_pretrained(artefact.path, variant=variant, dtype=torch.bfloat16)
-        precision = BFLOAT16
     if artefact.runtime == "torchao" and artefact.device.type == "cuda":
         for layer in transformer_layers(model):  # without its products one by one, which are slower than float16's
             layer.compile(dynamic=True)

@@ -9,6 +9,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -44,8 +45,9 @@ class Apart:
         made: list[Result | Best] = self._answer()
         return made
 
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
+    def wait(self) -> None:
+        """Until the process has ended."""
+        self._process.wait()
 
     def close(self) -> None:
         """The process ends when nobody speaks to it."""
@@ -101,6 +103,7 @@ def _outcome(chosen: Chosen, rows: list[Row]) -> tuple[list[Result | Best] | Non
     try:
         return chosen.backend.run(rows), None
     except Exception as error:
+        traceback.print_exc()  # into Ray's log of the replica: it is lost on the way
         return None, _portable(error)
 
 

@@ -1,5 +1,5 @@
-"""The way in to replicas: HAProxy, which Ray brings along, in front of servers of their own. A request takes 16 ms less
-than through Serve's default proxy, on 2 cores, which eight times as many get through.
+"""The way in to replicas: HAProxy, which Ray brings along, in front of servers of their own; without it, each request
+goes through a proxy in Python and then through Ray.
 
 For clusters that are started here. HAProxy listens where the app is told to; its statistics (8404) and its own metrics
 (9101), however, on every address of the machine.

@@ -3,6 +3,7 @@
 Every series is there from the first second, at zero.
 """
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ STATUSES = ("200", "400", "401", "404", "413", "422", "429", "500", "503", "504"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 Families = list[Metric]
+GONE_S, KEPT_S = 10.0, 600.0  # since a replica last showed anything
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, of when it was made
 
 
@@ -101,12 +103,20 @@ class _Made(Collector):
 
 
 class Board:
-    """Where replicas show what they have counted. What a replica that is gone has shown stays: counts never fall."""
+    """Where replicas show what they have counted, every second or so. Of one that is gone nothing waits any more; its
+    counts stay for a while, so that what was counted since Prometheus last looked is not lost.
+    """
 
     def __init__(self) -> None:
-        self._shown: dict[str, Families] = {}
+        self._shown: dict[str, tuple[float, Families]] = {}
 
     def show(self, replica: str, families: Families) -> list[Families]:
         """What all have shown, this one just now."""
-        self._shown[replica] = families
-        return list(self._shown.values())
+        now = time.monotonic()
+        self._shown[replica] = now, families
+        self._shown = {name: shown for name, shown in self._shown.items() if now - shown[0] < KEPT_S}
+        return [_counts(shown) if now - at > GONE_S else shown for at, shown in self._shown.values()]
+
+
+def _counts(families: Families) -> Families:
+    return [family for family in families if family.type != "gauge"]

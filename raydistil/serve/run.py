@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -108,6 +109,7 @@ class Student:
         self._name = serve.get_replica_context().replica_id.unique_id
         self._stats, self._board = Stats(), board()
         self._model = load(source, 1, self._name, choose_apart)  # one thread: a replica is one CPU to Ray
+        threading.Thread(target=self._end_with_model, daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> "FastAPI":
         from raydistil.serve.app import build_api
@@ -118,11 +120,11 @@ class Student:
         made: list[Families] = await self._board.show.remote(self._name, families)
         return made
 
-    def check_health(self) -> None:
-        """Raises RuntimeError where the model's process is no more: Serve starts another replica then."""
+    def _end_with_model(self) -> None:
+        """Where the model's process dies, at once: what it had is asked of another replica, and not answered with 500."""
         backend: Any = self._model.backend
-        if not backend.is_alive():
-            raise RuntimeError("the model's process has ended")
+        backend.wait()
+        os._exit(1)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         load = self._model.batcher.load()
