@@ -7,11 +7,18 @@ from pathlib import Path
 
 import pytest
 from conftest import sentences
+from served import running, student
 
 from raydistil.bench.fidelity import DEFAULTS, ROWS, bench_fidelity, config_for
 from raydistil.bench.losses import bench_losses
+from raydistil.bench.serve import SHARES
+from raydistil.cli import _guarded
 from raydistil.errors import DataError
 from raydistil.processor import flags, multiplies_bfloat16
+from raydistil.serve.app import build_api
+from raydistil.serve.model import load
+from raydistil.serve.source import find
+from raydistil.types import Task
 
 emulated = pytest.mark.skipif(
     not multiplies_bfloat16(flags()), reason="bfloat16 is emulated on this processor: it would take half an hour"
@@ -90,3 +97,33 @@ def test_the_default_recipe_from_the_fine_tuning_to_the_table(ray_cluster: None,
     again = list[str]()
     assert bench_fidelity(data, tmp_path / "runs", 1, True, again.append) == result
     assert again == []
+
+
+@pytest.mark.slow
+def test_serve_beside_others_and_a_peer(tmp_path: Path) -> None:
+    """Every server says what it was asked; embeddings, so that another server of them can stand beside."""
+    folder = student(tmp_path, "embedding")
+    with running(build_api(load(find(folder)))) as url:
+        asked = ["bench", "serve", str(folder), "--rounds", "1", "--seconds", "1", "--soak", "10", "--backend", "torch"]
+        more = ["--peer", f"{url}/v1/embeddings", "--output", str(tmp_path / "out"), "--json"]
+        done = subprocess.run([sys.executable, "-m", "raydistil", *asked, *more], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout)
+    assert list(result["arms"]) == ["raydistil", "serve.batch", "fastapi", "peer"]
+    for arm in result["arms"].values():
+        assert [rate["share"] for rate in arm["rates"]] == list(SHARES) and arm["saturation_rps"] > 0
+        assert arm["rates"][0]["served"] > 0 and arm["rates"][0]["errors_5xx"] == 0
+    assert result["rates"] == result["arms"]["raydistil"]["rates"]
+    assert result["ratio_vs_fastapi"] == result["saturation_rps"] / result["arms"]["fastapi"]["saturation_rps"]
+    keys = {"ratio_vs_serve_batch", "ratio_vs_peer", "overhead_p50_ms", "p99_at_2x_ms", "served_at_2x_fraction"}
+    assert keys <= set(result)
+    assert len(result["soak"]["replica_mib"]) == 10 and min(result["soak"]["replica_mib"]) > 200  # both processes
+
+
+def test_a_model_that_cannot_be_asked_so_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases: list[tuple[Task, list[str], str]] = [
+        ("mlm", [], "classification or embedding"), ("classification", ["--peer", "x"], "embedding"),
+    ]  # fmt: skip
+    for task, more, wanted in cases:
+        assert _guarded(["bench", "serve", str(student(tmp_path / task, task)), *more]) == 2
+        assert f"expected a model of task {wanted}, got {task}" in capsys.readouterr().err

@@ -16,8 +16,8 @@ ORDER = (
     "roofline", "size", "codecs", "targets", "ensemble", "wire", "cache", "source", "plan", "turns", "losses",
     "attention", "distiller", "partitioned", "student", "optim", "teacher", "pace", "payload", "stream", "fill",
     "trace", "tally", "progress", "report", "resume", "saving", "worker", "processes", "cluster", "rundir",
-    "chain", "elastic", "train", "scores", "evaluate", "prune", "compared", "prepare", "export", "stages", "pipeline", "probe",
-    "check", "doctor", "tables", "serve", "bench", "cli", "__main__",
+    "chain", "elastic", "train", "scores", "evaluate", "prune", "compared", "prepare", "export", "stages", "pipeline",
+    "probe", "check", "doctor", "tables", "serve", "bench", "cli", "__main__",
 )  # fmt: skip
 ROOT = Path(raydistil.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

@@ -121,7 +121,7 @@ class Student:
         return made
 
     def _end_with_model(self) -> None:
-        """Where the model's process dies, at once: what it had is asked of another replica, and not answered with 500."""
+        """Where the model's process dies, at once: what it had is asked of another replica, with no 500 between."""
         backend: Any = self._model.backend
         backend.wait()
         os._exit(1)
