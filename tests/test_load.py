@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,8 @@ def test_every_request_is_sent_in_turn_and_counted_by_its_status() -> None:
         done = put(planned(url, 100, 2, headers={"x-deadline-ms": "7"}))
     assert sum(done.statuses.values()) == len(seen) == done.offered * 2 and 140 < len(seen) < 260
     assert done.statuses == {200: len(seen) - len(seen) // 4, 429: len(seen) // 4, NO_ANSWER: 0}
-    assert [body for _, body, _ in seen] == [b'{"n": %d}' % (1 + n % 2) for n in range(len(seen))]
+    bodies = Counter(body for _, body, _ in seen)  # in turn: but two that are on their way at once may come either way
+    assert bodies == {b'{"n": 1}': (len(seen) + 1) // 2, b'{"n": 2}': len(seen) // 2}
     assert {header for _, _, header in seen} == {"7"} and len(done.latencies_ms) == done.statuses[200]
 
 

@@ -131,26 +131,50 @@ def test_a_student_that_is_exported_anew_takes_over_and_no_request_fails(live: L
     soon(lambda: any("in place of" in line for line in live.lines))
 
 
-def test_a_student_that_cannot_be_served_does_not_take_over(live: Live) -> None:
-    version = fetch(f"{live.url}/info")[1]["version"]
-    broken = live.folder.with_name("broken")
+def unreadable(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"not weights")
+
+
+def of_another_vocabulary(folder: Path) -> None:
+    """Whole, as far as can be seen from outside; a replica finds out."""
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    words = tokenizer["model"]["vocab"]
+    words["another-word"] = len(words)
+    path.write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize("spoil", [unreadable, of_another_vocabulary])
+def test_a_student_that_cannot_be_served_does_not_take_over(live: Live, spoil: Callable[[Path], None]) -> None:
+    version, said = fetch(f"{live.url}/info")[1]["version"], len(live.lines)
+    broken, good = live.folder.with_name("broken"), live.folder.with_name("good")
     shutil.copytree(live.folder, broken)
-    (broken / "model.safetensors").write_bytes(b"not weights")
-    good = live.folder.with_name("good")
+    spoil(broken)
     live.folder.rename(good)
     broken.rename(live.folder)
-    soon(lambda: any("still is" in line for line in live.lines))
+    soon(lambda: any("still is" in line for line in live.lines[said:]), 120)
     assert fetch(f"{live.url}/info")[1]["version"] == version
     shutil.rmtree(live.folder)
     good.rename(live.folder)
+    soon(lambda: fetch(f"{live.url}/v1/classify", BODIES[0])[0] == 200)
 
 
-def test_a_replica_that_dies_loses_no_request_that_another_can_answer(live: Live) -> None:
+def itself(replica: int) -> int:
+    return replica
+
+
+def its_model(replica: int) -> int:
+    (model,) = psutil.Process(replica).children()
+    return model.pid
+
+
+@pytest.mark.parametrize("killed", [itself, its_model])
+def test_a_replica_that_dies_loses_no_request_that_another_can_answer(live: Live, killed: Callable[[int], int]) -> None:
     """Those that it had are asked of the one that Serve starts; who cannot wait gets a 503."""
     with at_least_two(live):
         load = live.load(rate=40.0, seconds=15.0)
         time.sleep(4)
-        os.kill(live.replicas()[0], signal.SIGKILL)
+        os.kill(killed(live.replicas()[0]), signal.SIGKILL)
         statuses = load.statuses()
     assert set(statuses) <= {200, 503} and statuses[200] >= 0.98 * sum(statuses.values())
 

@@ -282,9 +282,14 @@ def _swapped(run_dir: Path, source: Source, replicas: Replicas, say: Callable[[s
         fresh = replace(find(run_dir), backend=source.backend, keys=source.keys)
         if fresh == source:
             return source
-        say(f"{source.name} was exported anew: loading {fresh.version[:12]}")
-        _deploy(fresh, replicas)
     except RaydistilError as error:
+        say(f"error: {error}; the one that was served before still is")
+        return source
+    say(f"{source.name} was exported anew: loading {fresh.version[:12]}")
+    try:
+        _deploy(fresh, replicas)
+    except ModelError as error:
+        _deploy(source, replicas)  # its replicas are there: Serve takes them for what is wanted again
         say(f"error: {error}; the one that was served before still is")
         return source
     say(f"serving {source.name} {fresh.version[:12]} in place of {source.version[:12]}")

@@ -44,7 +44,7 @@ class Source:
     task: Task
     mask_token: str | None  # None: not a masked-LM, or not written down
     report: dict[str, Any] | None  # measured by `raydistil evaluate`; None: nothing was
-    version: str  # SHA-256 of its weights
+    version: str  # SHA-256 of its configuration, tokenizer and weights
     backend: Wish = "auto"
     keys: tuple[tuple[str, str, float | None], ...] = ()  # name, hash and requests a second of each; none: anybody
 
@@ -268,7 +268,7 @@ class Health(BaseModel):
 
 class Info(BaseModel):
     model: str
-    version: str  # SHA-256 of its weights
+    version: str  # SHA-256 of its configuration, tokenizer and weights
     task: Task
     labels: list[str] | None  # null where there are no classes
     mask_token: str | None  # null but for a masked-LM

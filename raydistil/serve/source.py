@@ -34,9 +34,18 @@ def find(run_dir: Path) -> Source:
     report = _json(directory, REPORT) if (directory / REPORT).exists() else None
     task = _task(directory, config)
     mask_token = _mask_token(directory) if task == "mlm" else None
-    with (directory / WEIGHTS).open("rb") as file:
-        version = hashlib.file_digest(file, "sha256").hexdigest()
-    return Source(run_dir.resolve().name, str(directory.resolve()), task, mask_token, report or None, version)
+    return Source(
+        run_dir.resolve().name, str(directory.resolve()), task, mask_token, report or None, _version(directory)
+    )  # fmt: skip
+
+
+def _version(directory: Path) -> str:
+    """SHA-256 over those of what makes it say what it says: its configuration, tokenizer and weights."""
+    whole = hashlib.sha256()
+    for name in ("config.json", TOKENIZER, WEIGHTS):
+        with (directory / name).open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
 
 
 def directory_of(run_dir: Path) -> Path:
