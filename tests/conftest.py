@@ -41,6 +41,13 @@ def pytest_configure() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker has all that needs the cluster, so that there is one; the others' files are dealt to the workers."""
+    for item in items:
+        needs_it = "ray_cluster" in getattr(item, "fixturenames", ()) or item.path.name == "test_processes.py"
+        item.add_marker(pytest.mark.xdist_group("ray" if needs_it else item.path.name))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ["RAYDISTIL_CACHE"] = str(tmp_path_factory.mktemp("cache"))

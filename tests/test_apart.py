@@ -1,6 +1,7 @@
 """A backend in a process of its own says what it says here, and its end is noticed."""
 
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,21 @@ import tiny
 
 from raydistil.errors import ModelError
 from raydistil.serve.apart import Apart, _portable, choose_apart
-from raydistil.serve.backends import Best, Row, choose
-from raydistil.types import Task
+from raydistil.serve.backends import Best, Chosen, Row, choose
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_model(tmp_path_factory.mktemp("apart") / "model", "mlm")
+
+
+@pytest.fixture(scope="module")
+def there(folder: Path) -> Iterator[Chosen]:
+    chosen = choose_apart(str(folder), "mlm", (), 1, "torch")
+    yield chosen
+    assert isinstance(chosen.backend, Apart)
+    chosen.backend.close()
+    assert chosen.backend._process.returncode == 0
 
 
 def rows() -> list[Row]:
@@ -28,9 +37,8 @@ def rows() -> list[Row]:
     ]
 
 
-def test_it_says_there_what_it_says_here(folder: Path) -> None:
-    task: Task = "mlm"
-    here, there = (make(str(folder), task, (), 1, "torch") for make in (choose, choose_apart))
+def test_it_says_there_what_it_says_here(folder: Path, there: Chosen) -> None:
+    here = choose(str(folder), "mlm", (), 1, "torch")
     assert there.backend.name == "torch" and list(there.rows_s) == ["torch"] and there.left_out == {}
     for _ in range(3):
         for own, other in zip(here.backend.run(rows()), there.backend.run(rows()), strict=True):
@@ -40,15 +48,12 @@ def test_it_says_there_what_it_says_here(folder: Path) -> None:
             else:
                 assert not isinstance(other, Best) and own.dtype == other.dtype == np.float32
                 np.testing.assert_allclose(own, other, rtol=1e-5, atol=1e-6)
-    _close(there.backend)
 
 
-def test_an_error_there_is_an_error_here_and_the_next_batch_is_answered(folder: Path) -> None:
-    backend = choose_apart(str(folder), "mlm", (), 1, "torch").backend
+def test_an_error_there_is_an_error_here_and_the_next_batch_is_answered(there: Chosen) -> None:
     with pytest.raises(IndexError):
-        backend.run([Row(np.array([10**6], np.int32), places=np.array([0]))])
-    assert len(backend.run(rows())) == 3
-    _close(backend)
+        there.backend.run([Row(np.array([10**6], np.int32), places=np.array([0]))])
+    assert len(there.backend.run(rows())) == 3
 
 
 def test_what_cannot_be_served_is_told_as_in_one_process(folder: Path) -> None:
@@ -73,9 +78,3 @@ def test_an_error_that_cannot_be_sent_is_told() -> None:
 
     assert str(_portable(Odd("why"))) == "Odd: why"
     assert pickle.loads(pickle.dumps(_portable(MemoryError("much")))).args == ("much",)
-
-
-def _close(backend: Any) -> None:
-    assert isinstance(backend, Apart)
-    backend.close()
-    assert backend._process.returncode == 0

@@ -63,7 +63,7 @@ def test_a_slow_server_does_not_slow_the_load_and_what_is_late_does_not_count_as
 
 
 def test_who_is_not_answered_in_time_is_given_up() -> None:
-    app, seen = answering(lambda n: (0.0 if n == 1 else 60.0, 200))
+    app, seen = answering(lambda n: (0.0 if n == 1 else 3.0, 200))
     with running(app) as url:
         done = put(planned(url, 20, 1, grace_s=0.2))
     assert done.statuses == {200: 1, NO_ANSWER: len(seen) - 1} and len(seen) > 5

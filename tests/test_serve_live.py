@@ -25,7 +25,7 @@ from raydistil.bench.load import NO_ANSWER, Measured, Plan, put
 from raydistil.bench.serve import student
 from raydistil.serve.source import find
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 BODIES = tuple(json.dumps({"inputs": "how do I read a file " * n}).encode() for n in (1, 2, 4, 8))
 
 

@@ -169,7 +169,7 @@ def session_of(leader: int) -> list[int]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_command_well_and_leaves_no_process(filler_dir: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-c", "from raydistil.cli import main; main()", "serve", str(filler_dir), "--port", "0"]
