@@ -33,6 +33,7 @@ def _on_config(command: Command) -> Command:
     return click.argument("config", type=click.Path(path_type=Path))(command)
 
 
+_share = click.FloatRange(0, 1)
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else.")
 
 
@@ -172,16 +173,42 @@ def export(
     "--calm", default=60.0, show_default=True, type=click.FloatRange(min=0),
     help="Seconds for which fewer replicas must be enough before one is stopped.",
 )  # fmt: skip
-@click.option("--keys", type=click.Path(path_type=Path), help="File of API keys; else everybody may ask.")
+@click.option("--keys", help="File of API keys; else everybody may ask.")
+@click.option("--teacher", metavar="DIR", help="For --shadow and --cascade; the run's own, if left out.")
+@click.option("--shadow", default=0.0, type=_share, help="Share of requests that the teacher answers, too, unheard.")
+@click.option("--cascade", type=_share, help="Accuracy to reach: texts the student is not sure of are the teacher's.")
+@click.option(
+    "--canary", metavar="DIR", help="Another student, which answers a share of the requests while it does well."
+)
+@click.option("--canary-share", default=0.1, show_default=True, type=_share, help="Of the requests.")
+@click.option("--most-errors", default=0.01, show_default=True, type=_share, help="Of the canary, or it goes.")
+@click.option(
+    "--most-disagreement", default=0.1, show_default=True, type=_share,
+    help="Of the canary with the student, or it goes.",
+)  # fmt: skip
+@click.option("--yaml", "as_yaml", is_flag=True, help="Serve nothing: print what `serve deploy` takes.")
 def serve(
-    run_dir: Path, host: str, port: int, replicas: int, least: int, backend: Any, calm: float, keys: Path | None
+    run_dir: Path, host: str, port: int, replicas: int, least: int, backend: Any, calm: float, keys: str | None,
+    teacher: str | None, shadow: float, cascade: float | None, canary: str | None, canary_share: float,
+    most_errors: float, most_disagreement: float, as_yaml: bool,
 ) -> None:  # fmt: skip
     """Answer over HTTP on Ray Serve until Ctrl-C. RUN_DIR: a finished run, or a model directory."""
-    from raydistil.serve.run import Replicas, serve_forever
+    from raydistil.serve.canary import Limits
+    from raydistil.serve.run import config_file, serve_forever
+    from raydistil.serve.served import Replicas, Wishes
 
     if least > replicas:
         raise click.UsageError(f"--least: expected at most the {replicas} of --replicas, got {least}")
-    serve_forever(run_dir, host, port, Replicas(least, replicas, calm), _say, backend, keys)
+    limits, count = Limits(most_errors, most_disagreement), Replicas(least, replicas, calm)
+    wishes = Wishes(str(run_dir), count, backend, keys, teacher, shadow, None, canary, canary_share, limits)
+    if cascade is not None:
+        from raydistil.serve.cascade import with_cascade
+
+        wishes = with_cascade(wishes, cascade, _say)
+    if as_yaml:
+        sys.stdout.write(config_file(wishes, host, port))
+    else:
+        serve_forever(wishes, host, port, _say)
 
 
 @app.command()

@@ -119,18 +119,25 @@ def _said(voices: Voices, inputs: Inputs) -> torch.Tensor:
     return _mixed([(model(inputs)[1], weight) for model, weight in voices])
 
 
-@torch.inference_mode()
 def class_outcomes(
     voices: Voices, spec: EvaluateSpec, device: torch.device
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(true classes, predicted classes), one a row."""
-    truth, guesses = [], []
+    truth_N, logits_NC = class_logits(voices, spec, device)
+    return truth_N, logits_NC.argmax(-1)
+
+
+@torch.inference_mode()
+def class_logits(
+    voices: Voices, spec: EvaluateSpec, device: torch.device
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """(true classes [N], logits [N, C] of the mean prediction) of every row."""
+    truth, said = [], []
     for batch in batches(spec):
-        logits = _said(voices, on_device(batch, device))
         assert batch.labels_B is not None
         truth.append(batch.labels_B.astype(np.int64))
-        guesses.append(logits.argmax(-1).cpu().numpy())
-    return np.concatenate(truth), np.concatenate(guesses)
+        said.append(_said(voices, on_device(batch, device)).float().cpu().numpy())
+    return np.concatenate(truth), np.concatenate(said)
 
 
 @torch.inference_mode()

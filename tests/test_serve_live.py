@@ -66,20 +66,15 @@ def _cmdline(pid: int) -> list[str]:
         return []
 
 
-@pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    folder = Path(
-        shutil.copytree(student(tmp_path_factory.mktemp("live")), tmp_path_factory.mktemp("served") / "model")
-    )
-    command = [
-        sys.executable, "-m", "raydistil", "serve", str(folder), "--port", "0", "--replicas", "2", "--calm", "12",
-        "--backend", "torch",
-    ]  # fmt: skip
+@contextmanager
+def started(folder: Path, *options: str) -> Iterator[Live]:
+    """`raydistil serve` of a model in `folder`, until the end of the block; no process is left then."""
+    command = [sys.executable, "-m", "raydistil", "serve", str(folder), "--port", "0", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stderr is not None
     first = process.stderr.readline()
-    found = re.match(r"serving model at (http://127\.0\.0\.1:\d+) ", first)
-    assert found, first
+    found = re.match(r"serving \w+ at (http://127\.0\.0\.1:\d+) ", first)
+    assert found, first + process.stderr.read()
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(process.stderr or ()))
     reader.start()
@@ -87,6 +82,15 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) == 0 and session_of(process.pid) == []
     reader.join()
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    folder = Path(
+        shutil.copytree(student(tmp_path_factory.mktemp("live")), tmp_path_factory.mktemp("served") / "model")
+    )
+    with started(folder, "--replicas", "2", "--calm", "12", "--backend", "torch") as live:
+        yield live
 
 
 def soon(true: Callable[[], Any], within_s: float = 60.0) -> Any:
@@ -188,8 +192,8 @@ def at_least_two(live: Live) -> Iterator[None]:
     yield
 
 
-def _text(url: str) -> str:
+def _text(url: str, headers: dict[str, str] | None = None) -> str:
     import urllib.request
 
-    with urllib.request.urlopen(url, timeout=30) as response:
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers or {}), timeout=30) as response:
         return str(response.read().decode())

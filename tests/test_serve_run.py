@@ -22,8 +22,9 @@ from raydistil.cluster import _uninterrupted
 from raydistil.errors import ModelError, RaydistilError, StorageError
 from raydistil.serve.model import load
 from raydistil.serve.ports import free_port, url_of
-from raydistil.serve.run import Replicas, example, serve_forever, serving
+from raydistil.serve.run import example, serve_forever, serving
 from raydistil.serve.schema import MAX_BODY_BYTES
+from raydistil.serve.served import Beside, Replicas, Served, Wishes
 from raydistil.serve.source import find
 
 LONG = "ba " * 100  # every word is one token
@@ -72,7 +73,7 @@ def test_what_is_no_whole_model_is_refused_before_ray(
     path = Path(shutil.copytree(filler_dir, tmp_path / "model"))
     spoil(path)
     with pytest.raises(StorageError, match=re.escape(says)):
-        serve_forever(path, "127.0.0.1", 0, Replicas(1, 1), pytest.fail)
+        serve_forever(Wishes(str(path)), "127.0.0.1", 0, pytest.fail)
 
 
 def test_a_tokenizer_of_another_model_is_refused(filler_dir: Path, tmp_path: Path) -> None:
@@ -84,12 +85,12 @@ def test_a_tokenizer_of_another_model_is_refused(filler_dir: Path, tmp_path: Pat
 
 def test_a_port_in_use_is_refused_before_ray(filler_dir: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy, pytest.raises(RaydistilError, match="already in use"):
-        serve_forever(filler_dir, "127.0.0.1", busy.getsockname()[1], Replicas(1, 1), pytest.fail)
+        serve_forever(Wishes(str(filler_dir)), "127.0.0.1", busy.getsockname()[1], pytest.fail)
 
 
 def test_a_host_that_is_not_ours_is_refused_before_ray(filler_dir: Path) -> None:
     with pytest.raises(RaydistilError, match="Cannot assign requested address"):
-        serve_forever(filler_dir, "192.0.2.77", 0, Replicas(1, 1), pytest.fail)
+        serve_forever(Wishes(str(filler_dir)), "192.0.2.77", 0, pytest.fail)
 
 
 def test_urls_of_ipv6_have_brackets() -> None:
@@ -139,7 +140,7 @@ def test_serve_answers_as_the_app_does(ray_cluster: None, classifier_run: Path, 
     url = url_of("127.0.0.1", port)
     body = json.dumps({"inputs": ["ba ca", LONG], "top_k": 2}).encode()
     try:
-        with serving(find(classifier_run), "127.0.0.1", port, Replicas(1, 2)):
+        with serving(Served(find(classifier_run), Replicas(1, 2), Beside()), "127.0.0.1", port):
             status, info = fetch(f"{url}/info")
             chosen = {"backend": info["backend"], "texts_s": info["texts_s"]}  # by each replica for itself
             assert (status, info) == (200, classifier.get("/info").json() | chosen)

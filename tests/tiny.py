@@ -57,12 +57,12 @@ def ids(rows: int = 2, length: int = 9, seed: int = 1) -> tuple[torch.Tensor, to
     return ids_BL, mask_BL
 
 
-def write_model(path: Path, task: Task, family: str = "bert") -> Path:
+def write_model(path: Path, task: Task, family: str = "bert", seed: int = 0) -> Path:
     """A tiny model in hub layout."""
     config = FAMILIES[family].from_dict(FAMILIES[family].to_dict())
     if task == "classification":
         config.id2label = dict(enumerate(LABELS))
         config.label2id = {label: number for number, label in enumerate(LABELS)}
-    model(config, task).save_pretrained(path)
+    model(config, task, seed).save_pretrained(path)
     tokenizer().save_pretrained(path)
     return path

@@ -33,8 +33,9 @@ from raydistil.models import load_model, resolve
 from raydistil.prepare import Say
 from raydistil.serve.ingress import tuned
 from raydistil.serve.ports import free_port, url_of
-from raydistil.serve.run import Replicas, check_cluster, serve_ended, serving
+from raydistil.serve.run import check_cluster, serve_ended, serving
 from raydistil.serve.schema import ROUTES, Source, Wish
+from raydistil.serve.served import Beside, Replicas, Served
 from raydistil.serve.source import find
 from raydistil.storage import whole_directory
 from raydistil.student import build_student, save_model
@@ -124,7 +125,7 @@ def _on_serve(setting: Setting, source: Source) -> Iterator[list[Arm]]:
         from raydistil.bench.arms import batched
 
         check_cluster(setting.replicas)
-        with serving(source, HOST, port, Replicas(setting.replicas, setting.replicas)):
+        with serving(Served(source, Replicas(setting.replicas, setting.replicas), Beside()), HOST, port):
             serve.run(batched(source, setting.replicas), name=BATCHED, route_prefix="/batched")
             yield [
                 Arm(APP, url + ROUTES[source.task], {"x-deadline-ms": f"{setting.deadline_ms:g}"}),

@@ -116,9 +116,9 @@ def _cut(
     run: Prepared, report: dict[str, Any], folder: Path, force: bool
 ) -> tuple[Prepared, dict[str, Any]]:  # fmt: skip
     """The student in `folder` in the words of its corpus: (the run in them, what of the report it changes)."""
-    before = weighed(folder, _spec(run))
+    before = weighed(folder, held_out(run))
     used = cut_vocabulary(run, folder)
-    spec = _spec(used)
+    spec = held_out(used)
     after = weighed(folder, spec)
     sizes = run.store.meta.vocab_size, used.store.meta.vocab_size
     cut = Cut(sizes, (before.size_bytes, after.size_bytes), spec.split, (before.score, after.score))
@@ -156,7 +156,7 @@ def _files(run: Prepared, folder: Path, formats: tuple[Format, ...], force: bool
             f"expected a model of whole texts or masked tokens for ONNX, got a causal one: export it as "
             f"{', '.join(sorted(IN_TORCH))}"
         )
-    spec, written = _spec(run), [name for name in FILES if name in {"hf", *formats, *map(MADE_OF.get, formats)}]
+    spec, written = held_out(run), [name for name in FILES if name in {"hf", *formats, *map(MADE_OF.get, formats)}]
     for name in written:
         _write(name, folder, spec)
     made = list(_measured(spec, {name: _artefact(name, folder) for name in written}, folder))
@@ -191,11 +191,11 @@ def _artefact(name: Format, folder: Path) -> Artefact:
     return Artefact(name, runtimes[name], folder) if name in runtimes else Artefact(name, "onnx", folder / FILES[name])
 
 
-def _spec(run: Prepared) -> EvaluateSpec:
+def held_out(run: Prepared) -> EvaluateSpec:
     """On the validation rows; where there are none, on the test rows."""
     config, store = run.config, TokenStore(run.store.path)
-    held_out: tuple[Split, ...] = ("validation", "test")
-    full = [split for split in held_out if sum(store.bucket_rows(split, labelled=takes_labels(config.task)))]
+    splits: tuple[Split, ...] = ("validation", "test")
+    full = [split for split in splits if sum(store.bucket_rows(split, labelled=takes_labels(config.task)))]
     if not full:
         raise ExportError(
             "expected validation rows to check what is exported on, got none: set corpus.validation_share or test_share"

@@ -18,6 +18,7 @@ from raydistil.serve.schema import (
     ROUTES,
     AnswerReply,
     AnswerRequest,
+    Asked,
     ClassifyReply,
     ClassifyRequest,
     EmbeddingsReply,
@@ -29,6 +30,7 @@ from raydistil.serve.schema import (
     Info,
     ModelEntry,
     Models,
+    Reply,
     TokensReply,
     TokensRequest,
 )
@@ -38,6 +40,7 @@ R = TypeVar("R", bound=BaseModel)
 Deadline = Annotated[float, Header(alias="x-deadline-ms", ge=1, le=3_600_000, allow_inf_nan=False)]
 REFUSALS = (400, 413, 422, 429, 500, 503, 504)
 PAGE = Path(__file__).with_name("page.html")
+Replying = Callable[[Asked, float], Awaitable[tuple[Reply, Timing]]]  # within so many seconds
 Gather = Callable[[Families], Awaitable[list[Families]]]
 
 
@@ -45,10 +48,10 @@ async def alone(families: Families) -> list[Families]:
     return [families]
 
 
-def build_api(model: ServedModel, gather: Gather = alone) -> FastAPI:
+def build_api(model: ServedModel, gather: Gather = alone, answering: Replying | None = None) -> FastAPI:
     """The route of the model's task, its state, and an answer for every error.
 
-    `gather`: what this replica has counted, with that of the others.
+    `gather`: what this replica has counted, with that of the others. `answering`: else the model itself answers.
     """
     locked: dict[int | str, dict[str, Any]] = {401: {"model": ErrorReply}} if model.source.keys else {}
     app = FastAPI(
@@ -61,11 +64,11 @@ def build_api(model: ServedModel, gather: Gather = alone) -> FastAPI:
     add_errors(app)
     _add_state(app, model)
     _add_metrics(app, model, gather)
-    _add_task(app, model)
+    _add_task(app, model, answering or model.reply)
     return app
 
 
-def _add_task(app: FastAPI, model: ServedModel) -> None:
+def _add_task(app: FastAPI, model: ServedModel, answering: Replying) -> None:
     """The route of the model's task; the others answer with this one's name."""
     here = ROUTES[model.source.task]
     refusals: dict[int | str, dict[str, Any]] = {code: {"model": ErrorReply} for code in REFUSALS}
@@ -73,40 +76,41 @@ def _add_task(app: FastAPI, model: ServedModel) -> None:
     async def other_task() -> None:
         raise ApiError(404, "wrong_task", f"{model.source.name} was trained for {model.source.task}: use POST {here}")
 
-    app.post(here, responses=refusals)(_endpoint(model))
+    app.post(here, responses=refusals)(_endpoint(model.source.task, answering))
     for route in set(ROUTES.values()) - {here}:
         app.post(route, include_in_schema=False)(other_task)
 
 
-def _endpoint(model: ServedModel) -> Callable[..., Awaitable[BaseModel]]:
+def _endpoint(task: Task, answering: Replying) -> Callable[..., Awaitable[BaseModel]]:
     async def classify(request: ClassifyRequest, response: Response, by_ms: Deadline = LATEST_MS) -> ClassifyReply:
         """Score every label for each text."""
-        return _timed(response, *await model.classify(request, by_ms / 1000))
+        return _timed(ClassifyReply, response, *await answering(request, by_ms / 1000))
 
     async def tag(request: TokensRequest, response: Response, by_ms: Deadline = LATEST_MS) -> TokensReply:
         """Find the entities of each text, by their characters."""
-        return _timed(response, *await model.tag(request, by_ms / 1000))
+        return _timed(TokensReply, response, *await answering(request, by_ms / 1000))
 
     async def answer(request: AnswerRequest, response: Response, by_ms: Deadline = LATEST_MS) -> AnswerReply:
         """Find the answer to a question in a context."""
-        return _timed(response, *await model.answer(request, by_ms / 1000))
+        return _timed(AnswerReply, response, *await answering(request, by_ms / 1000))
 
     async def embed(request: EmbeddingsRequest, response: Response, by_ms: Deadline = LATEST_MS) -> EmbeddingsReply:
         """A vector of length 1 for each text."""
-        return _timed(response, *await model.embed(request, by_ms / 1000))
+        return _timed(EmbeddingsReply, response, *await answering(request, by_ms / 1000))
 
     async def fill_mask(request: FillMaskRequest, response: Response, by_ms: Deadline = LATEST_MS) -> FillMaskReply:
         """Candidates for every mask token of each text."""
-        return _timed(response, *await model.fill_mask(request, by_ms / 1000))
+        return _timed(FillMaskReply, response, *await answering(request, by_ms / 1000))
 
     endpoints: dict[Task, Callable[..., Awaitable[BaseModel]]] = {
         "classification": classify, "token_classification": tag, "question_answering": answer, "embedding": embed,
         "mlm": fill_mask,
     }  # fmt: skip
-    return endpoints[model.source.task]
+    return endpoints[task]
 
 
-def _timed(response: Response, reply: R, timing: Timing) -> R:
+def _timed(kind: type[R], response: Response, reply: Reply, timing: Timing) -> R:
+    assert isinstance(reply, kind)
     response.headers.update(timing.headers())
     return reply
 

@@ -20,8 +20,10 @@ from prometheus_client import (
 from prometheus_client.registry import Collector
 
 from raydistil.serve.batcher import Batch, Load
+from raydistil.serve.canary import Limits, Tried, verdict
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+OUTCOMES = ("answered", "failed", "skipped")  # of what is beside the student
 PHASES = ("tokenization", "queue", "inference", "total")
 STATUSES = ("200", "400", "401", "404", "413", "422", "429", "500", "503", "504")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -51,6 +53,12 @@ class Meter:
         self._busy = made(Counter, "busy_seconds", "Time that batches took").labels(replica)
         self._waiting = made(Gauge, "queue_tokens", "Tokens that wait").labels(replica)
         self._wait = made(Gauge, "queue_seconds", "How long who comes now would wait").labels(replica)
+        self._asked = made(Counter, "beside", "Requests to what is beside the student", "model", "outcome")
+        self._compared = made(Counter, "compared", "Texts that another model answered, too", "model")
+        self._agreement = made(Counter, "agreement", "How far it agreed, 0 to 1 for each of them", "model")
+        self._cascaded = made(Counter, "cascaded", "Texts of the cascade by who answered", "by")
+        self._confidence = made(Counter, "confidence", "Calibrated confidence of the student, summed", "by")
+        self._expected = made(Gauge, "cascade_accuracy", "Of the cascade on the validation rows")
         for status in STATUSES:
             self._requests.labels(replica, status)
         for phase in PHASES:
@@ -74,6 +82,33 @@ class Meter:
 
     def cut(self, texts: int) -> None:
         self._cut.inc(texts)
+
+    def beside(self, names: Iterable[str], cascade_accuracy: float | None) -> None:
+        """Their series, at zero."""
+        for name in names:
+            for outcome in OUTCOMES:
+                self._asked.labels(self._replica, name, outcome)
+            self._compared.labels(self._replica, name)
+            self._agreement.labels(self._replica, name)
+        if cascade_accuracy is not None:
+            self._expected.labels(self._replica).set(cascade_accuracy)
+            for who in ("student", "teacher"):
+                self._cascaded.labels(self._replica, who)
+                self._confidence.labels(self._replica, who)
+
+    def asked(self, name: str, outcome: str) -> None:
+        self._asked.labels(self._replica, name, outcome).inc()
+
+    def agreed(self, name: str, shares: list[float]) -> None:
+        self._compared.labels(self._replica, name).inc(len(shares))
+        self._agreement.labels(self._replica, name).inc(sum(shares))
+
+    def cascaded(self, texts: list[tuple[float, bool]]) -> None:
+        """(the student's confidence, whether the teacher answered) of each."""
+        for sure, escalated in texts:
+            who = "teacher" if escalated else "student"
+            self._cascaded.labels(self._replica, who).inc()
+            self._confidence.labels(self._replica, who).inc(sure)
 
     def families(self, load: Load) -> Families:
         """All counts as they are now."""
@@ -109,6 +144,8 @@ class Board:
 
     def __init__(self) -> None:
         self._shown: dict[str, tuple[float, Families]] = {}
+        self._tried: dict[str, dict[str, Tried]] = {}  # canary's version -> replica -> what that has seen
+        self._verdicts: dict[str, str] = {}  # of the versions that have to go
 
     def show(self, replica: str, families: Families) -> list[Families]:
         """What all have shown, this one just now."""
@@ -116,6 +153,20 @@ class Board:
         self._shown[replica] = now, families
         self._shown = {name: shown for name, shown in self._shown.items() if now - shown[0] < KEPT_S}
         return [_counts(shown) if now - at > GONE_S else shown for at, shown in self._shown.values()]
+
+    def tried(self, version: str, limits: Limits, replica: str, tried: Tried) -> str | None:
+        """Why the canary of that version has to go, by what all replicas have seen of it, this one so far; once said,
+        it stays so."""
+        seen = self._tried.setdefault(version, {})
+        seen[replica] = tried
+        found = verdict(sum(seen.values(), Tried()), limits)
+        if found is not None:
+            self._verdicts.setdefault(version, found)
+        return self._verdicts.get(version)
+
+    def verdict(self, version: str) -> str | None:
+        """Why the canary of that version had to go."""
+        return self._verdicts.get(version)
 
 
 def _counts(families: Families) -> Families:

@@ -26,6 +26,7 @@ from raydistil.serve.schema import (
     MAX_WINDOWS,
     AnswerReply,
     AnswerRequest,
+    Asked,
     Candidate,
     Classified,
     ClassifyReply,
@@ -39,6 +40,7 @@ from raydistil.serve.schema import (
     FillMaskRequest,
     Info,
     LabelScore,
+    Reply,
     Source,
     Tagged,
     TokensReply,
@@ -108,20 +110,31 @@ class ServedModel:
 
     # ---- by task
 
+    async def reply(self, request: Asked, within_s: float) -> tuple[Reply, Timing]:
+        """To a request for the model's task."""
+        match request:
+            case ClassifyRequest():
+                return await self.classify(request, within_s)
+            case TokensRequest():
+                return await self.tag(request, within_s)
+            case AnswerRequest():
+                return await self.answer(request, within_s)
+            case EmbeddingsRequest():
+                return await self.embed(request, within_s)
+            case FillMaskRequest():
+                return await self.fill_mask(request, within_s)
+
     async def classify(self, request: ClassifyRequest, within_s: float) -> tuple[ClassifyReply, Timing]:
         encoded, results, timing = await self._texts(request.inputs, request.truncate, within_s)
         assert self.labels is not None
         found = []
         for each, logits_C in zip(encoded, results, strict=True):
-            scores_C = logits_C if request.raw else softmax(logits_C)
-            best = np.argsort(-scores_C, kind="stable")[: request.top_k or len(scores_C)]
-            scores = [LabelScore(label=self.labels[n], score=float(scores_C[n])) for n in best]
-            found.append(
-                Classified(
-                    label=scores[0].label, score=scores[0].score, scores=scores, tokens=each.tokens,
-                    truncated=each.is_cut,
-                )
-            )  # fmt: skip
+            best = np.argsort(-logits_C, kind="stable").tolist()
+            scores = [LabelScore(label=self.labels[n], score=float(logits_C[n])) for n in best]
+            raw = Classified(
+                label=scores[0].label, score=scores[0].score, scores=scores, tokens=each.tokens, truncated=each.is_cut
+            )
+            found.append(shown(raw, request))
         return ClassifyReply(model=self.source.name, results=found), timing
 
     async def tag(self, request: TokensRequest, within_s: float) -> tuple[TokensReply, Timing]:
@@ -240,6 +253,16 @@ class ServedModel:
         if sum(counts) > MAX_MASKS:
             message = f"expected at most {MAX_MASKS} masks in one request, got {sum(counts)}"
             raise ApiError(413, "too_many_masks", message, "inputs", MAX_MASKS)
+
+
+def shown(raw: Classified, request: ClassifyRequest) -> Classified:
+    """As `request` has it, of all labels' logits."""
+    logits_C = np.array([each.score for each in raw.scores], np.float32)
+    scores_C = (logits_C if request.raw else softmax(logits_C)).tolist()
+    scores = [
+        LabelScore(label=each.label, score=score) for each, score in zip(raw.scores, scores_C, strict=True)
+    ][: request.top_k]  # fmt: skip
+    return raw.model_copy(update={"score": scores[0].score, "scores": scores})
 
 
 def load(source: Source, threads: int = 1, replica: str = "0", choosing: Choosing = choose) -> ServedModel:

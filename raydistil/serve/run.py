@@ -8,58 +8,42 @@ import logging
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from raydistil.cluster import address_of, connected
 from raydistil.config.cluster import ClusterConfig
 from raydistil.errors import ModelError, PlanError, RaydistilError
 from raydistil.raylet import kept_in
+from raydistil.serve.deployments import APP, BOARD, DEPLOYMENT, application, board, built
 from raydistil.serve.ingress import speak_for_nobody, tuned
-from raydistil.serve.keys import read_keys
-from raydistil.serve.metrics import Board, Families
+from raydistil.serve.offer import offered
 from raydistil.serve.ports import free_port, url_of
-from raydistil.serve.scaling import Stats, settings
-from raydistil.serve.schema import ROUTES, Source, Wish
+from raydistil.serve.schema import ROUTES, Source
+from raydistil.serve.served import Served, Wishes
 from raydistil.serve.source import WEIGHTS, directory_of, find
 from raydistil.types import Task
 
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-    from ray.serve import Application
-
-APP, DEPLOYMENT, BOARD = "raydistil", "student", "metrics"
 OBJECT_STORE_BYTES = 256 << 20  # of a local cluster; requests and replies are small
 TOLD_S = 0.5  # that what Ray says of it takes to come
-LOOK_S = 1.0  # between looks for a student that was exported anew
+LOOK_S = 1.0  # between looks for a student that was exported anew, and for a canary that has to go
 STOP = (signal.SIGINT, signal.SIGTERM)
-MAX_ONGOING = 4096  # requests of one replica, waiting ones included: its own bound, in tokens, is to be the first
 
 
-@dataclass(frozen=True, slots=True)
-class Replicas:
-    least: int
-    most: int
-    calm_s: float = 60.0  # as long must fewer be enough
-
-
-def serve_forever(
-    run_dir: Path, host: str, port: int, replicas: Replicas, say: Callable[[str], None], backend: Wish = "auto",
-    keys: Path | None = None,
-) -> None:  # fmt: skip
-    """Serve the student of `run_dir` until SIGINT or SIGTERM, then stop everything this started.
+def serve_forever(wishes: Wishes, host: str, port: int, say: Callable[[str], None]) -> None:
+    """Serve a student until SIGINT or SIGTERM, then stop everything this started.
 
     Raises StorageError for a missing or broken model and RaydistilError for a port that cannot be had, both before
-    Ray starts; PlanError for a cluster that cannot hold `replicas`; ModelError where a replica cannot load the model.
+    Ray starts; PlanError for a cluster that cannot hold the replicas; ModelError where a replica cannot load its model.
     """
-    known = () if keys is None else tuple((key.name, key.hash, key.rate) for key in read_keys(keys))
-    source = replace(find(run_dir), backend=backend, keys=known)
+    served = offered(wishes)
+    source, run_dir = served.source, Path(wishes.run_dir)
     cluster = ClusterConfig(object_store_bytes=OBJECT_STORE_BYTES)
     if port == 0 or address_of(cluster) is None:
         port = free_port(host, port)
@@ -67,16 +51,29 @@ def serve_forever(
     ingress = tuned() if address_of(cluster) is None else nullcontext()
     with suppress(KeyboardInterrupt, SystemExit), ingress, connected(cluster):
         _stop_on_signals()
-        check_cluster(replicas.most)
-        with serve_ended(), serving(source, host, port, replicas):
+        check_cluster(served.replicas.most + len(served.beside.sources()))
+        with serve_ended(), serving(served, host, port):
             url = url_of(host, port)
             say(f"serving {source.name} at {url} (try: {example(source, url)})")
-            _versions(run_dir, source, replicas, say)
+            _watch(run_dir, served, say)
             say("stopping: requests under way are answered first")
     say(f"stopped serving {source.name}")
 
 
 # ---- before Ray starts
+
+
+def config_file(wishes: Wishes, host: str, port: int) -> str:
+    """YAML that `serve deploy` takes, on a cluster where the same paths lead to the same files.
+
+    Raises what `offered` does of what is there now.
+    """
+    offered(wishes)
+    paths = {name: getattr(wishes, name) for name in ("run_dir", "keys", "teacher", "canary")}
+    args = asdict(wishes) | {name: str(Path(path).resolve()) for name, path in paths.items() if path is not None}
+    app = {"name": APP, "route_prefix": "/", "import_path": f"{built.__module__}:{built.__name__}", "args": args}
+    whole = {"proxy_location": "HeadOnly", "http_options": {"host": host, "port": port}, "applications": [app]}
+    return str(yaml.safe_dump(whole, sort_keys=False))
 
 
 def example(source: Source, url: str) -> str:
@@ -97,67 +94,6 @@ def example(source: Source, url: str) -> str:
 # ---- on Ray
 
 
-class Student:
-    """One replica: the model and the app around it. Serve itself asks for the app, and for what there is to do."""
-
-    def __init__(self, source: Source) -> None:
-        from ray import serve
-
-        from raydistil.serve.apart import choose_apart
-        from raydistil.serve.model import load
-
-        self._name = serve.get_replica_context().replica_id.unique_id
-        self._stats, self._board = Stats(), board()
-        self._model = load(source, 1, self._name, choose_apart)  # one thread: a replica is one CPU to Ray
-        threading.Thread(target=self._end_with_model, daemon=True).start()
-
-    def __serve_build_asgi_app__(self) -> "FastAPI":
-        from raydistil.serve.app import build_api
-
-        return build_api(self._model, self._gather)
-
-    async def _gather(self, families: Families) -> list[Families]:
-        made: list[Families] = await self._board.show.remote(self._name, families)
-        return made
-
-    def _end_with_model(self) -> None:
-        """Where the model's process dies, at once: what it had is asked of another replica, with no 500 between."""
-        backend: Any = self._model.backend
-        backend.wait()
-        os._exit(1)
-
-    async def record_autoscaling_stats(self) -> dict[str, float]:
-        load = self._model.batcher.load()
-        self._board.show.remote(self._name, self._model.meter.families(load))
-        return self._stats.now(load)
-
-
-def board() -> Any:
-    """The actor on which replicas show their counts."""
-    import ray
-
-    kept: Any = ray.remote(num_cpus=0)(Board)
-    return kept.options(name=BOARD, namespace=APP, lifetime="detached", get_if_exists=True).remote()
-
-
-def application(source: Source, replicas: Replicas) -> "Application":
-    """The Serve application: one deployment."""
-    from ray import serve
-
-    deployment: Any = serve.deployment(
-        serve.ingress()(Student),
-        name=DEPLOYMENT,
-        ray_actor_options={"num_cpus": 1},
-        max_ongoing_requests=MAX_ONGOING,
-        autoscaling_config=settings(replicas.least, replicas.most, replicas.calm_s),
-        max_surge_percent=100,
-        health_check_period_s=10,
-        health_check_timeout_s=60,
-    )
-    bound: Application = deployment.bind(source)
-    return bound
-
-
 def check_cluster(replicas: int) -> None:
     """Raises PlanError where the cluster is too small for `replicas`, or Serve is in use on it."""
     import ray
@@ -171,7 +107,7 @@ def check_cluster(replicas: int) -> None:
 
 
 @contextmanager
-def serving(source: Source, host: str, port: int, replicas: Replicas) -> Iterator[None]:
+def serving(served: Served, host: str, port: int) -> Iterator[None]:
     """The app answers at host:port inside the block, and is deleted after it. Ray must be connected; Serve is started.
 
     Raises ModelError where the model does not load, RaydistilError where the cluster cannot listen there.
@@ -185,7 +121,7 @@ def serving(source: Source, host: str, port: int, replicas: Replicas) -> Iterato
     except RuntimeError as error:
         raise RaydistilError(f"expected a port to listen on: {_cause(str(error))} Choose one with --port") from error
     speak_for_nobody(ray.get_runtime_context().get_node_id())
-    _deploy(source, replicas)
+    _deploy(served)
     try:
         yield
     finally:
@@ -221,15 +157,25 @@ def _ray_lives() -> bool:
     return False
 
 
-def _deploy(source: Source, replicas: Replicas) -> None:
+def _deploy(served: Served) -> None:
     """Returns when the first replica answers."""
     from ray import serve
 
     try:
-        serve.run(application(source, replicas), name=APP, route_prefix="/")
+        serve.run(application(served), name=APP, route_prefix="/")
     except RuntimeError as error:
-        reason = _cause(serve.status().applications[APP].deployments[DEPLOYMENT].message)
-        raise ModelError(f"expected a replica to load {source.directory}, it failed: {reason}") from error
+        raise _unloadable(served) from error
+
+
+def _unloadable(served: Served) -> ModelError:
+    """Which of the models it is, and why."""
+    from ray import serve
+
+    found = serve.status().applications[APP].deployments
+    beside = {str(name): source for name, source in served.beside.sources().items()}
+    name = next((name for name in beside if found[name].status == "DEPLOY_FAILED"), DEPLOYMENT)
+    directory = beside.get(name, served.source).directory
+    return ModelError(f"expected a replica to load {directory}, it failed: {_cause(found[name].message)}")
 
 
 def _cause(traceback: str) -> str:
@@ -255,17 +201,31 @@ def _stop(_: int, __: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _versions(run_dir: Path, source: Source, replicas: Replicas, say: Callable[[str], None]) -> None:
+def _watch(run_dir: Path, served: Served, say: Callable[[str], None]) -> None:
     """Until the user stops it. A student that is exported anew takes over from the one that is served, which answers
-    what it was asked first; one that cannot be served is told of, and the served one stays.
+    what it was asked first; one that cannot be served is told of, and the served one stays. A canary that has to go
+    gives its replicas back.
     """
     before = _stamp(run_dir)
     with suppress(KeyboardInterrupt):
         while True:
             time.sleep(LOOK_S)
+            served = _without_bad_canary(served, say)
             if (now := _stamp(run_dir)) not in (before, None):
                 before = now
-                source = _swapped(run_dir, source, replicas, say)
+                served = _swapped(run_dir, served, say)
+
+
+def _without_bad_canary(served: Served, say: Callable[[str], None]) -> Served:
+    import ray
+
+    canary = served.beside.canary
+    reason = ray.get(board().verdict.remote(canary.source.version)) if canary else None
+    if canary is None or reason is None:
+        return served
+    say(f"canary {canary.source.directory} is rolled back: {reason}")
+    _deploy(served.without_canary())
+    return served.without_canary()
 
 
 def _stamp(run_dir: Path) -> tuple[int, int] | None:
@@ -276,21 +236,22 @@ def _stamp(run_dir: Path) -> tuple[int, int] | None:
     return None
 
 
-def _swapped(run_dir: Path, source: Source, replicas: Replicas, say: Callable[[str], None]) -> Source:
+def _swapped(run_dir: Path, served: Served, say: Callable[[str], None]) -> Served:
     """What is served now."""
+    source = served.source
     try:
         fresh = replace(find(run_dir), backend=source.backend, keys=source.keys)
         if fresh == source:
-            return source
+            return served
     except RaydistilError as error:
         say(f"error: {error}; the one that was served before still is")
-        return source
+        return served
     say(f"{source.name} was exported anew: loading {fresh.version[:12]}")
     try:
-        _deploy(fresh, replicas)
+        _deploy(replace(served, source=fresh))
     except ModelError as error:
-        _deploy(source, replicas)  # its replicas are there: Serve takes them for what is wanted again
+        _deploy(served)  # its replicas are there: Serve takes them for what is wanted again
         say(f"error: {error}; the one that was served before still is")
-        return source
+        return served
     say(f"serving {source.name} {fresh.version[:12]} in place of {source.version[:12]}")
-    return fresh
+    return replace(served, source=fresh)

@@ -164,6 +164,7 @@ class Classified(LabelScore):
     scores: list[LabelScore]
     tokens: int
     truncated: bool
+    escalated: bool = False  # whether the teacher answered, since the student was not sure (serve --cascade)
 
 
 class ClassifyReply(BaseModel):
@@ -249,6 +250,10 @@ class EmbeddingsReply(BaseModel):
     model: str
     usage: Usage
     truncated: list[bool]  # of each input
+
+
+Asked = ClassifyRequest | TokensRequest | AnswerRequest | EmbeddingsRequest | FillMaskRequest
+Reply = ClassifyReply | TokensReply | AnswerReply | EmbeddingsReply | FillMaskReply
 
 
 class ModelEntry(BaseModel):

@@ -1,0 +1,138 @@
+"""The Serve application: the student's replicas, and those of what answers beside it."""
+
+import os
+import threading
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter
+
+from raydistil.serve.metrics import Board, Families
+from raydistil.serve.offer import offered
+from raydistil.serve.scaling import Stats, settings
+from raydistil.serve.schema import Asked, Source
+from raydistil.serve.served import Beside, Name, Replicas, Served, Wishes
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from ray.serve import Application
+
+    from raydistil.serve.answering import Answer, Ask
+
+APP, DEPLOYMENT, BOARD = "raydistil", "student", "metrics"
+MAX_ONGOING = 4096  # requests of one replica, waiting ones included: its own bound, in tokens, is to be the first
+
+
+class Replica:
+    """A model in a process of its own, and what Serve asks of it."""
+
+    def __init__(self, source: Source) -> None:
+        from ray import serve
+
+        from raydistil.serve.apart import choose_apart
+        from raydistil.serve.model import load
+
+        self._name = serve.get_replica_context().replica_id.unique_id
+        self._stats, self._board = Stats(), board()
+        self._model = load(source, 1, self._name, choose_apart)  # one thread: a replica is one CPU to Ray
+        threading.Thread(target=self._end_with_model, daemon=True).start()
+
+    def _end_with_model(self) -> None:
+        """Where the model's process dies, at once: what it had is asked of another replica, with no 500 between."""
+        backend: Any = self._model.backend
+        backend.wait()
+        os._exit(1)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        load = self._model.batcher.load()
+        self._board.show.remote(self._name, self._model.meter.families(load))
+        return self._stats.now(load)
+
+
+class Student(Replica):
+    """With the app around it, for which Serve itself asks."""
+
+    def __init__(self, source: Source, beside: Beside, handles: dict[Name, Any]) -> None:
+        from raydistil.serve.answering import Answering
+
+        super().__init__(source)
+        self._canary = beside.canary
+        self._answering = Answering(self._model, beside, {name: _by(handle) for name, handle in handles.items()})
+
+    def __serve_build_asgi_app__(self) -> "FastAPI":
+        from raydistil.serve.app import build_api
+
+        return build_api(self._model, self._gather, self._answering.answer)
+
+    async def _gather(self, families: Families) -> list[Families]:
+        made: list[Families] = await self._board.show.remote(self._name, families)
+        return made
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        if self._canary is not None:
+            asked = self._canary.source.version, self._canary.limits, self._name, self._answering.tried
+            self._answering.stopped = await self._board.tried.remote(*asked)
+        return await super().record_autoscaling_stats()
+
+
+class Companion(Replica):
+    """Asked by replicas of the student."""
+
+    async def ask(self, request: Asked, within_s: float) -> "Answer":
+        """Raises RuntimeError where the app would answer something else than 200."""
+        from raydistil.serve.errors import ApiError
+
+        try:
+            return await self._model.reply(request, within_s)
+        except ApiError as error:  # which does not come through whole
+            raise RuntimeError(f"{error.status_code} {error.error.message}") from None
+
+
+def _by(handle: Any) -> "Ask":
+    async def ask(request: Asked, within_s: float) -> "Answer":
+        answered: Answer = await handle.ask.remote(request, within_s)
+        return answered
+
+    return ask
+
+
+def board() -> Any:
+    """The actor on which replicas show their counts."""
+    import ray
+
+    kept: Any = ray.remote(num_cpus=0)(Board)
+    return kept.options(name=BOARD, namespace=APP, lifetime="detached", get_if_exists=True).remote()
+
+
+def application(served: Served) -> "Application":
+    """A deployment of the student, and one of each that answers beside it."""
+    from ray import serve
+
+    beside, replicas = served.beside, served.replicas
+    handles = {
+        name: _deployment(Companion, name, replace(replicas, least=1)).bind(source)
+        for name, source in beside.sources().items()
+    }
+    student = _deployment(serve.ingress()(Student), DEPLOYMENT, replicas)
+    bound: Application = student.bind(served.source, beside, handles)
+    return bound
+
+
+def built(args: dict[str, Any]) -> "Application":
+    """What `serve deploy` asks for; `args` are Wishes. Raises RaydistilError as `offered` does."""
+    return application(offered(TypeAdapter(Wishes).validate_python(args)))
+
+
+def _deployment(kind: Any, name: str, replicas: Replicas) -> Any:
+    from ray import serve
+
+    return serve.deployment(
+        kind,
+        name=name,
+        ray_actor_options={"num_cpus": 1},
+        max_ongoing_requests=MAX_ONGOING,
+        autoscaling_config=settings(replicas.least, replicas.most, replicas.calm_s),
+        max_surge_percent=100,
+        health_check_period_s=10,
+        health_check_timeout_s=60,
+    )
