@@ -78,10 +78,12 @@ def started(folder: Path, *options: str) -> Iterator[Live]:
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(process.stderr or ()))
     reader.start()
-    yield Live(process, found[1], folder, lines)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) == 0 and session_of(process.pid) == []
-    reader.join()
+    try:
+        yield Live(process, found[1], folder, lines)
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 0 and session_of(process.pid) == []
+        reader.join()
 
 
 @pytest.fixture(scope="module")
