@@ -41,11 +41,12 @@ def pytest_configure() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker has all that needs the cluster, so that there is one; the others' files are dealt to the workers."""
+    """Files are dealt to the workers, but one of them has all that is about the one run that was finished."""
     for item in items:
-        needs_it = "ray_cluster" in getattr(item, "fixturenames", ()) or item.path.name == "test_processes.py"
-        item.add_marker(pytest.mark.xdist_group("ray" if needs_it else item.path.name))
+        shared = "finished" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("finished" if shared else item.path.name))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -183,7 +183,9 @@ def test_of_a_replica_that_is_gone_nothing_waits(monkeypatch: pytest.MonkeyPatch
 def test_the_dashboard_asks_for_what_there_is() -> None:
     board = json.loads((Path(__file__).parents[1] / "cluster" / "grafana.json").read_text())
     asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
-    there = {key[0] for key in numbers(exposition([Meter("a").families(IDLE)]).decode())}
+    meter = Meter("a")
+    meter.beside(("teacher", "canary"), 0.9)
+    there = {key[0] for key in numbers(exposition([meter.families(IDLE)]).decode())}
     for expression in asked:
         assert set(re.findall(r"raydistil_\w+", expression)) <= there
     shown = {name for expression in asked for name in re.findall(r"raydistil_\w+", expression)}

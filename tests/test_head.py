@@ -45,7 +45,8 @@ def test_the_head_is_lost_and_the_same_command_goes_on_at_another(
     config = load_config(path, [])
 
     def started(cluster: Cluster) -> "subprocess.Popen[str]":
-        environment = dict(os.environ) | {"RAY_ADDRESS": Nodes(cluster, ("any",), 4).address}
+        given = {"RAY_ADDRESS": Nodes(cluster, ("any",), 4).address, "RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
+        environment = dict(os.environ) | given
         command = [sys.executable, "-m", "raydistil", "distill", str(path)]
         return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
