@@ -15,7 +15,7 @@ from raydistil.cluster import check_before_start
 from raydistil.compared import check_losses
 from raydistil.config import Config
 from raydistil.corpus import Corpus, open_corpus
-from raydistil.errors import ConfigError, DataError, ModelError
+from raydistil.errors import ConfigError, DataError, ModelError, StorageError
 from raydistil.models import load_tokenizer, outline, quiet_transformers, resolve, shape_of
 from raydistil.plan import Need, need_of
 from raydistil.prune import pruned_teacher
@@ -71,12 +71,29 @@ def reopened(config: Config, say: Say) -> Prepared:
     every package that is installed is a part. Where that store is not in the cache, or the student has words of its
     own, it is prepared anew.
     """
-    kept = rundir.data_of(config.run_dir)
-    path = cache_dir() / "tokens" / kept if kept else None
-    if path is None or not path.is_dir() or config.student.vocabulary == "corpus":
+    path = _store_of(config)
+    if path is None or config.student.vocabulary == "corpus":
         return prepare(config, say)
     quiet_transformers()
     return Prepared(config, rundir.claim(config, path.name), TokenStore(path), say)
+
+
+def looked_at(config: Config, say: Say) -> Prepared:
+    """A run that is there, to read from: others may be at work in it. Raises StorageError without its token store."""
+    path = _store_of(config)
+    if path is None:
+        raise StorageError(
+            f"expected the token store that {config.run_dir} was made from in {cache_dir()}, found none: run "
+            f"raydistil evaluate with its configuration, which makes it again"
+        )
+    quiet_transformers()
+    return Prepared(config, config.run_dir, TokenStore(path), say)
+
+
+def _store_of(config: Config) -> Path | None:
+    kept = rundir.data_of(config.run_dir)
+    path = cache_dir() / "tokens" / kept if kept else None
+    return path if path is not None and path.is_dir() else None
 
 
 def _in_words_of(config: Config, store: TokenStore, say: Say) -> Config:

@@ -41,14 +41,6 @@ def pytest_configure() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files are dealt to the workers, but one of them has all that is about the one run that was finished."""
-    for item in items:
-        shared = "finished" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("finished" if shared else item.path.name))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ["RAYDISTIL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
@@ -83,7 +75,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A local cluster for every test that needs one."""
+    """A local cluster for every test that needs one; of each of the processes that run tests."""
     import ray
 
     os.environ.update(ENVIRONMENT)

@@ -124,6 +124,13 @@ def test_where_the_canary_does_not_answer_the_student_does(own: ServedModel, ill
     assert counts(own)["beside_total", "canary", "failed"] == 1
 
 
+def test_what_the_student_refuses_too_says_nothing_of_the_canary(own: ServedModel) -> None:
+    to = answering(own, canary(own), canary=broken)
+    with pytest.raises(ApiError, match="expected at most 32 tokens"):
+        ask(to, ClassifyRequest(inputs=["ba " * 100], truncate="error"))
+    assert to.tried == Tried()
+
+
 def test_a_canary_that_has_to_go_is_asked_no_more(own: ServedModel) -> None:
     board, to = Board(), answering(own, canary(own), canary=broken)
     for _ in range(3):
@@ -172,7 +179,7 @@ def test_what_is_too_much_to_compare_is_left_out(own: ServedModel) -> None:
 
 
 def cascade(threshold: float) -> Cascade:
-    return Cascade(threshold, 2.0, 0.5, 0.9)
+    return Cascade(threshold, 2.0, 0.5, 0.9, 0.85)
 
 
 def test_what_the_student_is_not_sure_of_is_the_teachers(own: ServedModel, other: ServedModel) -> None:

@@ -238,16 +238,16 @@ def test_rows_to_check_on_are_those_that_nobody_learned_from(
     config = config_for(tmp_path, able_classifier, corpus_file, finetune=None, evaluate=None, corpus=corpus)
     run = pipeline.prepare(config, quiet)
     if split is not None:
-        assert exporting._spec(run).split == split
+        assert exporting.held_out(run).split == split
     else:
         with pytest.raises(ExportError, match="expected validation rows to check what is exported on, got none"):
-            exporting._spec(run)
+            exporting.held_out(run)
 
 
 @pytest.mark.slow
 def test_rows_are_real_ones_without_their_padding(exported: dict[str, Any], run_dir: Path) -> None:
     run = pipeline.prepare(exporting.run_config(run_dir), quiet)
-    rows = real_rows(exporting._spec(run), 7)
+    rows = real_rows(exporting.held_out(run), 7)
     assert len(rows) == 7 and all(row.input_ids_BL.shape == (1, row.lengths_B[0]) for row in rows)
     ids_BL, mask_BL, *_ = padded(rows)
     assert ids_BL.shape == mask_BL.shape == (7, max(row.lengths_B[0] for row in rows))

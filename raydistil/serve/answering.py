@@ -25,7 +25,9 @@ from raydistil.serve.served import Beside, Cascade, Name
 LOG = logging.getLogger(__name__)  # never of a text
 MOST_LATER = 64  # comparisons under way, of one replica; what is over is not compared
 COMPARED_S = 30.0  # that an answer may take for which nobody waits
-CANARYS = 0.5  # of the time that a request has: the rest is for the student, where the canary does not answer
+SILENT_S = 10.0  # between lines of the log
+# Of the time that a request has; the rest is for the student, or for the way back.
+CANARYS, TEACHERS = 0.5, 0.9
 
 Answer = tuple[Reply, Timing]
 Ask = Callable[[Asked, float], Awaitable[Answer]]
@@ -39,34 +41,39 @@ class Answering:
     ) -> None:  # fmt: skip
         self._model, self._beside, self._asks, self._draw = model, beside, asks, draw
         self._later = set[asyncio.Task[None]]()
+        self._silent_until = 0.0
         self.tried = Tried()
         self.stopped: str | None = None  # why the canary is not asked any more
         model.meter.beside(beside.sources(), beside.cascade.accuracy if beside.cascade else None)
 
     async def answer(self, request: Asked, within_s: float) -> Answer:
         """Raises ApiError as the student's model does."""
-        until, canary, cascade = _now() + within_s, self._beside.canary, self._beside.cascade
+        until, canary = _now() + within_s, self._beside.canary
         if canary is not None and self.stopped is None and self._draw() < canary.share:
-            answered = await self._by_canary(request, within_s * CANARYS)
-            if answered is not None:
-                return answered
-        if cascade is not None and isinstance(request, ClassifyRequest):
-            answered = await self._cascaded(cascade, request, until)
-        else:
-            answered = await self._model.reply(request, until - _now())
+            return await self._by_canary(request, until, within_s * CANARYS)
+        answered = await self._own(request, until)
         if self._draw() < self._beside.shadow:
             self._compare(self._shadowed(request, answered[0]), "teacher")
         return answered
 
+    async def _own(self, request: Asked, until: float) -> Answer:
+        """The student's, with its cascade."""
+        cascade = self._beside.cascade
+        if cascade is not None and isinstance(request, ClassifyRequest):
+            return await self._cascaded(cascade, request, until)
+        return await self._model.reply(request, until - _now())
+
     # ---- canary
 
-    async def _by_canary(self, request: Asked, within_s: float) -> Answer | None:
-        """None where it does not answer."""
+    async def _by_canary(self, request: Asked, until: float, within_s: float) -> Answer:
+        """Or the student's; what neither can answer says nothing of the canary."""
         answered = await self._ask("canary", request, within_s)
-        failed = answered is None
-        self.tried += Tried(asked=1, failed=failed)
-        if answered is not None:
-            self._compare(self._tried(request, answered[0]), "canary")
+        if answered is None:
+            own = await self._own(request, until)
+            self.tried += Tried(asked=1, failed=1)
+            return own
+        self.tried += Tried(asked=1)
+        self._compare(self._tried(request, answered[0]), "canary")
         return answered
 
     async def _tried(self, request: Asked, reply: Reply) -> None:
@@ -99,17 +106,17 @@ class Answering:
         if not doubtful:
             return []
         asked = raw.model_copy(update={"inputs": [raw.inputs[n] for n in doubtful]})
-        answered = await self._ask("teacher", asked, until - _now())
+        answered = await self._ask("teacher", asked, TEACHERS * (until - _now()))
         return answered[0].results if answered is not None and isinstance(answered[0], ClassifyReply) else []
 
     # ---- all of them
 
     async def _ask(self, name: Name, request: Asked, within_s: float) -> Answer | None:
-        """None, and a line in the log, where it does not answer in time, or cannot."""
+        """None where it does not answer in time, or cannot."""
         try:
             answered = await asyncio.wait_for(_awaited(self._asks[name](request, within_s)), within_s)
         except Exception as error:
-            LOG.warning("the %s did not answer: %s", name, str(error).strip().rpartition("\n")[2] or repr(error))
+            self._tell(name, error)
             answered = None
         self._model.meter.asked(name, "failed" if answered is None else "answered")
         return answered
@@ -125,9 +132,22 @@ class Answering:
             work.close()
             self._model.meter.asked(name, "skipped")
             return
-        task = asyncio.create_task(_logged(work, name))
+        task = asyncio.create_task(self._unheard(work, name))
         self._later.add(task)
         task.add_done_callback(self._later.discard)
+
+    async def _unheard(self, work: Coroutine[Any, Any, None], name: Name) -> None:
+        try:
+            await work
+        except Exception as error:
+            self._tell(name, error)
+            self._model.meter.asked(name, "skipped")
+
+    def _tell(self, name: Name, error: Exception) -> None:
+        """The log, now and then: how often it happens the metrics say."""
+        if _now() >= self._silent_until:
+            self._silent_until = _now() + SILENT_S
+            LOG.warning("no answer of the %s: %s", name, str(error).strip().rpartition("\n")[2] or repr(error))
 
 
 def confidence(raw: Classified, temperature: float) -> float:
@@ -138,13 +158,6 @@ def confidence(raw: Classified, temperature: float) -> float:
 
 async def _awaited(asked: Awaitable[Answer]) -> Answer:
     return await asked
-
-
-async def _logged(work: Coroutine[Any, Any, None], name: Name) -> None:
-    try:
-        await work
-    except Exception as error:
-        LOG.warning("not compared with the %s: %r", name, error)
 
 
 def _now() -> float:

@@ -16,7 +16,7 @@ from raydistil.errors import PlanError
 from raydistil.evaluate import class_logits
 from raydistil.export import held_out, run_config
 from raydistil.models import HeadedEncoder, load_model
-from raydistil.prepare import reopened
+from raydistil.prepare import looked_at
 from raydistil.serve.offer import teacher_of
 from raydistil.serve.served import Cascade, Wishes
 from raydistil.serve.source import directory_of
@@ -43,7 +43,7 @@ def cascade_of(run_dir: Path, teacher: Path, accuracy: float, say: Callable[[str
     config = run_config(run_dir)
     if config.task != "classification":
         raise PlanError(f"expected a student of classification for a cascade, {run_dir} is of {config.task}")
-    spec = held_out(reopened(config, say))
+    spec = held_out(looked_at(config, say))
     paths = directory_of(run_dir), teacher
     truth_N, student_NC, teacher_NC = _said(paths, spec)
     cascade = chosen(truth_N, student_NC, teacher_NC, accuracy)
@@ -78,7 +78,7 @@ def chosen(truth_N: NDArray[np.int64], student_NC: Floats, teacher_NC: Floats, a
         )
     first = int(reached[0])
     threshold = float(min(bounds[first], 2.0))  # no confidence is as high: all are the teacher's
-    return Cascade(threshold, temperature, first / len(truth_N), float(shares[first]))
+    return Cascade(threshold, temperature, first / len(truth_N), float(shares[first]), accuracy)
 
 
 def calibrated(truth_N: NDArray[np.int64], logits_NC: Floats) -> float:

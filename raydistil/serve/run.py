@@ -26,7 +26,7 @@ from raydistil.serve.ingress import speak_for_nobody, tuned
 from raydistil.serve.offer import offered
 from raydistil.serve.ports import free_port, url_of
 from raydistil.serve.schema import ROUTES, Source
-from raydistil.serve.served import Served, Wishes
+from raydistil.serve.served import Beside, Served, Wishes
 from raydistil.serve.source import WEIGHTS, directory_of, find
 from raydistil.types import Task
 
@@ -243,15 +243,26 @@ def _swapped(run_dir: Path, served: Served, say: Callable[[str], None]) -> Serve
         fresh = replace(find(run_dir), backend=source.backend, keys=source.keys)
         if fresh == source:
             return served
+        say(f"{source.name} was exported anew: loading {fresh.version[:12]}")
+        wanted = replace(served, source=fresh, beside=_with_cascade_of(run_dir, served.beside, say))
     except RaydistilError as error:
         say(f"error: {error}; the one that was served before still is")
         return served
-    say(f"{source.name} was exported anew: loading {fresh.version[:12]}")
     try:
-        _deploy(replace(served, source=fresh))
+        _deploy(wanted)
     except ModelError as error:
         _deploy(served)  # its replicas are there: Serve takes them for what is wanted again
         say(f"error: {error}; the one that was served before still is")
         return served
     say(f"serving {source.name} {fresh.version[:12]} in place of {source.version[:12]}")
-    return replace(served, source=fresh)
+    return wanted
+
+
+def _with_cascade_of(run_dir: Path, beside: Beside, say: Callable[[str], None]) -> Beside:
+    """The cascade, where there is one, of the student that is there now: it is as sure as it is."""
+    if beside.cascade is None or beside.teacher is None:
+        return beside
+    from raydistil.serve.cascade import cascade_of
+
+    teacher = Path(beside.teacher.directory)
+    return replace(beside, cascade=cascade_of(run_dir, teacher, beside.cascade.wanted, say))

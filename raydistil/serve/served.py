@@ -24,6 +24,7 @@ class Cascade:
     temperature: float  # what the student's logits are divided by (Guo et al. 2017, arXiv:1706.04599)
     share: float  # of the validation rows that are the teacher's then
     accuracy: float  # on these rows
+    wanted: float  # accuracy, at least
 
 
 @dataclass(frozen=True, slots=True)
