@@ -77,9 +77,9 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def scratch_directory() -> Iterator[Path]:
-    """One that is gone when the block ends."""
-    path = _beside(Path(tempfile.gettempdir(), "raydistil"), "new")
+def scratch_directory(beside: Path | None = None) -> Iterator[Path]:
+    """One that is gone when the block ends; by the side of another, or where temporary ones are."""
+    path = _beside(beside or Path(tempfile.gettempdir(), "raydistil"), "new")
     remove_leftovers(path.parent)
     path.mkdir()
     try:

@@ -83,13 +83,19 @@ def marked(pid: int) -> list[psutil.Process]:
     return found
 
 
+def title(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return "".join(process.cmdline()).strip()
+    return ""  # it has just ended
+
+
 @pytest.mark.alone
 def test_what_a_killed_driver_leaves_behind_ends_with_the_next_start(config: Path) -> None:
     with driver(config) as first:
         patiently(lambda: any(record.step > 60 for record in records(config)), first)
         first.send_signal(signal.SIGKILL)
         first.wait()
-        titles = {"".join(process.cmdline()).strip() for process in marked(first.pid)}
+        titles = {title(process) for process in marked(first.pid)}
     assert "ray::DashboardAgent" in titles  # one that would outlive the others
     with driver(config) as second:
         assert second.wait(PATIENCE_S) == 0, said(config)

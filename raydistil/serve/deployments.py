@@ -34,6 +34,7 @@ class Replica:
 
         self._name = serve.get_replica_context().replica_id.unique_id
         self._stats, self._board = Stats(), board()
+        source = replace(source, directory=source.kept or source.directory)
         self._model = load(source, 1, self._name, choose_apart)  # one thread: a replica is one CPU to Ray
         threading.Thread(target=self._end_with_model, daemon=True).start()
 

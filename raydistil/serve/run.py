@@ -6,11 +6,12 @@ Only the replicas load the model.
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
@@ -19,7 +20,7 @@ import yaml
 
 from raydistil.cluster import address_of, connected
 from raydistil.config.cluster import ClusterConfig
-from raydistil.errors import ModelError, PlanError, RaydistilError
+from raydistil.errors import ModelError, PlanError, RaydistilError, StorageError
 from raydistil.raylet import kept_in
 from raydistil.serve.deployments import APP, BOARD, DEPLOYMENT, application, board, built
 from raydistil.serve.ingress import speak_for_nobody, tuned
@@ -27,7 +28,8 @@ from raydistil.serve.offer import offered
 from raydistil.serve.ports import free_port, url_of
 from raydistil.serve.schema import ROUTES, Source
 from raydistil.serve.served import Beside, Served, Wishes
-from raydistil.serve.source import WEIGHTS, directory_of, find
+from raydistil.serve.source import WEIGHTS, directory_of, find, version_of
+from raydistil.storage import scratch_directory
 from raydistil.types import Task
 
 OBJECT_STORE_BYTES = 256 << 20  # of a local cluster; requests and replies are small
@@ -42,22 +44,23 @@ def serve_forever(wishes: Wishes, host: str, port: int, say: Callable[[str], Non
     Raises StorageError for a missing or broken model and RaydistilError for a port that cannot be had, both before
     Ray starts; PlanError for a cluster that cannot hold the replicas; ModelError where a replica cannot load its model.
     """
-    served = offered(wishes)
-    source, run_dir = served.source, Path(wishes.run_dir)
+    wanted = offered(wishes)
+    run_dir = Path(wishes.run_dir)
     cluster = ClusterConfig(object_store_bytes=OBJECT_STORE_BYTES)
     if port == 0 or address_of(cluster) is None:
         port = free_port(host, port)
     # SystemExit: what Ray's own handler makes of a SIGTERM that comes before ours is in place.
     ingress = tuned() if address_of(cluster) is None else nullcontext()
-    with suppress(KeyboardInterrupt, SystemExit), ingress, connected(cluster):
+    with suppress(KeyboardInterrupt, SystemExit), ExitStack() as copies, ingress, connected(cluster):
         _stop_on_signals()
+        served, source = _kept(wanted, copies), wanted.source
         check_cluster(served.replicas.most + len(served.beside.sources()))
         with serve_ended(), serving(served, host, port):
             url = url_of(host, port)
             say(f"serving {source.name} at {url} (try: {example(source, url)})")
-            _watch(run_dir, served, say)
+            _watch(run_dir, served, copies, say)
             say("stopping: requests under way are answered first")
-    say(f"stopped serving {source.name}")
+    say(f"stopped serving {wanted.source.name}")
 
 
 # ---- before Ray starts
@@ -201,7 +204,23 @@ def _stop(_: int, __: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _watch(run_dir: Path, served: Served, say: Callable[[str], None]) -> None:
+def _kept(served: Served, copies: ExitStack) -> Served:
+    """With a copy of the student, as it is now, for replicas that start when there is another one in its place.
+
+    Where there cannot be one, it is read where it is. Raises StorageError where it has changed meanwhile.
+    """
+    directory = Path(served.source.directory)
+    try:
+        copy = copies.enter_context(scratch_directory(directory)) / directory.name
+        shutil.copytree(directory, copy)
+    except OSError:  # nothing can be written there, or it is going just now
+        return served
+    if version_of(copy) != served.source.version:
+        raise StorageError(f"expected {directory} to stay as it is while it is read, it changed: start again")
+    return replace(served, source=replace(served.source, kept=str(copy)))
+
+
+def _watch(run_dir: Path, served: Served, copies: ExitStack, say: Callable[[str], None]) -> None:
     """Until the user stops it. A student that is exported anew takes over from the one that is served, which answers
     what it was asked first; one that cannot be served is told of, and the served one stays. A canary that has to go
     gives its replicas back.
@@ -210,10 +229,18 @@ def _watch(run_dir: Path, served: Served, say: Callable[[str], None]) -> None:
     with suppress(KeyboardInterrupt):
         while True:
             time.sleep(LOOK_S)
+            _touch(served.source.kept)
             served = _without_bad_canary(served, say)
             if (now := _stamp(run_dir)) not in (before, None):
                 before = now
-                served = _swapped(run_dir, served, say)
+                served = _swapped(run_dir, served, copies, say)
+
+
+def _touch(copy: str | None) -> None:
+    """Another machine's raydistil removes what nobody has touched for a day."""
+    if copy is not None:
+        with suppress(OSError):
+            os.utime(Path(copy).parent)
 
 
 def _without_bad_canary(served: Served, say: Callable[[str], None]) -> Served:
@@ -236,26 +263,33 @@ def _stamp(run_dir: Path) -> tuple[int, int] | None:
     return None
 
 
-def _swapped(run_dir: Path, served: Served, say: Callable[[str], None]) -> Served:
+def _swapped(run_dir: Path, served: Served, copies: ExitStack, say: Callable[[str], None]) -> Served:
     """What is served now."""
     source = served.source
     try:
         fresh = replace(find(run_dir), backend=source.backend, keys=source.keys)
-        if fresh == source:
+        if fresh == replace(source, kept=None):
             return served
         say(f"{source.name} was exported anew: loading {fresh.version[:12]}")
-        wanted = replace(served, source=fresh, beside=_with_cascade_of(run_dir, served.beside, say))
+        beside = _with_cascade_of(run_dir, served.beside, say)
+        wanted = _kept(replace(served, source=fresh, beside=beside), copies)
+        _deploy_or_back(wanted, served)
     except RaydistilError as error:
         say(f"error: {error}; the one that was served before still is")
         return served
+    say(f"serving {source.name} {fresh.version[:12]} in place of {source.version[:12]}")
+    if source.kept is not None:
+        shutil.rmtree(source.kept, ignore_errors=True)
+    return wanted
+
+
+def _deploy_or_back(wanted: Served, before: Served) -> None:
+    """Raises ModelError where it does not load; what was served before is then what Serve is told to serve."""
     try:
         _deploy(wanted)
-    except ModelError as error:
-        _deploy(served)  # its replicas are there: Serve takes them for what is wanted again
-        say(f"error: {error}; the one that was served before still is")
-        return served
-    say(f"serving {source.name} {fresh.version[:12]} in place of {source.version[:12]}")
-    return wanted
+    except ModelError:
+        _deploy(before)  # else no replica of it would be started any more
+        raise
 
 
 def _with_cascade_of(run_dir: Path, beside: Beside, say: Callable[[str], None]) -> Beside:

@@ -45,6 +45,7 @@ class Source:
     mask_token: str | None  # None: not a masked-LM, or not written down
     report: dict[str, Any] | None  # measured by `raydistil evaluate`; None: nothing was
     version: str  # SHA-256 of its configuration, tokenizer and weights
+    kept: str | None = None  # a copy of the directory, which replicas load: something else may be exported there
     backend: Wish = "auto"
     keys: tuple[tuple[str, str, float | None], ...] = ()  # name, hash and requests a second of each; none: anybody
 

@@ -35,11 +35,11 @@ def find(run_dir: Path) -> Source:
     task = _task(directory, config)
     mask_token = _mask_token(directory) if task == "mlm" else None
     return Source(
-        run_dir.resolve().name, str(directory.resolve()), task, mask_token, report or None, _version(directory)
+        run_dir.resolve().name, str(directory.resolve()), task, mask_token, report or None, version_of(directory)
     )  # fmt: skip
 
 
-def _version(directory: Path) -> str:
+def version_of(directory: Path) -> str:
     """SHA-256 over those of what makes it say what it says: its configuration, tokenizer and weights."""
     whole = hashlib.sha256()
     for name in ("config.json", TOKENIZER, WEIGHTS):
