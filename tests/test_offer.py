@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,13 @@ from pydantic import TypeAdapter
 from ray.serve.schema import ServeDeploySchema
 
 from raydistil.errors import PlanError, StorageError
+from raydistil.serve import run as running
 from raydistil.serve.canary import Limits
 from raydistil.serve.keys import add_key
 from raydistil.serve.offer import offered, teacher_of
-from raydistil.serve.run import config_file
+from raydistil.serve.run import _kept, config_file
 from raydistil.serve.served import Cascade, Replicas, Wishes
+from raydistil.serve.source import version_of
 
 CASCADE = Cascade(0.5, 1.5, 0.1, 0.9, 0.88)
 
@@ -102,3 +106,30 @@ def test_a_file_for_what_is_not_there_is_not_written(run: Path) -> None:
 def _plain(wishes: Wishes) -> dict[str, object]:
     found: dict[str, object] = TypeAdapter(Wishes).dump_python(wishes)
     return found
+
+
+def test_what_is_served_is_kept_whatever_is_exported_there(run: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(run, tmp_path / "run"))
+    with ExitStack() as copies:
+        served = _kept(offered(Wishes(str(own))), copies)
+        kept = Path(served.source.kept or "")
+        shutil.rmtree(own / "student")
+        assert version_of(kept) == served.source.version and kept.parent.parent == own
+    assert not kept.exists() and list(own.iterdir()) == [own / "teacher"]
+
+
+def test_where_no_copy_can_be_the_student_is_read_where_it_is(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(beside: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(running, "scratch_directory", nowhere)
+    served = offered(Wishes(str(run)))
+    with ExitStack() as copies:
+        assert _kept(served, copies) == served
+
+
+def test_a_student_that_changes_while_it_is_copied_is_not_served(run: Path) -> None:
+    served = offered(Wishes(str(run)))
+    other = replace(served, source=replace(served.source, version="0" * 64))
+    with ExitStack() as copies, pytest.raises(StorageError, match="it changed: start again"):
+        _kept(other, copies)
