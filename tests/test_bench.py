@@ -65,7 +65,7 @@ def test_scale_on_nodes_of_its_own(tmp_path: Path) -> None:
 
 
 @emulated
-@pytest.mark.slow
+@pytest.mark.alone
 def test_the_stream_beside_its_loops(tmp_path: Path) -> None:
     """The structure of it: one teacher, no data through the driver, little in the store, like numbers of rows."""
     asked = ["--rounds=1", "--texts=320", "--steps=1", "--warm-up=4", "--output", str(tmp_path), "--json"]
