@@ -199,6 +199,8 @@ def serve(
 
     if least > replicas:
         raise click.UsageError(f"--least: expected at most the {replicas} of --replicas, got {least}")
+    if teacher is not None and not shadow and cascade is None:
+        raise click.UsageError("--teacher: expected something for it to do: add --shadow SHARE or --cascade ACCURACY")
     limits, count = Limits(most_errors, most_disagreement), Replicas(least, replicas, calm)
     wishes = Wishes(str(run_dir), count, backend, keys, teacher, shadow, None, canary, canary_share, limits)
     if cascade is not None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as some
 from numpy.typing import NDArray
 
 from raydistil.errors import PlanError
-from raydistil.serve.cascade import calibrated, chosen, confidences
+from raydistil.serve.cascade import calibrated, chosen, confidences, in_order
 
 Floats = NDArray[np.float32]
 
@@ -36,6 +36,12 @@ def test_the_fewest_texts_that_give_the_accuracy_are_the_teachers() -> None:
 def test_what_no_cascade_reaches_is_refused_with_what_one_does() -> None:
     with pytest.raises(PlanError, match=r"got 0.99: the most is 0.8750, with 25.0% of the texts for the teacher"):
         chosen(TRUTH, STUDENT, TEACHER, 0.99)
+
+
+def test_a_model_may_have_its_labels_in_another_order() -> None:
+    assert in_order(["b", "c", "a"], ["a", "b", "c"]) == [2, 0, 1]
+    with pytest.raises(PlanError, match=r"expected a model of the labels \['a', 'b'\] for a cascade, got \['a', 'c'\]"):
+        in_order(["c", "a"], ["a", "b"])
 
 
 def test_all_may_be_the_teachers() -> None:

@@ -83,6 +83,12 @@ def test_one_that_answers_something_else_is_refused(run: Path, tmp_path: Path) -
         offered(Wishes(str(run), canary=str(tmp_path / "nowhere")))
 
 
+def test_a_cascade_is_for_classes(tmp_path: Path) -> None:
+    tiny.write_model(tmp_path / "mlm", "mlm")
+    with pytest.raises(PlanError, match="expected a student of classification for a cascade"):
+        offered(Wishes(str(tmp_path / "mlm"), cascade=CASCADE, teacher=str(tmp_path / "mlm")))
+
+
 def test_the_file_for_serve_says_all_of_it(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = tmp_path / "keys.txt"
     add_key(keys, "ada", 5.0)
@@ -111,7 +117,7 @@ def _plain(wishes: Wishes) -> dict[str, object]:
 def test_what_is_served_is_kept_whatever_is_exported_there(run: Path, tmp_path: Path) -> None:
     own = Path(shutil.copytree(run, tmp_path / "run"))
     with ExitStack() as copies:
-        served = _kept(offered(Wishes(str(own))), copies)
+        served = _kept(offered(Wishes(str(own))), copies, pytest.fail)
         kept = Path(served.source.kept or "")
         shutil.rmtree(own / "student")
         assert version_of(kept) == served.source.version and kept.parent.parent == own
@@ -123,13 +129,15 @@ def test_where_no_copy_can_be_the_student_is_read_where_it_is(run: Path, monkeyp
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(running, "scratch_directory", nowhere)
-    served = offered(Wishes(str(run)))
+    served, said = offered(Wishes(str(run))), list[str]()
     with ExitStack() as copies:
-        assert _kept(served, copies) == served
+        assert _kept(served, copies, said.append) == served
+    assert len(said) == 1 and "Permission denied" in said[0]
 
 
 def test_a_student_that_changes_while_it_is_copied_is_not_served(run: Path) -> None:
     served = offered(Wishes(str(run)))
     other = replace(served, source=replace(served.source, version="0" * 64))
     with ExitStack() as copies, pytest.raises(StorageError, match="it changed: start again"):
-        _kept(other, copies)
+        _kept(other, copies, pytest.fail)
+    assert not list(run.glob(".student.*"))

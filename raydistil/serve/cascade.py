@@ -4,7 +4,7 @@ N rows, C classes. Confidence is the share that the student gives its best class
 temperature, found on the same rows (Guo et al. 2017, arXiv:1706.04599).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from raydistil.models import HeadedEncoder, load_model
 from raydistil.prepare import looked_at
 from raydistil.serve.offer import teacher_of
 from raydistil.serve.served import Cascade, Wishes
-from raydistil.serve.source import directory_of
+from raydistil.serve.source import directory_of, labels_of
 from raydistil.specs import EvaluateSpec
 from raydistil.tokens import TokenStore
 
@@ -121,7 +121,16 @@ def _said(paths: tuple[Path, Path], spec: EvaluateSpec) -> tuple[NDArray[np.int6
     torch.set_num_threads(spec.threads)
     said = []
     for path in paths:
+        columns = in_order(labels_of(path), spec.labels)
         model = HeadedEncoder(load_model(str(path), spec.task, spec.labels), spec.task, spec.precision)
-        said.append(class_logits([(model.frozen().to(device), 1.0)], spec, device))
-    (truth_N, student_NC), (_, teacher_NC) = said
+        truth_N, logits_NC = class_logits([(model.frozen().to(device), 1.0)], spec, device)
+        said.append(logits_NC[:, columns])
+    student_NC, teacher_NC = said
     return truth_N, student_NC, teacher_NC
+
+
+def in_order(own: Sequence[str], labels: Sequence[str]) -> list[int]:
+    """Where each of `labels` stands among a model's own. Raises PlanError where these are others."""
+    if sorted(own) != sorted(labels):
+        raise PlanError(f"expected a model of the labels {sorted(labels)} for a cascade, got {sorted(own)}")
+    return [own.index(label) for label in labels]

@@ -1,6 +1,5 @@
 """What the user asked for, found on disk and known to go together."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from raydistil.errors import PlanError, StorageError
 from raydistil.serve.keys import read_keys
 from raydistil.serve.schema import Source
 from raydistil.serve.served import Beside, Canary, Served, Wishes
-from raydistil.serve.source import find
+from raydistil.serve.source import find, labels_of
 from raydistil.types import has_classes
 
 
@@ -17,6 +16,8 @@ def offered(wishes: Wishes) -> Served:
     """Raises StorageError for a model that is missing or broken; PlanError for one that cannot stand in for another."""
     known = () if wishes.keys is None else tuple((key.name, key.hash, key.rate) for key in read_keys(Path(wishes.keys)))
     student = replace(find(Path(wishes.run_dir)), backend=wishes.backend, keys=known)
+    if wishes.cascade and student.task != "classification":
+        raise PlanError(f"expected a student of classification for a cascade, {wishes.run_dir} is of {student.task}")
     teacher = canary = None
     if wishes.shadow or wishes.cascade:
         path = teacher_of(Path(wishes.run_dir)) if wishes.teacher is None else Path(wishes.teacher)
@@ -46,12 +47,7 @@ def _companion(student: Source, path: Path, what: str) -> Source:
     found = find(path)
     if found.task != student.task:
         raise PlanError(f"expected a {what} for {student.task} like the student, {path} is one for {found.task}")
-    theirs, ours = _labels(found), _labels(student)
+    theirs, ours = (sorted(labels_of(Path(each.directory))) for each in (found, student))
     if has_classes(student.task) and theirs != ours:
         raise PlanError(f"expected a {what} with the student's labels {ours}, {path} has {theirs}")
     return found
-
-
-def _labels(source: Source) -> list[str]:
-    config = json.loads((Path(source.directory) / "config.json").read_text(encoding="utf8"))
-    return sorted(config.get("id2label", {}).values())

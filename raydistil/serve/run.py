@@ -53,7 +53,7 @@ def serve_forever(wishes: Wishes, host: str, port: int, say: Callable[[str], Non
     ingress = tuned() if address_of(cluster) is None else nullcontext()
     with suppress(KeyboardInterrupt, SystemExit), ExitStack() as copies, ingress, connected(cluster):
         _stop_on_signals()
-        served, source = _kept(wanted, copies), wanted.source
+        served, source = _kept(wanted, copies, say), wanted.source
         check_cluster(served.replicas.most + len(served.beside.sources()))
         with serve_ended(), serving(served, host, port):
             url = url_of(host, port)
@@ -204,19 +204,22 @@ def _stop(_: int, __: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _kept(served: Served, copies: ExitStack) -> Served:
+def _kept(served: Served, copies: ExitStack, say: Callable[[str], None]) -> Served:
     """With a copy of the student, as it is now, for replicas that start when there is another one in its place.
 
-    Where there cannot be one, it is read where it is. Raises StorageError where it has changed meanwhile.
+    Where there can be none, that is said, and it is read where it is. Raises StorageError where it changed meanwhile.
     """
     directory = Path(served.source.directory)
-    try:
-        copy = copies.enter_context(scratch_directory(directory)) / directory.name
-        shutil.copytree(directory, copy)
-    except OSError:  # nothing can be written there, or it is going just now
-        return served
-    if version_of(copy) != served.source.version:
-        raise StorageError(f"expected {directory} to stay as it is while it is read, it changed: start again")
+    with ExitStack() as copying:
+        try:
+            copy = copying.enter_context(scratch_directory(directory)) / directory.name
+            shutil.copytree(directory, copy)
+        except OSError as error:
+            say(f"no copy of {directory} can be kept: replicas that start later load what is there then ({error})")
+            return served
+        if version_of(copy) != served.source.version:
+            raise StorageError(f"expected {directory} to stay as it is while it is read, it changed: start again")
+        copies.push(copying.pop_all())
     return replace(served, source=replace(served.source, kept=str(copy)))
 
 
@@ -251,7 +254,10 @@ def _without_bad_canary(served: Served, say: Callable[[str], None]) -> Served:
     if canary is None or reason is None:
         return served
     say(f"canary {canary.source.directory} is rolled back: {reason}")
-    _deploy(served.without_canary())
+    try:
+        _deploy(served.without_canary())
+    except ModelError as error:
+        say(f"error: {error}; the canary is not asked any more, and keeps its replicas")
     return served.without_canary()
 
 
@@ -272,7 +278,7 @@ def _swapped(run_dir: Path, served: Served, copies: ExitStack, say: Callable[[st
             return served
         say(f"{source.name} was exported anew: loading {fresh.version[:12]}")
         beside = _with_cascade_of(run_dir, served.beside, say)
-        wanted = _kept(replace(served, source=fresh, beside=beside), copies)
+        wanted = _kept(replace(served, source=fresh, beside=beside), copies, say)
         _deploy_or_back(wanted, served)
     except RaydistilError as error:
         say(f"error: {error}; the one that was served before still is")

@@ -48,6 +48,12 @@ def version_of(directory: Path) -> str:
     return whole.hexdigest()
 
 
+def labels_of(directory: Path) -> list[str]:
+    """In the order of the model's outputs. Raises StorageError as `find` does."""
+    named: dict[str, str] = _json(directory, "config.json").get("id2label", {})
+    return [named[number] for number in sorted(named, key=int)]
+
+
 def directory_of(run_dir: Path) -> Path:
     student = run_dir / rundir.STUDENT
     return student if student.is_dir() else run_dir
