@@ -33,7 +33,7 @@ def write_splits(folder: Path) -> Path:
 
 
 @emulated
-@pytest.mark.slow
+@pytest.mark.long
 def test_losses_agree_and_the_chunked_pass_takes_a_third_of_the_memory(one_thread: None) -> None:
     result = bench_losses((384,), 2048, 30522, 1, 1, lambda line: None)
     exact, rough = result["rows"]
@@ -48,7 +48,7 @@ def test_every_row_is_a_configuration_of_its_own(tmp_path: Path) -> None:
     assert len(dict.fromkeys(ROWS)) == len(ROWS)
 
 
-@pytest.mark.alone
+@pytest.mark.long
 def test_scale_on_nodes_of_its_own(tmp_path: Path) -> None:
     """In a process of its own, since this one has a cluster: teachers on every node that is theirs, none elsewhere."""
     counts = [f"--teachers={count}" for count in (1, 3)]
@@ -65,7 +65,7 @@ def test_scale_on_nodes_of_its_own(tmp_path: Path) -> None:
 
 
 @emulated
-@pytest.mark.alone
+@pytest.mark.long
 def test_the_stream_beside_its_loops(tmp_path: Path) -> None:
     """The structure of it: one teacher, no data through the driver, little in the store, like numbers of rows."""
     asked = ["--rounds=1", "--texts=320", "--steps=1", "--warm-up=4", "--output", str(tmp_path), "--json"]
@@ -86,7 +86,7 @@ def test_data_without_a_split(tmp_path: Path) -> None:
         bench_fidelity(tmp_path, tmp_path, 1, True, lambda line: None)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_default_recipe_from_the_fine_tuning_to_the_table(ray_cluster: None, tmp_path: Path) -> None:
     data, said = write_splits(tmp_path), list[str]()
     result = bench_fidelity(data, tmp_path / "runs", 1, True, said.append)
@@ -99,7 +99,7 @@ def test_the_default_recipe_from_the_fine_tuning_to_the_table(ray_cluster: None,
     assert again == []
 
 
-@pytest.mark.alone
+@pytest.mark.long
 def test_serve_beside_others_and_a_peer(tmp_path: Path) -> None:
     """Every server says what it was asked; embeddings, so that another server of them can stand beside."""
     folder = student(tmp_path, "embedding")

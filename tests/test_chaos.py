@@ -19,7 +19,7 @@ def test_an_audit_that_would_see_nothing_is_found_out(monkeypatch: pytest.Monkey
     assert not audit_control(records, found, seed=3)
 
 
-@pytest.mark.alone
+@pytest.mark.long
 def test_teacher_student_node_and_driver_are_killed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "raydistil", "bench", "chaos", "--quick", "--json", f"--output={tmp_path}"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False)

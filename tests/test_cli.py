@@ -262,7 +262,7 @@ def _session_members(leader: int) -> list[int]:
     return members
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ctrl_c_stops_after_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path, tiny_teacher: str) -> None:
     config = write_config(tmp_path, tiny_teacher, write_jsonl(tmp_path / "items.jsonl", sentences(240)))
     asked = ("--json", "--set", "distill.general.epochs=0", "--set", "distill.epochs=15")

@@ -39,7 +39,7 @@ def preempt(nodes: Nodes, node: Any) -> None:
     subprocess.run([*command, *reason, f"--node-id={node.node_id}", "--deadline-remaining-seconds=60"], check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_second_worker_joins_and_is_preempted(tiny_teacher: str, corpus_file: Path, tmp_path: Path) -> None:
     config = write(tmp_path / "run.toml", {
         "output_dir": str(tmp_path), "task": "mlm", "corpus.source": str(corpus_file), "tokens.length": 16,

@@ -172,7 +172,7 @@ def test_ranges_are_found_on_training_rows_alone(run_dir: Path, monkeypatch: pyt
     monkeypatch.setattr(exporting, "to_int8_static", stop)
     with pytest.raises(ExportError, match="far enough"):
         pipeline.export_run(run_dir, ("int8-static",), True, quiet)
-    spec = exporting._spec(pipeline.prepare(exporting.run_config(run_dir), quiet))
+    spec = exporting.held_out(pipeline.prepare(exporting.run_config(run_dir), quiet))
 
     def texts(split: Split) -> set[bytes]:
         return {row.input_ids_BL.tobytes() for row in real_rows(replace(spec, split=split), 10**6)}

@@ -127,7 +127,7 @@ def test_one_worker_ends_with_the_same_weights(
     assert all(torch.equal(weight, whole[name]) for name, weight in weights(config).items())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_object_store_that_somebody_else_fills(
     whole: dict[str, torch.Tensor], tiny_teacher: str, corpus_file: Path, tmp_path: Path
 ) -> None:
@@ -228,7 +228,7 @@ def test_what_a_worker_could_say_is_kept(
     assert "Traceback" in (config.run_dir / "distill-failures.txt").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_worker_that_hangs_is_taken_for_dead(
     ray_cluster: None, tiny_teacher: str, corpus_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

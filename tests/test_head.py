@@ -32,7 +32,7 @@ def lose_head(cluster: Cluster) -> None:
             os.kill(process.pid, signal.SIGKILL)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_head_is_lost_and_the_same_command_goes_on_at_another(
     tiny_teacher: str, corpus_file: Path, tmp_path: Path, bucket: str
 ) -> None:

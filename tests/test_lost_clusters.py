@@ -103,7 +103,7 @@ def test_what_a_killed_driver_leaves_behind_ends_with_the_next_start(config: Pat
     audited(load_config(config, []))
 
 
-@pytest.mark.alone
+@pytest.mark.long
 def test_a_run_whose_head_node_is_lost_ends_and_goes_on_with_another(config: Path) -> None:
     with larger_cluster() as cluster, driver(config, str(cluster.address)) as first:
         patiently(lambda: any(record.step > 60 for record in records(config)), first)
@@ -127,7 +127,7 @@ def workers() -> set[int]:
     return found
 
 
-@pytest.mark.alone
+@pytest.mark.long
 def test_what_is_killed_for_its_memory_is_started_again(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By Ray, which kills a worker before the machine's memory is full; here that is what it has in use and some more.
     Another process takes it."""

@@ -156,8 +156,9 @@ def speeds(artefacts: list[Artefact], spec: EvaluateSpec, threads: int, at_once:
     """Of all, by their names; batches of `at_once` texts."""
     rows = timed_rows(spec)
     with ExitStack() as stack:
-        spawn = multiprocessing.get_context("spawn")
-        pools = {each.name: stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn)) for each in artefacts}
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])  # imported once, not by each
+        pools = {each.name: stack.enter_context(ProcessPoolExecutor(1, mp_context=context)) for each in artefacts}
         for ready in [pools[each.name].submit(_prepare, each, spec, threads, rows) for each in artefacts]:
             ready.result()
         latencies = _interleaved(pools, _latencies)
