@@ -36,17 +36,18 @@ class Inputs(NamedTuple):
     ids_BL: Tensor
     mask_BL: Tensor
     positions_BL: Tensor | None = None  # of the documents of a causal LM's blocks
-    contexts_B: Tensor | None = None  # of questions: the first token of the context
+    contexts_B: Tensor | None = None  # of pairs and questions: the first token of the second text
 
     def types_BL(self) -> Tensor:
-        """int64: 1 from the context on (Devlin et al. 2019), padding excluded."""
-        assert self.contexts_B is not None
+        """int64: 1 from the second text on (Devlin et al. 2019), padding excluded; 0 where there is none."""
+        if self.contexts_B is None:
+            return torch.zeros_like(self.ids_BL)
         places_L = torch.arange(self.ids_BL.shape[1], device=self.ids_BL.device)
         return ((places_L[None] >= self.contexts_B[:, None]) & self.mask_BL).long()
 
 
 def has_types(model: PreTrainedModel) -> bool:
-    """Whether it tells a question's tokens from its context's by more than their place."""
+    """Whether it tells the tokens of two texts apart by more than their place."""
     known = "token_type_ids" in inspect.signature(model.forward).parameters
     return known and getattr(model.config, "type_vocab_size", 0) > 1
 

@@ -242,7 +242,7 @@ class HeadedEncoder(nn.Module):
         self.task = task
         self.dtype = DTYPES[precision]
         self.num_layers: int = model.config.num_hidden_layers
-        self._typed = task == "question_answering" and has_types(model)
+        self._typed = has_types(model)
 
     def frozen(self) -> "HeadedEncoder":
         """For use as it is, never to be trained: the matrices are kept in the dtype of their products, so that they are
@@ -290,7 +290,7 @@ class HeadedEncoder(nn.Module):
         if inputs.positions_BL is not None:
             mask = document_mask(inputs.positions_BL)
             return {"attention_mask": mask, "position_ids": inputs.positions_BL, "use_cache": False}
-        types = {"token_type_ids": inputs.types_BL()} if self._typed else {}
+        types = {"token_type_ids": inputs.types_BL()} if self._typed and inputs.contexts_B is not None else {}
         return {"attention_mask": inputs.mask_BL, **types}
 
     def vocabulary_logits(self, states_ND: Tensor) -> Tensor:

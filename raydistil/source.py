@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from ray.data import DataContext
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
@@ -79,7 +80,9 @@ class MicroBatches:
                 contexts_B=extra("context")[:, 0],
             )  # fmt: skip
         if self._spec.masking is None:
-            return self._varied(TokenBatch(index, ids, lengths, labels, None, len(rows), visits), bucket)
+            contexts = self._contexts(bucket, rows)
+            batch = TokenBatch(index, ids, lengths, labels, None, len(rows), visits, contexts_B=contexts)
+            return self._varied(batch, bucket)
         masked, token_labels = mask_tokens(
             ids, lengths, self._spec.masking, self._vocabulary, self._spec.manifest.seed,
             index if self._spec.variants is None else None, visits,
@@ -93,8 +96,17 @@ class MicroBatches:
         assert self._words is not None
         seed = self._spec.manifest.seed
         partners_B1 = uniforms(row_keys(seed, batch.visits_B), 1, _PARTNER) * self._spec.manifest.bucket_rows[bucket]
-        ids, lengths, _ = self._store.read(self._spec.split, bucket, partners_B1[:, 0].astype(np.int64))
-        return augment(batch, ids, lengths, self._spec.augment, self._words, seed)
+        rows = partners_B1[:, 0].astype(np.int64)
+        ids, lengths, _ = self._store.read(self._spec.split, bucket, rows)
+        partner = replace(batch, input_ids_BL=ids, lengths_B=lengths, contexts_B=self._contexts(bucket, rows))
+        return augment(batch, partner, self._spec.augment, self._words, seed)
+
+    def _contexts(self, bucket: int, rows: Ints) -> NDArray[np.int32] | None:
+        """Where the second texts of pairs begin."""
+        if not self._store.meta.pairs:
+            return None
+        starts: NDArray[np.int32] = self._store.extra(self._spec.split, bucket, rows, "context")[:, 0]
+        return starts
 
     def _empty(self, slot: Slot) -> TokenBatch:
         """A row that a cache has targets of, without weight."""

@@ -77,6 +77,7 @@ class TextRow:
     split: Split
     words: tuple[str, ...] = ()  # token classification: the text is these with spaces between
     tags: tuple[str, ...] | None = None  # the class of each word; None: not known
+    pair: str | None = None  # classification and regression: the second text of a pair
     context: str | None = None  # question answering: where the answer to the text stands
     answers: tuple[Answer, ...] | None = None  # none of them: there is no answer; None: not known
 
@@ -105,7 +106,7 @@ class TokenBatch:
     positions_BL: NDArray[np.int32] | None = None  # causal LM: place in its document, 0 starts one; see documents
     tags_BL: NDArray[np.int32] | None = None  # token classification
     spans_B2: NDArray[np.int32] | None = None  # question answering
-    contexts_B: NDArray[np.int32] | None = None  # question answering: the first token of the context
+    contexts_B: NDArray[np.int32] | None = None  # of pairs and questions: the first token of the second text
 
     @property
     def num_tokens(self) -> int:

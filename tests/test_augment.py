@@ -1,6 +1,7 @@
 """Variants of labelled texts: what stays, what changes, and that all of it is a function of (seed, visit)."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import chain, pairwise
 from typing import Any
 
@@ -31,8 +32,10 @@ def batch(lengths: list[int], width: int = 24, visit: int = 0) -> TokenBatch:
 
 def changed(given_batch: TokenBatch, config: AugmentConfig, seed: int) -> TokenBatch:
     """Each row's partner is the row after it."""
-    ids, lengths = (np.roll(column, -1, axis=0) for column in (given_batch.input_ids_BL, given_batch.lengths_B))
-    return augment(given_batch, ids, lengths, config, WORDS, seed)
+    names = ("input_ids_BL", "lengths_B", "contexts_B")
+    columns = {name: column for name in names if (column := getattr(given_batch, name)) is not None}
+    partner = replace(given_batch, **{name: np.roll(column, -1, axis=0) for name, column in columns.items()})
+    return augment(given_batch, partner, config, WORDS, seed)
 
 
 def bodies(made: TokenBatch) -> list[list[int]]:
@@ -143,5 +146,6 @@ def test_a_row_is_changed_alike_whoever_stands_beside_it() -> None:
     whole, rows = batch([20, 12, 9, 20], visit=40), slice(2, 3)
     ids, lengths, visits = whole.input_ids_BL[rows], whole.lengths_B[rows], whole.visits_B[rows]
     alone = TokenBatch(7, ids, lengths, np.zeros(1, np.int32), None, 1, visits)
-    made = augment(alone, whole.input_ids_BL[3:], whole.lengths_B[3:], config, WORDS, seed=5)
+    partner = replace(alone, input_ids_BL=whole.input_ids_BL[3:], lengths_B=whole.lengths_B[3:])
+    made = augment(alone, partner, config, WORDS, seed=5)
     assert np.array_equal(made.input_ids_BL, changed(whole, config, 5).input_ids_BL[rows])

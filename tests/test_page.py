@@ -1,5 +1,6 @@
 """The page at `/` in a real browser: it asks the model by itself and shows what it says."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -23,6 +24,20 @@ GIVEN: dict[Task, dict[str, str]] = {
     "question_answering": {"question": "ba", "context": TEXT}, "embedding": {"text": TEXT, "other": "ga"},
     "mlm": {"text": "ba [MASK] du"},
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_page_of_pairs_has_a_place_for_each_text(browser: str, tmp_path: Path, pairs: bool) -> None:
+    folder = student(tmp_path, "classification")
+    (folder / "raydistil.json").write_text(json.dumps({"pairs": pairs}))
+    with running(build_api(load(find(folder)))) as url:
+        command = [
+            browser, *test_browser.FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000",
+            "--dump-dom", f"{url}/?{urlencode({'text': TEXT, 'text_pair': 'ga'})}",
+        ]  # fmt: skip
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert ('id="text_pair"' in shown) == pairs
+    assert f"<td>{tiny.LABELS[0]}</td>" in shown and 'class="wrong"' not in shown
 
 
 @pytest.mark.parametrize("task", list(GIVEN))

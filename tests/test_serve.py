@@ -166,7 +166,7 @@ UNSUITABLE = [
     (b"{}", "missing_field", "inputs"),
     (b'{"inputs": null}', "wrong_type", "inputs"),
     (b'{"inputs": 5}', "wrong_type", "inputs"),
-    (b'{"inputs": {"text": "ba"}}', "wrong_type", "inputs"),
+    (b'{"inputs": {"text": "ba"}}', "missing_field", "inputs[0].text_pair"),
     (b'{"inputs": ["ba", 5]}', "wrong_type", "inputs[1]"),
     (b'{"inputs": ["ba", ["ca"]]}', "wrong_type", "inputs[1]"),
     (b'{"inputs": []}', "empty_input", "inputs"),

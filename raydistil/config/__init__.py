@@ -44,6 +44,10 @@ class CorpusConfig(Section):
     label_column: str | None = None
     """Column that holds the class or the number, the list of the words' classes, or the answers as SQuAD has them;
     None: guessed, and the guess is printed."""
+    pair_column: str | None = None
+    """Tasks classification and regression: column of a second text that goes with the first (GLUE's pairs); None: none,
+    unless the columns have names by which pairs are known, and the guess is printed. Of `python-docs`: `rest`, what
+    follows a docstring's summary."""
     context_column: str | None = None
     """Task question_answering: column of the text that holds the answer; None: guessed, and the guess is printed."""
     hub_config: str | None = None

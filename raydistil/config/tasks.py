@@ -35,6 +35,8 @@ def _check_data(config: "Config") -> None:
         )
     if not takes_labels(task) and config.corpus.labelled_share < 1:
         raise ValueError(f"corpus.labelled_share is of labelled texts: leave it out for task {task}")
+    if config.corpus.pair_column is not None and not labels_texts(task):
+        raise ValueError(f"corpus.pair_column is of task classification or regression: leave it out for task {task}")
     without = ("regression", "token_classification", "question_answering")
     if task in without and config.corpus.max_rows_per_label is not None:
         raise ValueError(f"corpus.max_rows_per_label is of texts' classes: use corpus.max_rows for task {task}")

@@ -34,6 +34,7 @@ class Corpus:
     fingerprint: str
     notes: tuple[str, ...]
     left_out: Callable[[], tuple[str, ...]] = tuple  # what to say of bad rows, when all have been read once
+    pairs: bool = False  # whether each row has two texts
 
 
 def open_corpus(config: CorpusConfig, content: Content, needed: bool = True) -> Corpus:
@@ -71,6 +72,10 @@ def _open(config: CorpusConfig, content: Content, needed: bool) -> Corpus:
 
 
 def _open_python_docs(config: CorpusConfig, content: Content) -> Corpus:
+    if config.pair_column not in (None, docs_content.REST):
+        raise ConfigError(
+            f"corpus.pair_column: expected {docs_content.REST} of python-docs, got {config.pair_column!r}: name that"
+        )
     files = python_docs.list_files(config.libraries)
     sizes = [(file.module, file.path.stat().st_size) for file in files]
     shape = [python_docs.FORMAT, config.model_dump(mode="json"), sizes]
@@ -81,6 +86,8 @@ def _open_python_docs(config: CorpusConfig, content: Content) -> Corpus:
         rows = reading.rows
         _cache(path, reading)
     hashed = digest([(row.text, row.label, row.split) for row in rows])
+    if config.pair_column is not None:
+        return Corpus(lambda: docs_content.pairs(rows), digest([hashed, docs_content.FORMAT, "pairs"]), (), pairs=True)
     return Corpus(lambda: docs_content.of(content, rows), digest([hashed, docs_content.FORMAT, content]), ())
 
 
@@ -124,7 +131,7 @@ def _open_files(config: CorpusConfig, content: Content, needed: bool) -> Corpus:
             yield from to_rows(records, columns, config, None if split == "train" else split, bad)
 
     hashed = _hash_files(paths, [columns, config.model_dump(mode="json")])
-    return Corpus(rows, hashed, notes, left_out=lambda: last[0].notes())
+    return Corpus(rows, hashed, notes, left_out=lambda: last[0].notes(), pairs=columns.pair is not None)
 
 
 def _check_disjoint(paths: dict[Split, list[Path]]) -> None:
@@ -180,7 +187,7 @@ def _open_hub(config: CorpusConfig, content: Content, needed: bool) -> Corpus:
     last = [BadRows(config.max_bad_rows)]  # of the pass before
     fingerprints = {split: part._fingerprint for split, part in parts.items()}
     hashed = digest([fingerprints, columns, config.model_dump(mode="json")])
-    return Corpus(rows, hashed, notes + split_notes, left_out=lambda: last[0].notes())
+    return Corpus(rows, hashed, notes + split_notes, left_out=lambda: last[0].notes(), pairs=columns.pair is not None)
 
 
 def _load_hub(config: CorpusConfig) -> Any:

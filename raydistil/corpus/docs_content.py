@@ -1,8 +1,10 @@
-"""Words with classes and questions with answers, out of docstrings that describe parameters as numpydoc does.
+"""Pairs of texts out of docstrings; words with classes and questions with answers out of those that describe parameters
+as numpydoc does.
 
     axis : int, optional
         Axis along which ...
 
+Pairs: a docstring's summary with what follows it ("same"), and with what follows another one of its library ("other").
 Words: the name is a PARAM, what follows the colon its TYPE (B-, I-, O). Questions: what the type of a parameter is.
 Docstrings without such a section have no question, and words of no class.
 """
@@ -21,6 +23,8 @@ FIELD = re.compile(r"^(?P<name>\*{0,2}[A-Za-z_]\w*) ?: ?(?P<type>\S[^\n]*?)[ .]*
 WORD = re.compile(r"\w+|[^\w\s]")
 QUESTIONS = 2  # of a docstring, at most
 QUESTION = "What is the type of {name}?"
+REST = "rest"  # of a docstring, below its summary
+SHORTEST = 20  # characters of each text of a pair
 Span = tuple[int, int]
 Kind = tuple[Span, str] | None
 
@@ -32,6 +36,27 @@ def of(content: Content, rows: list[TextRow]) -> Iterator[TextRow]:
     if content == "answers":
         return (question for row in rows for question in questions(row))
     return iter(rows)
+
+
+def pairs(rows: list[TextRow]) -> Iterator[TextRow]:
+    """Two of each docstring that has both parts; the other of its library's in the same split goes by a hash."""
+    pools: dict[tuple[str | None, str], list[tuple[TextRow, str, str]]] = {}
+    for row in rows:
+        summary, _, rest = (part.strip() for part in row.text.partition("\n\n"))
+        if min(len(summary), len(rest)) >= SHORTEST:
+            pools.setdefault((row.label, row.split), []).append((row, summary, rest))
+    for pool in pools.values():
+        for place, (row, summary, rest) in enumerate(pool):
+            yield replace(row, text=summary, pair=rest, label="same")
+            other = pool[_other(row.source, place, len(pool))][2]
+            if other != rest:
+                yield replace(row, text=summary, pair=other, label="other")
+
+
+def _other(source: str, place: int, count: int) -> int:
+    """Some place of so many but this one, where there is another."""
+    drawn = int.from_bytes(blake2b(source.encode(), digest_size=8).digest())
+    return (place + 1 + drawn % max(1, count - 1)) % count
 
 
 def fields(text: str) -> list[tuple[Span, Span]]:

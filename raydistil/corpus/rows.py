@@ -1,7 +1,8 @@
 """Columns of a source, and typed rows out of its records.
 
-What a row is of depends on the content that is asked for: a text, alone or with a class or a number; words with the
-class of each (as CoNLL has them); a question, the context that holds its answer, and the answers (as SQuAD has them).
+What a row is of depends on the content that is asked for: a text or a pair of texts (as GLUE has them), alone or with
+a class or a number; words with the class of each (as CoNLL has them); a question, the context that holds its answer,
+and the answers (as SQuAD has them).
 """
 
 import math
@@ -20,6 +21,10 @@ TEXT_COLUMNS = ("text", "sentence", "content", "document", "review", "question")
 WORD_COLUMNS = ("tokens", "words")
 QUESTION_COLUMNS = ("question", "query", "text")
 CONTEXT_COLUMNS = ("context", "passage", "paragraph", "document")
+PAIRS = (  # of columns that are known to be a pair's
+    ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
+    ("text", "text_pair"),
+)  # fmt: skip
 LABEL_COLUMNS: dict[Content, tuple[str, ...]] = {
     "classes": ("label", "labels", "class", "category", "target"), "numbers": ("label", "labels", "score", "target"),
     "tags": ("ner_tags", "tags", "labels", "pos_tags", "chunk_tags"), "answers": ("answers", "answer"),
@@ -37,6 +42,7 @@ class Columns:
     content: Content = field(default="classes", repr=False)  # not in the fingerprint: token stores tell them apart
     absent: tuple[str, ...] = field(default=(), repr=False)  # that the first row lacks, so that no later one may have
     context: str | None = None
+    pair: str | None = None
     names: tuple[str, ...] = ()  # of tags that are numbers
 
 
@@ -45,14 +51,27 @@ def choose_columns(
 ) -> tuple[Columns, tuple[str, ...]]:
     """The configured columns, else guessed ones with a note for each guess. `needed`: there must be one of labels."""
     candidates = {"tags": WORD_COLUMNS, "answers": QUESTION_COLUMNS}.get(content, TEXT_COLUMNS)
-    text, text_note = _choose(config.text_column, candidates, first, where, "text")
+    pair = config.pair_column
+    guessed = _pair(config, first, content)
+    if guessed is not None:
+        text, pair = guessed
+        text_note: str | None = f"pairs guessed: {text!r} with {pair!r} (corpus.text_column names the only text)"
+    else:
+        text, text_note = _choose(config.text_column, candidates, first, where, "text")
     context, context_note = None, None
     if content == "answers":
         context, context_note = _choose(config.context_column, CONTEXT_COLUMNS, first, where, "context")
     label, label_note = _choose_label(config, first, where, content, needed)
     absent = LABEL_COLUMNS.get(content, ()) if label is None else ()
     notes = tuple(note for note in (text_note, context_note, label_note) if note)
-    return Columns(text, label, content=content, absent=absent, context=context), notes
+    return Columns(text, label, content=content, absent=absent, context=context, pair=pair), notes
+
+
+def _pair(config: CorpusConfig, first: dict[str, Any], content: Content) -> tuple[str, str] | None:
+    """Two columns by whose names pairs are known, where the configuration names none."""
+    if content not in ("classes", "numbers") or config.text_column is not None or config.pair_column is not None:
+        return None
+    return next((pair for pair in PAIRS if all(name in first for name in pair)), None)
 
 
 def _choose_label(
@@ -110,7 +129,10 @@ def _row(record: dict[str, Any], columns: Columns, where: str, split: Split) -> 
         return TextRow(" ".join(words), None, where, split, words, _tags(record, columns, where, len(words)))
     text = _text(given, columns.text, where)
     if columns.context is None:
-        return TextRow(text, _label(record, columns, where), where, split)
+        pair = None if columns.pair is None else _text(
+            _cell(record, columns.pair, where, "pair"), columns.pair, where
+        )  # fmt: skip
+        return TextRow(text, _label(record, columns, where), where, split, pair=pair)
     context = _text(_cell(record, columns.context, where, "context"), columns.context, where)
     answers = _answers(record, columns, where, context)
     return TextRow(text, None, where, split, context=context, answers=answers)

@@ -105,7 +105,7 @@ def export(
         used, cut = _cut(run, report, scratch, force) if vocabulary == "corpus" else (run, {})
         made = [_row(each) for each in _files(used, scratch, formats, force)] if set(formats) - {"hf"} else []
         before = {key: value for key, value in report.items() if key not in ("artefacts", "vocabulary")}
-        known = {**before, "artefacts": made, **cut}
+        known = {**before, "artefacts": made, "pairs": run.store.meta.pairs, **cut}
         card = model_card(facts_of(run_config(run.run_dir), run, known), name)
         (scratch / "README.md").write_text(card, encoding="utf8")
         rundir.write_json(scratch / "raydistil.json", published(known))
@@ -175,7 +175,8 @@ def _write(name: Format, folder: Path, spec: EvaluateSpec) -> None:
         to_torchao(folder, path.parent, spec.task, name)
     elif name == "onnx":
         path.parent.mkdir()
-        to_onnx(load_model(str(folder), spec.task, spec.labels), spec.task, path)
+        model, pairs = load_model(str(folder), spec.task, spec.labels), TokenStore(spec.store).meta.pairs
+        to_onnx(model, spec.task, path, pairs)
     elif name == "fp16":
         to_fp16(folder / ONNX, path)
     elif name == "int8":

@@ -183,17 +183,17 @@ def _what(facts: Facts) -> str:
     return (
         f"# {config.name}\n\nA student of {' and '.join(teachers)}, started from "
         f"{_start(config.student, facts.layers, before)} and distilled on `{_source(config)}` with raydistil. "
-        f"{_says(config.task, facts.data.labels)}\n"
+        f"{_says(config.task, facts.data.labels, facts.data.pairs)}\n"
     )
 
 
-def _says(task: Task, labels: tuple[str, ...]) -> str:
+def _says(task: Task, labels: tuple[str, ...], pairs: bool) -> str:
     if labels:
         more = f" and {len(labels) - MOST_CLASSES} more" if len(labels) > MOST_CLASSES else ""
-        of = "texts" if task == "classification" else "words"
+        of = "words" if task == "token_classification" else "pairs of texts" if pairs else "texts"
         return f"It tells {len(labels)} classes of {of} apart: {', '.join(labels[:MOST_CLASSES])}{more}."
     return {
-        "regression": "It gives a text a number.",
+        "regression": f"It gives a {'pair of texts' if pairs else 'text'} a number.",
         "mlm": "It fills in masked tokens.",
         "clm": "It goes on with a text.",
         "question_answering": "It finds the answer to a question in a text.",
@@ -213,7 +213,7 @@ def _start(config: StudentConfig, layers: tuple[int, ...], of: str) -> str:
 
 def _use(facts: Facts, name: str | None) -> str:
     """Lines that load it with transformers alone."""
-    lines = usage(facts.config.task, name or "path/to/this/directory", facts.pooling)
+    lines = usage(facts.config.task, name or "path/to/this/directory", facts.pooling, facts.data.pairs)
     return f"```python\n{lines}```\n"
 
 

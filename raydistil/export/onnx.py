@@ -24,7 +24,7 @@ from raydistil.types import Task, models_language
 
 OPSET = 18  # what onnxruntime-web knows whole
 INPUTS = ("input_ids", "attention_mask")  # int64 [B, L]
-TYPES = "token_type_ids"  # of questions with their contexts, where the model has a use for them
+TYPES = "token_type_ids"  # of two texts, where the model has a use for them
 OUTPUTS: dict[Task, tuple[str, ...]] = {  # float32; the others: logits [B, C], or [B, L, C] of tokens
     "question_answering": ("start_logits", "end_logits"),  # [B, L]
     "embedding": ("token_embeddings", "sentence_embedding"),  # [B, L, D], [B, D] of length 1
@@ -50,14 +50,17 @@ class _Headed(nn.Module):
         return tuple(getattr(out, name) for name in outputs_of(self._task))
 
 
-def to_onnx(model: PreTrainedModel, task: Task, path: Path) -> None:
-    """Write `model` to `path`, checked. Raises ExportError for one with an operation that ONNX does not have."""
+def to_onnx(model: PreTrainedModel, task: Task, path: Path, pairs: bool = False) -> None:
+    """Write `model` to `path`, checked; `pairs`: it was trained on pairs of texts.
+
+    Raises ExportError for one with an operation that ONNX does not have.
+    """
     onnx = needed("onnx")
     needed("onnxscript")
     model = model.eval()
     model.set_attn_implementation("eager")
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    names = (*INPUTS, TYPES) if task == "question_answering" and has_types(model) else INPUTS
+    names = (*INPUTS, TYPES) if (pairs or task == "question_answering") and has_types(model) else INPUTS
     shown = tuple(torch.ones(2, 8, dtype=torch.int64) for _ in names)  # the same one twice would be one input
     try:
         with quiet():

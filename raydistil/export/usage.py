@@ -8,6 +8,7 @@ PIPES: dict[Task, tuple[str, str]] = {  # (name of the pipeline, what it is give
     "mlm": ("fill-mask", 'f"A {model.tokenizer.mask_token}."'), "clm": ("text-generation", '"A text."'),
     "token_classification": ("token-classification", '"A text."'),
 }  # fmt: skip
+PAIR = '{"text": "A text.", "text_pair": "Another one."}'
 ANSWER = """import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
@@ -39,11 +40,12 @@ POOLED: dict[Pooling, str] = {
 }  # fmt: skip
 
 
-def usage(task: Task, name: str, pooling: Pooling) -> str:
-    """`name`: of a hub or a directory; `pooling`: of vectors."""
+def usage(task: Task, name: str, pooling: Pooling, pairs: bool) -> str:
+    """`name`: of a hub or a directory; `pooling`: of vectors; `pairs`: of texts are what it takes."""
     if task == "question_answering":
         return ANSWER.format(name=name)
     if task == "embedding":
         return VECTORS.format(name=name, pooled=POOLED[pooling])
     pipe, given = PIPES[task]
+    given = PAIR if pairs else given
     return f'from transformers import pipeline\n\nmodel = pipeline("{pipe}", "{name}")\nprint(model({given}))\n'

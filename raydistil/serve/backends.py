@@ -56,7 +56,7 @@ class Row:
     """One text."""
 
     ids: NDArray[np.int32]  # its tokens, special ones included
-    context: int | None = None  # question answering: the first token of the context
+    context: int | None = None  # of two texts: the first token of the second one
     places: NDArray[np.int64] | None = None  # masked LM: the tokens whose logits over the vocabulary are wanted
     best: int | None = None  # or of these no more than so many, see `Best`
 
@@ -169,9 +169,15 @@ def together(rows: list[Row]) -> Inputs:
     ids_BL = np.zeros((len(rows), int(lengths_B.max())), np.int64)
     for line, row in zip(ids_BL, rows, strict=True):
         line[: len(row.ids)] = row.ids
-    contexts = [row.context for row in rows if row.context is not None]
     mask_BL = torch.arange(ids_BL.shape[1])[None] < lengths_B[:, None]
-    return Inputs(torch.from_numpy(ids_BL), mask_BL, contexts_B=torch.tensor(contexts) if contexts else None)
+    return Inputs(torch.from_numpy(ids_BL), mask_BL, contexts_B=_contexts(rows))
+
+
+def _contexts(rows: list[Row]) -> Tensor | None:
+    """Of a single text among pairs the second one begins where it ends."""
+    if all(row.context is None for row in rows):
+        return None
+    return torch.tensor([len(row.ids) if row.context is None else row.context for row in rows])
 
 
 # ---- without padding

@@ -102,7 +102,8 @@ def _explain(error: dict[str, Any]) -> tuple[int, ErrorDetail]:
 
 
 def _param(path: tuple[str | int, ...]) -> str:
-    """`inputs[3]`; short and writable whatever the caller named a field."""
+    """`inputs[3]`, `inputs[3].text_pair`; short and writable whatever the caller named a field."""
     first, *rest = path
-    text = str(first) + "".join(f"[{part}]" for part in rest)
+    parts = [part for place, part in enumerate(rest) if place != 1]  # after an item's place: whether it is a pair
+    text = str(first) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
     return text[:100].encode("utf8", "replace").decode()

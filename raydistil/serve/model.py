@@ -47,7 +47,7 @@ from raydistil.serve.schema import (
     TokensRequest,
     Usage,
 )
-from raydistil.serve.texts import Encoded, Reader, Truncate
+from raydistil.serve.texts import Encoded, Given, Reader, Truncate
 from raydistil.serve.waiting import Limits
 from raydistil.types import has_classes
 
@@ -125,7 +125,8 @@ class ServedModel:
                 return await self.fill_mask(request, within_s)
 
     async def classify(self, request: ClassifyRequest, within_s: float) -> tuple[ClassifyReply, Timing]:
-        encoded, results, timing = await self._texts(request.inputs, request.truncate, within_s)
+        given = [each if isinstance(each, str) else (each.text, each.text_pair) for each in request.inputs]
+        encoded, results, timing = await self._texts(given, request.truncate, within_s)
         assert self.labels is not None
         found = []
         for each, logits_C in zip(encoded, results, strict=True):
@@ -190,18 +191,20 @@ class ServedModel:
     # ---- reading, asking
 
     async def _texts(
-        self, texts: list[str], truncate: Truncate, within_s: float, field: str = "inputs"
+        self, texts: Sequence[Given], truncate: Truncate, within_s: float, field: str = "inputs"
     ) -> tuple[list[Encoded], list[Any], Timing]:  # fmt: skip
         encoded, started = await self._read(texts, truncate, field)
-        results, timing = await self._asked([Row(each.ids) for each in encoded], started + within_s, started, field)
+        results, timing = await self._asked(
+            [Row(each.ids, each.context) for each in encoded], started + within_s, started, field
+        )  # fmt: skip
         return encoded, results, timing
 
     async def _read(
-        self, texts: list[str], truncate: Truncate, field: str = "inputs"
+        self, texts: Sequence[Given], truncate: Truncate, field: str = "inputs"
     ) -> tuple[list[Encoded], float]:  # fmt: skip
         """(rows, when it was begun). Raises ApiError for a text that is too long to be taken whole."""
         started = _now()
-        encoded = await asyncio.to_thread(self.reader.texts, texts, truncate)
+        encoded = await asyncio.to_thread(self.reader.inputs, texts, truncate)
         self.meter.cut(sum(each.is_cut for each in encoded))
         for row, each in enumerate(encoded):
             if each.is_cut and truncate == "error":

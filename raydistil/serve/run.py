@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import yaml
 
@@ -81,8 +82,9 @@ def config_file(wishes: Wishes, host: str, port: int) -> str:
 
 def example(source: Source, url: str) -> str:
     """A request to paste into a shell."""
-    asked: dict[Task, dict[str, str]] = {
-        "classification": {"inputs": "How do I open a file?"},
+    pair = {"text": "How do I open a file?", "text_pair": "Open a file and return a stream."}
+    asked: dict[Task, dict[str, Any]] = {
+        "classification": {"inputs": pair if (source.report or {}).get("pairs") else pair["text"]},
         "token_classification": {"inputs": "Ada Lovelace lived in London."},
         "question_answering": {"question": "Where did she live?", "context": "Ada Lovelace lived in London."},
         "embedding": {"input": "How do I open a file?"},

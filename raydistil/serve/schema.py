@@ -6,7 +6,7 @@ Requests are strict: no unknown field, no number written as a string. Every repl
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from raydistil.serve.texts import Truncate
@@ -54,8 +54,8 @@ class Source:
 
 
 def _as_list(value: object) -> object:
-    """One text as a list of one. Checked before the items are, so that a long list costs nothing."""
-    if isinstance(value, str):
+    """One text, or pair, as a list of one. Checked before the items are, so that a long list costs nothing."""
+    if isinstance(value, str | dict):
         return [value]
     if not isinstance(value, list):
         raise PydanticCustomError("wrong_type", "expected a text or a list of texts")
@@ -86,23 +86,54 @@ ONE_OR_MANY: dict[str, Any] = {
 }
 
 
+class TextPair(BaseModel):
+    """Two texts that are classified together."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    text: Text
+    text_pair: Text
+
+
+def _kind(value: object) -> str:
+    return "pair" if isinstance(value, dict | TextPair) else "single"
+
+
+# Errors leave the tags out of a field's name.
+TextOrPair = Annotated[Annotated[Text, Tag("single")] | Annotated[TextPair, Tag("pair")], Discriminator(_kind)]
+PAIR: dict[str, Any] = {
+    "type": "object", "properties": {"text": SOME_TEXT, "text_pair": SOME_TEXT}, "required": ["text", "text_pair"],
+    "additionalProperties": False, "title": "TextPair",
+}  # fmt: skip
+EITHER = {"anyOf": [SOME_TEXT, PAIR]}
+TEXTS_OR_PAIRS: dict[str, Any] = {
+    "anyOf": [SOME_TEXT, PAIR, {"type": "array", "items": EITHER, "minItems": 1, "maxItems": MAX_INPUTS}],
+    "title": "Inputs",
+}
+
+
 def _whole(value: object) -> object:
     """1.0 is a whole number in JSON; "1" is none."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-class TextRequest(BaseModel):
+class Cut(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
-    inputs: Annotated[list[Text], BeforeValidator(_as_list), WithJsonSchema(ONE_OR_MANY)]
-    """One text, or a list of texts."""
     truncate: Truncate = "right"
     """A text longer than the model takes is cut at its end, at its beginning (`left`), or refused (`error`)."""
 
 
-class ClassifyRequest(TextRequest):
+class TextRequest(Cut):
+    inputs: Annotated[list[Text], BeforeValidator(_as_list), WithJsonSchema(ONE_OR_MANY)]
+    """One text, or a list of texts."""
+
+
+class ClassifyRequest(Cut):
     model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": ["Good.", "Not good."], "top_k": 2}]})
 
+    inputs: Annotated[list[TextOrPair], BeforeValidator(_as_list), WithJsonSchema(TEXTS_OR_PAIRS)]
+    """One text or pair of texts, or a list of them."""
     top_k: Annotated[int, Field(ge=1), BeforeValidator(_whole)] | None = None
     """Labels to list, best first; null or more than there are: all."""
     raw: bool = False

@@ -15,13 +15,14 @@ from transformers import PreTrainedTokenizerBase
 
 from raydistil.errors import ModelError
 from raydistil.packing import edges, joints
-from raydistil.tokens.examples import Tokens, windows
+from raydistil.tokens.examples import Tokens, longest_first, windows
 
 CHARACTERS = 64  # of a token, at most, that are read of a text; longer words than that are rare
 WORD = re.compile(r"\w+|[^\w\s]")
 STRIDE = 4  # windows of a long context share a quarter of their length
 
 Truncate = Literal["right", "left", "error"]
+Given = str | tuple[str, str]  # a text, or two that belong together
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Encoded:
     places: NDArray[np.int32]  # [L, 2] where each token stands in its text, -1 for special ones
     cut_ids: tuple[int, ...]  # what did not fit
     unread: str = ""  # what was so far beyond that nobody read it
-    context: int | None = None  # question answering: the first token of the context
+    context: int | None = None  # of two texts: the first token of the second one
 
     @property
     def tokens(self) -> int:
@@ -57,6 +58,15 @@ class Reader:
         self._first, self._last = edges(tokenizer)
         self._joints = joints(tokenizer)
 
+    def inputs(self, given: Sequence[Given], truncate: Truncate) -> list[Encoded]:
+        """A row of each."""
+        if all(isinstance(each, str) for each in given):
+            return self.texts([each for each in given if isinstance(each, str)], truncate)
+        left = truncate == "left"
+        return [
+            self.texts([each], truncate)[0] if isinstance(each, str) else self._pair(each, left) for each in given
+        ]  # fmt: skip
+
     def texts(self, texts: Sequence[str], truncate: Truncate) -> list[Encoded]:
         """A row of each."""
         left, most = truncate == "left", self.longest * CHARACTERS
@@ -65,6 +75,20 @@ class Reader:
         return [
             self._row(tokens, text, start, most, left) for tokens, text, start in zip(read, texts, starts, strict=True)
         ]
+
+    def _pair(self, texts: tuple[str, str], left: bool) -> Encoded:
+        """As it was trained on: what is too long is taken from the longer text first."""
+        parts, most = self._joints, self.longest * CHARACTERS
+        begun = [text[-most:] if left else text[:most] for text in texts]
+        read, unread = self._read(begun), sum(map(len, texts)) > sum(map(len, begun))
+        if unread and any(len(tokens.ids) < 2 * self.longest for tokens in read):
+            read, unread = self._read(list(texts)), False
+        kept = longest_first(len(read[0].ids), len(read[1].ids), parts.room([], self.longest))
+        first, second = (_side(tokens.ids, count, left) for tokens, count in zip(read, kept, strict=True))
+        before = [*parts.first, *first[0], *parts.middle]
+        ids = np.array([*before, *second[0], *parts.last], np.int32)
+        beyond = "".join(texts) if unread else ""
+        return Encoded(ids, np.full((len(ids), 2), -1, np.int32), (*first[1], *second[1]), beyond, len(before))
 
     def questions(self, question: str, context: str, length: int) -> list[Encoded]:
         """The windows of one question, the question cut to half of them."""
@@ -93,6 +117,12 @@ class Reader:
         places[len(self._first) : len(ids) - len(self._last)] = np.reshape(kept.places, (-1, 2))
         places[places >= 0] += start
         return Encoded(ids, places, tuple(cut), unread)
+
+
+def _side(ids: list[int], count: int, left: bool) -> tuple[list[int], list[int]]:
+    """(what is kept, what is cut)."""
+    over = len(ids) - count
+    return (ids[over:], ids[:over]) if left else (ids[:count], ids[count:])
 
 
 def _padded(chars: Sequence[int], length: int) -> NDArray[np.int32]:

@@ -1,5 +1,6 @@
 """Rows of a token store out of labelled examples: a text, words with classes, or a question and its context.
 
+Two texts are joined as their tokenizer joins them; what is too long is taken from the longer one first.
 Words: the class of a word is that of its first token, as CoNLL's scores count words. A question goes before its context
 (Devlin et al. 2019); a context that is too long is cut into windows that share `stride` tokens, each a row of its own,
 whose answer is its first token, [CLS], where it does not hold the whole span.
@@ -61,6 +62,16 @@ def tags_of(row: TextRow, tokens: Tokens, ids: Mapping[str, int]) -> tuple[list[
         if token is not None:
             labels[token] = NO_TAG if row.tags is None else ids[row.tags[number]]
     return labels, firsts.count(None)
+
+
+def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
+    """How many tokens of two texts are kept where both together have `room`: as many of each, or all of the shorter
+    one. As tokenizers cut pairs.
+    """
+    if first + second <= room:
+        return first, second
+    short = min(first, second, room // 2)
+    return (short, room - short) if first <= second else (room - short, short)
 
 
 def windows(

@@ -27,13 +27,17 @@ EXTRAS = {
     "starts": Extra(np.uint8, lambda length: length, 1),  # 1 where a document begins, and at padding
     "tags": Extra(np.int32, lambda length: length, IGNORE),  # the class of each word, at its first token
     "span": Extra(np.int32, lambda length: 2, IGNORE),  # the answer's first and last token
-    "context": Extra(np.int32, lambda length: 1, 0),  # the first token of the context
+    "context": Extra(np.int32, lambda length: 1, 0),  # the first token of the context, or of a pair's second text
     "chars": Extra(np.int32, lambda length: 2 * length, -1),  # where each token begins and ends in the context
     "question": Extra(np.int32, lambda length: 1, 0),  # number of the question
 }
 CONTENT_EXTRAS: dict[Content, tuple[str, ...]] = {
     "documents": ("starts",), "tags": ("tags",), "answers": ("span", "context", "chars", "question"),
 }  # fmt: skip
+
+
+def extras_of(content: Content, pairs: bool) -> tuple[str, ...]:
+    return ("context",) if pairs else CONTENT_EXTRAS.get(content, ())
 
 
 def bucket_name(split: Split, length: int) -> str:
@@ -47,11 +51,11 @@ def questions_name(split: Split) -> str:
 class BucketFile:
     """Rows of one padded length, appended to one Arrow file."""
 
-    def __init__(self, path: Path, length: int, pad_id: int, content: Content) -> None:
+    def __init__(self, path: Path, length: int, pad_id: int, content: Content, pairs: bool) -> None:
         self._length = length
         self._pad_id = pad_id
         self._label_type = np.dtype(np.float32 if content == "numbers" else np.int32)
-        self._extras = CONTENT_EXTRAS.get(content, ())
+        self._extras = extras_of(content, pairs)
         label = pa.from_numpy_dtype(self._label_type)
         self._schema = pa.schema([("ids", pa.list_(pa.int32(), length)), ("length", pa.int32()), ("label", label)])
         for name in self._extras:

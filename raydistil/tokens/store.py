@@ -50,6 +50,7 @@ class StoreMeta:
     splits: dict[Split, SplitCounts]
     notes: tuple[str, ...]
     content: Content  # what a row is
+    pairs: bool = False  # whether it is of two texts
 
 
 class TokenStore:

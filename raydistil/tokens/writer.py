@@ -25,7 +25,7 @@ from raydistil.corpus import Corpus
 from raydistil.errors import DataError, ModelError
 from raydistil.packing import DocumentPacker, Packer, edges, joints
 from raydistil.storage import cache_dir, whole_directory
-from raydistil.tokens.examples import Example, Tokens, tags_of, windows
+from raydistil.tokens.examples import Example, Tokens, longest_first, tags_of, windows
 from raydistil.tokens.files import BucketFile, bucket_name, questions_name
 from raydistil.tokens.store import SplitCounts, StoreMeta
 from raydistil.types import IGNORE, SPLITS, Content, Split, TextRow
@@ -109,7 +109,7 @@ class _Writer:
         self._config = config
         self._corpus = corpus
         self._content = content
-        self._packed = content in ("blocks", "documents")
+        self._packed, self._pairs = content in ("blocks", "documents"), corpus.pairs
         self._labels = class_names(corpus.rows(), classes) if content in ("classes", "tags") else ()
         self._ids = {label: number for number, label in enumerate(self._labels)}
         self._buckets = (config.length,) if self._packed else (*sorted(config.buckets), config.length)
@@ -139,11 +139,9 @@ class _Writer:
             self._add(split, _block(block, starts))
 
     def _add_examples(self) -> None:
+        add = self._add_windows if self._content == "answers" else self._add_pair if self._pairs else self._add_example
         for row, tokens in self._tokenized():
-            if self._content == "answers":
-                self._add_windows(row, tokens)
-            else:
-                self._add_example(row, tokens)
+            add(row, tokens)
 
     def _rows(self) -> Iterator[TextRow]:
         """All rows; of labelled examples those that have no label come last."""
@@ -187,6 +185,19 @@ class _Writer:
         self._add(row.split, example, row.is_labelled)
         self._count_labels(row)
 
+    def _add_pair(self, row: TextRow, first: Tokens) -> None:
+        assert row.pair is not None
+        (second,), parts = encode(self._tokenizer, [row.pair], False), joints(self._tokenizer)
+        room = parts.room([], self._config.length)
+        kept, rest = longest_first(len(first.ids), len(second.ids), room)
+        self._counts[row.split].truncated += len(first.ids) + len(second.ids) > room
+        before = [*parts.first, *first.ids[:kept], *parts.middle]
+        example = Example(
+            [*before, *second.ids[:rest], *parts.last], self._stored(row.label), {"context": [len(before)]}
+        )  # fmt: skip
+        self._add(row.split, example, row.is_labelled)
+        self._count_labels(row)
+
     def _add_windows(self, row: TextRow, question: Tokens) -> None:
         assert row.context is not None
         counts, asked, length = self._counts[row.split], self._questions[row.split], self._config.length
@@ -213,7 +224,7 @@ class _Writer:
             np.add.at(self._token_counts, row.ids, 1)
         if (split, bucket) not in self._files:
             path, pad = self._path / bucket_name(split, bucket), _pad_id(self._tokenizer)
-            self._files[split, bucket] = BucketFile(path, bucket, pad, self._content)
+            self._files[split, bucket] = BucketFile(path, bucket, pad, self._content, self._pairs)
         self._files[split, bucket].add(row)
 
     def _stored(self, label: str | None) -> float:
@@ -241,7 +252,7 @@ class _Writer:
         return StoreMeta(
             vocab_size=len(tokenizer), pad_id=_pad_id(tokenizer), mask_id=-1 if mask is None else mask,
             special_ids=tuple(sorted(tokenizer.all_special_ids)), labels=self._labels, splits=self._counts,
-            notes=self._corpus.notes + self._corpus.left_out(), content=self._content,
+            notes=self._corpus.notes + self._corpus.left_out(), content=self._content, pairs=self._pairs,
         )  # fmt: skip
 
 
