@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ONE_THREAD, sentences, write_jsonl
+from fastapi.testclient import TestClient
 from kept import filled, teacher_of
 from parity import Streamed, check, one_micro_batch
 from reference import Rows
@@ -24,10 +25,14 @@ from raydistil.config.student import StudentConfig
 from raydistil.config.targets import AugmentConfig, TargetsConfig
 from raydistil.corpus import open_corpus
 from raydistil.ensemble import mixed, mixed_targets
-from raydistil.errors import ConfigError, DataError, ModelError, StorageError
+from raydistil.errors import ConfigError, DataError, ModelError, PlanError
 from raydistil.manifest import Manifest
 from raydistil.models import load_model, load_tokenizer
 from raydistil.prepare import check_models, check_store, describe_store, make_store
+from raydistil.serve.app import build_api
+from raydistil.serve.model import load
+from raydistil.serve.offer import offered
+from raydistil.serve.served import Replicas, Wishes
 from raydistil.serve.source import find
 from raydistil.source import MicroBatches
 from raydistil.specs import SourceSpec
@@ -298,10 +303,23 @@ def test_numbers_that_cannot_be_ranked_or_are_not_there(tmp_path: Path, guesser:
         check_store(config, TokenStore(make_store(config)))
 
 
-def test_there_is_no_route_for_a_number(guesser: str) -> None:
-    with pytest.raises(StorageError, match="got one that gives a number: there is no route for those") as told:
-        find(Path(guesser))
-    assert len(str(told.value).splitlines()) == 1
+def test_a_number_is_served_as_it_is(guesser: str) -> None:
+    source = find(Path(guesser))
+    assert source.task == "regression"
+    client = TestClient(build_api(load(source)), raise_server_exceptions=False)
+    text, pair = "item 1 is iron and tin", {"text": "item 0 is apple", "text_pair": "item 2 is nile"}
+    reply = client.post("/v1/score", json={"inputs": [text, pair]})
+    assert reply.status_code == 200, reply.text
+    tokenizer, model = AutoTokenizer.from_pretrained(guesser), load_model(guesser, "regression").eval()
+    with torch.inference_mode():
+        expected = [
+            model(**tokenizer(*texts, return_tensors="pt")).logits.item() for texts in ((text,), tuple(pair.values()))
+        ]
+    assert [each["score"] for each in reply.json()["results"]] == pytest.approx(expected, abs=1e-5)
+    assert "POST /v1/score" in client.post("/v1/classify", json={"inputs": text}).json()["error"]["message"]
+    for wish in ({"shadow": 0.5}, {"canary": guesser}):
+        with pytest.raises(PlanError, match="gives numbers: leave shadow and canary out"):
+            offered(Wishes(guesser, Replicas(1, 1), **wish))
 
 
 # ---- the whole chain
@@ -351,8 +369,7 @@ def test_from_the_fine_tuning_to_the_table(
     card = (Path(report["student_dir"]) / "README.md").read_text()
     assert f"Score: Spearman on {rows} test items. Pearson of the same: teacher {report['teacher_pearson']:.4f}" in card
     _loads_with_transformers_alone(report)
-    with pytest.raises(StorageError, match="got one that gives a number"):
-        find(config.run_dir)
+    assert find(config.run_dir).task == "regression"
 
 
 def _loads_with_transformers_alone(report: dict[str, Any]) -> None:

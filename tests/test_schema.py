@@ -16,7 +16,9 @@ from raydistil.types import Task
 
 pytest.importorskip("schemathesis")
 pytestmark = pytest.mark.slow
-TASKS: tuple[Task, ...] = ("classification", "token_classification", "question_answering", "embedding", "mlm")
+TASKS: tuple[Task, ...] = (
+    "classification", "regression", "token_classification", "question_answering", "embedding", "mlm",
+)  # fmt: skip
 
 
 # A deadline of a millisecond passes, and too long a list is a 413; no schema knows the mask of a model.

@@ -63,6 +63,8 @@ def write_model(path: Path, task: Task, family: str = "bert", seed: int = 0) -> 
     if task == "classification":
         config.id2label = dict(enumerate(LABELS))
         config.label2id = {label: number for number, label in enumerate(LABELS)}
+    if task == "regression":
+        config.num_labels = 1
     model(config, task, seed).save_pretrained(path)
     tokenizer().save_pretrained(path)
     return path

@@ -31,6 +31,8 @@ from raydistil.serve.schema import (
     ModelEntry,
     Models,
     Reply,
+    ScoreReply,
+    ScoreRequest,
     TokensReply,
     TokensRequest,
 )
@@ -86,6 +88,10 @@ def _endpoint(task: Task, answering: Replying) -> Callable[..., Awaitable[BaseMo
         """Score every label for each text."""
         return _timed(ClassifyReply, response, *await answering(request, by_ms / 1000))
 
+    async def score(request: ScoreRequest, response: Response, by_ms: Deadline = LATEST_MS) -> ScoreReply:
+        """Give each text, or pair of texts, its number."""
+        return _timed(ScoreReply, response, *await answering(request, by_ms / 1000))
+
     async def tag(request: TokensRequest, response: Response, by_ms: Deadline = LATEST_MS) -> TokensReply:
         """Find the entities of each text, by their characters."""
         return _timed(TokensReply, response, *await answering(request, by_ms / 1000))
@@ -103,8 +109,8 @@ def _endpoint(task: Task, answering: Replying) -> Callable[..., Awaitable[BaseMo
         return _timed(FillMaskReply, response, *await answering(request, by_ms / 1000))
 
     endpoints: dict[Task, Callable[..., Awaitable[BaseModel]]] = {
-        "classification": classify, "token_classification": tag, "question_answering": answer, "embedding": embed,
-        "mlm": fill_mask,
+        "classification": classify, "regression": score, "token_classification": tag, "question_answering": answer,
+        "embedding": embed, "mlm": fill_mask,
     }  # fmt: skip
     return endpoints[task]
 

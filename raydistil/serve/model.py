@@ -41,6 +41,9 @@ from raydistil.serve.schema import (
     Info,
     LabelScore,
     Reply,
+    Scored,
+    ScoreReply,
+    ScoreRequest,
     Source,
     Tagged,
     TokensReply,
@@ -115,6 +118,8 @@ class ServedModel:
         match request:
             case ClassifyRequest():
                 return await self.classify(request, within_s)
+            case ScoreRequest():
+                return await self.score(request, within_s)
             case TokensRequest():
                 return await self.tag(request, within_s)
             case AnswerRequest():
@@ -125,8 +130,7 @@ class ServedModel:
                 return await self.fill_mask(request, within_s)
 
     async def classify(self, request: ClassifyRequest, within_s: float) -> tuple[ClassifyReply, Timing]:
-        given = [each if isinstance(each, str) else (each.text, each.text_pair) for each in request.inputs]
-        encoded, results, timing = await self._texts(given, request.truncate, within_s)
+        encoded, results, timing = await self._texts(request.given(), request.truncate, within_s)
         assert self.labels is not None
         found = []
         for each, logits_C in zip(encoded, results, strict=True):
@@ -137,6 +141,14 @@ class ServedModel:
             )
             found.append(shown(raw, request))
         return ClassifyReply(model=self.source.name, results=found), timing
+
+    async def score(self, request: ScoreRequest, within_s: float) -> tuple[ScoreReply, Timing]:
+        encoded, results, timing = await self._texts(request.given(), request.truncate, within_s)
+        found = [
+            Scored(score=float(number_1[0]), tokens=each.tokens, truncated=each.is_cut)
+            for each, number_1 in zip(encoded, results, strict=True)
+        ]
+        return ScoreReply(model=self.source.name, results=found), timing
 
     async def tag(self, request: TokensRequest, within_s: float) -> tuple[TokensReply, Timing]:
         encoded, results, timing = await self._texts(request.inputs, request.truncate, within_s)

@@ -19,6 +19,11 @@ def offered(wishes: Wishes) -> Served:
     if wishes.cascade and student.task != "classification":
         raise PlanError(f"expected a student of classification for a cascade, {wishes.run_dir} is of {student.task}")
     teacher = canary = None
+    if student.task == "regression" and (wishes.shadow or wishes.canary is not None):
+        raise PlanError(
+            f"expected a student whose answers agree with another's or do not, {wishes.run_dir} gives numbers: leave "
+            f"shadow and canary out"
+        )
     if wishes.shadow or wishes.cascade:
         path = teacher_of(Path(wishes.run_dir)) if wishes.teacher is None else Path(wishes.teacher)
         teacher = _companion(student, path, "teacher")

@@ -85,6 +85,7 @@ def example(source: Source, url: str) -> str:
     pair = {"text": "How do I open a file?", "text_pair": "Open a file and return a stream."}
     asked: dict[Task, dict[str, Any]] = {
         "classification": {"inputs": pair if (source.report or {}).get("pairs") else pair["text"]},
+        "regression": {"inputs": pair if (source.report or {}).get("pairs") else pair["text"]},
         "token_classification": {"inputs": "Ada Lovelace lived in London."},
         "question_answering": {"question": "Where did she live?", "context": "Ada Lovelace lived in London."},
         "embedding": {"input": "How do I open a file?"},

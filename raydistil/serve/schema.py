@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from raydistil.serve.texts import Truncate
+from raydistil.serve.texts import Given, Truncate
 from raydistil.types import Task
 
 LATEST_MS = 10_000.0  # that an answer may take, where the request does not say
@@ -22,7 +22,7 @@ MAX_ANSWERS = 20  # to one question
 MAX_WINDOWS = 64  # of one context
 
 ROUTES: dict[Task, str] = {
-    "classification": "/v1/classify", "token_classification": "/v1/tokens/classify",
+    "classification": "/v1/classify", "regression": "/v1/score", "token_classification": "/v1/tokens/classify",
     "question_answering": "/v1/answer", "embedding": "/v1/embeddings", "mlm": "/v1/fill-mask",
 }  # fmt: skip
 
@@ -129,11 +129,23 @@ class TextRequest(Cut):
     """One text, or a list of texts."""
 
 
-class ClassifyRequest(Cut):
-    model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": ["Good.", "Not good."], "top_k": 2}]})
-
+class PairRequest(Cut):
     inputs: Annotated[list[TextOrPair], BeforeValidator(_as_list), WithJsonSchema(TEXTS_OR_PAIRS)]
     """One text or pair of texts, or a list of them."""
+
+    def given(self) -> list[Given]:
+        return [each if isinstance(each, str) else (each.text, each.text_pair) for each in self.inputs]
+
+
+class ScoreRequest(PairRequest):
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"inputs": [{"text": "A cat sleeps.", "text_pair": "An animal rests."}]}]}
+    )
+
+
+class ClassifyRequest(PairRequest):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": ["Good.", "Not good."], "top_k": 2}]})
+
     top_k: Annotated[int, Field(ge=1), BeforeValidator(_whole)] | None = None
     """Labels to list, best first; null or more than there are: all."""
     raw: bool = False
@@ -202,6 +214,19 @@ class Classified(LabelScore):
 class ClassifyReply(BaseModel):
     model: str
     results: list[Classified]
+
+
+class Scored(BaseModel):
+    """The number of one input, as it was trained; `tokens` counts what the model read, special ones included."""
+
+    score: float
+    tokens: int
+    truncated: bool
+
+
+class ScoreReply(BaseModel):
+    model: str
+    results: list[Scored]
 
 
 class Candidate(BaseModel):
@@ -284,8 +309,8 @@ class EmbeddingsReply(BaseModel):
     truncated: list[bool]  # of each input
 
 
-Asked = ClassifyRequest | TokensRequest | AnswerRequest | EmbeddingsRequest | FillMaskRequest
-Reply = ClassifyReply | TokensReply | AnswerReply | EmbeddingsReply | FillMaskReply
+Asked = ClassifyRequest | ScoreRequest | TokensRequest | AnswerRequest | EmbeddingsRequest | FillMaskRequest
+Reply = ClassifyReply | ScoreReply | TokensReply | AnswerReply | EmbeddingsReply | FillMaskReply
 
 
 class ModelEntry(BaseModel):

@@ -108,18 +108,14 @@ def _task(directory: Path, config: dict[str, Any]) -> Task:
             f"expected a model {' or '.join(HEADS)} in {directory}, its architecture is "
             f"{', '.join(names) or 'not given'}: serve the exported student of a run"
         )
-    _check_scores(directory, config, tasks[0])
+    if tasks[0] == "classification" and len(config.get("id2label") or "??") == 1:
+        return "regression"
+    _check_scores(directory, config)
     return tasks[0]
 
 
-def _check_scores(directory: Path, config: dict[str, Any], task: Task) -> None:
+def _check_scores(directory: Path, config: dict[str, Any]) -> None:
     """Raises StorageError where a head's numbers are no scores of labels, one of which is chosen."""
-    one = task == "classification" and len(config.get("id2label") or "??") == 1
-    if config.get("problem_type") == "regression" or one:
-        raise StorageError(
-            f"expected a model that chooses one label in {directory}, got one that gives a number: there is no route "
-            f"for those, load it with transformers' AutoModelForSequenceClassification"
-        )
     if config.get("problem_type") not in (None, "single_label_classification"):
         raise StorageError(
             f"expected a model that chooses one label in {directory}, its problem_type is {config['problem_type']}: "
