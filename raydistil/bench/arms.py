@@ -15,6 +15,7 @@ import torch
 from fastapi import FastAPI
 from pydantic import BaseModel
 
+from raydistil.serve.apart import settled
 from raydistil.serve.backends import Result, Row, numbers_of, softmax
 from raydistil.serve.model import ServedModel, load
 from raydistil.serve.schema import Source
@@ -109,4 +110,6 @@ def batched(source: Source, replicas: int) -> "Application":
 def _loaded(source: Source) -> ServedModel:
     torch.set_num_threads(1)
     sys.setswitchinterval(SWITCH_S)
-    return load(source)
+    model = load(source)
+    settled()
+    return model

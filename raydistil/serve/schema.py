@@ -13,6 +13,7 @@ from raydistil.serve.texts import Given, Truncate
 from raydistil.types import Task
 
 LATEST_MS = 10_000.0  # that an answer may take, where the request does not say
+WAY = 0.05  # of that time, for the way to the model and back
 MAX_BODY_BYTES = 1 << 20
 MAX_INPUTS = 64  # of one request
 MAX_MASKS = 1024  # of one request: each costs a row of float32 logits over the vocabulary, 120 kB for BERT's
@@ -48,6 +49,11 @@ class Source:
     kept: str | None = None  # a copy of the directory, which replicas load: something else may be exported there
     backend: Wish = "auto"
     keys: tuple[tuple[str, str, float | None], ...] = ()  # name, hash and requests a second of each; none: anybody
+
+
+def within_s(by_ms: float) -> float:
+    """Of an answer that is wanted in so many milliseconds, the seconds that the model has."""
+    return (1 - WAY) * by_ms / 1000
 
 
 # ---- requests
