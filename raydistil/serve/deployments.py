@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
+from raydistil.serve.early import refuse_by
 from raydistil.serve.metrics import Board, Families
 from raydistil.serve.offer import offered
 from raydistil.serve.scaling import Stats, settings
-from raydistil.serve.schema import Asked, Source
+from raydistil.serve.schema import ROUTES, Asked, Source
 from raydistil.serve.served import Beside, Name, Replicas, Served, Wishes
 
 if TYPE_CHECKING:
@@ -56,8 +57,10 @@ class Student(Replica):
 
     def __init__(self, source: Source, beside: Beside, handles: dict[Name, Any]) -> None:
         from raydistil.serve.answering import Answering
+        from raydistil.serve.gate import refusal
 
         super().__init__(source)
+        refuse_by(refusal(self._model, ROUTES[source.task]))
         self._canary = beside.canary
         self._answering = Answering(self._model, beside, {name: _by(handle) for name, handle in handles.items()})
 

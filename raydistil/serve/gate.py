@@ -3,7 +3,9 @@
 import asyncio
 import math
 import time
+from collections.abc import Callable
 
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raydistil.serve.batcher import NotServed
@@ -81,20 +83,34 @@ class Counted:
             await send(message)
 
         try:
-            await (self._refused(scope) or self.app)(scope, receive, seen)
+            await (_refused(self._model, scope) or self.app)(scope, receive, seen)
         finally:
             self._model.meter.request(status, time.perf_counter() - started)
 
-    def _refused(self, scope: Scope) -> ASGIApp | None:
-        try:
-            by_ms = float(dict(scope["headers"]).get(b"x-deadline-ms", LATEST_MS))
-            if by_ms >= 1:  # else it is for the app to say what is wrong
-                self._model.batcher.check(asyncio.get_running_loop().time() + within_s(by_ms))
-        except NotServed as error:
-            return answered(unserved(error, ""))
-        except ValueError:  # nor is it a number
-            pass
-        return None
+
+def refusal(model: ServedModel, route: str) -> Callable[[Scope], ASGIApp | None]:
+    """What `Counted` would refuse, for one who stands before it, counted as there. Wherever the app is mounted."""
+
+    def refused(scope: Scope) -> ASGIApp | None:
+        started = time.perf_counter()
+        response = _refused(model, scope) if scope["path"].endswith(route) else None
+        if response is not None:
+            model.meter.request(response.status_code, time.perf_counter() - started)
+        return response
+
+    return refused
+
+
+def _refused(model: ServedModel, scope: Scope) -> JSONResponse | None:
+    try:
+        by_ms = float(dict(scope["headers"]).get(b"x-deadline-ms", LATEST_MS))
+        if by_ms >= 1:  # else it is for the app to say what is wrong
+            model.batcher.check(asyncio.get_running_loop().time() + within_s(by_ms))
+    except NotServed as error:
+        return answered(unserved(error, ""))
+    except ValueError:  # nor is it a number
+        pass
+    return None
 
 
 def _path(scope: Scope) -> str:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+from raydistil.serve.early import middlewares
 from raydistil.serve.ports import free_or_any
 from raydistil.serve.schema import ErrorDetail, ErrorReply
 
@@ -25,6 +26,7 @@ FLAGS = {
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(1 << 16), "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{middlewares.__module__}:{middlewares.__name__}",
 }  # fmt: skip
 
 
