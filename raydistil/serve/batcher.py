@@ -288,9 +288,10 @@ class Batcher(Generic[P, R]):
             for entry in entries:
                 self._queue.discard(entry)
 
-    def _deliver(self, entries: list[Entry[P, R]], outcome: Outcome[R], batch: Batch) -> None:
+    def _deliver(self, entries: list[Entry[P, R]], outcome: Outcome[R], batch: Batch, ended: float) -> None:
+        """What comes in waits for the loop as long as what has `ended`."""
         now = time.monotonic()
-        self._late.add(now, now - min(entry.request.foreseen for entry in entries))
+        self._late.add(now, now - min(entry.request.foreseen for entry in entries) + now - ended)
         for entry, wait_s in zip(entries, batch.waits_s, strict=True):
             if entry.number in outcome.results:
                 entry.request.put(entry.index, Done(outcome.results[entry.number], wait_s, batch.seconds))
@@ -358,10 +359,10 @@ class Batcher(Generic[P, R]):
         waits_s = tuple(started - entry.arrived for entry in entries)
         report = Batch(len(entries), batch.tokens, batch.cost(), waits_s, seconds, len(outcome.errors))
         with self._changed:
-            self._running, self._ended = None, time.monotonic()
+            self._running, self._ended = None, started + seconds
             self._busy_s += seconds
             if outcome.results:
                 self._speed.add(batch.tokens, batch.cost(), seconds)
         with suppress(RuntimeError):  # the loop is closed: nobody waits
             loop = entries[0].request.answer.get_loop()
-            loop.call_soon_threadsafe(self._deliver, entries, outcome, report)
+            loop.call_soon_threadsafe(self._deliver, entries, outcome, report, started + seconds)

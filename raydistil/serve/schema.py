@@ -13,7 +13,7 @@ from raydistil.serve.texts import Given, Truncate
 from raydistil.types import Task
 
 LATEST_MS = 10_000.0  # that an answer may take, where the request does not say
-WAY = 0.05  # of that time, for the way to the model and back
+WAY = 0.1  # of that time, for the way to the model and back
 MAX_BODY_BYTES = 1 << 20
 MAX_INPUTS = 64  # of one request
 MAX_MASKS = 1024  # of one request: each costs a row of float32 logits over the vocabulary, 120 kB for BERT's
