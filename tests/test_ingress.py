@@ -1,15 +1,24 @@
-"""The environment of Serve's processes, and what HAProxy says where there is no replica."""
+"""The environment of Serve's processes, what HAProxy says where there is no replica, and what stands before Serve."""
 
 import http.client
 import io
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
+from starlette.responses import PlainTextResponse
 
+from raydistil.serve import early
+from raydistil.serve.app import build_api
+from raydistil.serve.early import middlewares
+from raydistil.serve.gate import refusal
 from raydistil.serve.ingress import FLAGS, speak_for_nobody, tuned
+from raydistil.serve.model import load
 from raydistil.serve.schema import ErrorReply
+from raydistil.serve.source import find
 
 
 class Answered:
@@ -52,3 +61,39 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         assert {name: os.environ[name] for name in FLAGS} == FLAGS | {"RAY_SERVE_HAPROXY_RETRIES": "7"}
         assert 0 < int(os.environ["RAY_SERVE_HAPROXY_STATS_PORT"]) < 1 << 16
     assert dict(os.environ) == before
+
+
+# ---- before Serve
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(early, "_refusals", [])
+
+
+def test_before_a_model_is_there_all_goes_on(nobody: None) -> None:
+    (middleware,) = middlewares()
+    client = TestClient(middleware.cls(PlainTextResponse("answered"), *middleware.args, **middleware.kwargs))
+    assert client.get("/v1/classify").text == "answered"
+
+
+def test_what_is_refused_does_not_reach_serve_and_has_its_id(nobody: None) -> None:
+    early.refuse_by(lambda scope: PlainTextResponse("full", 429) if scope["path"] == "/full" else None)
+    client = TestClient(early.Early(PlainTextResponse("answered")))
+    assert client.get("/other").text == "answered"
+    refused = client.post("/full", headers={"x-request-id": "mine"})
+    assert (refused.status_code, refused.text, refused.headers["x-request-id"]) == (429, "full", "mine")
+    assert len({client.post("/full").headers["x-request-id"] for _ in range(3)}) == 3
+
+
+def test_a_model_refuses_there_what_it_would_refuse_later(nobody: None, classifier_run: Path) -> None:
+    model = load(find(classifier_run))
+    early.refuse_by(refusal(model, "/v1/classify"))
+    with TestClient(early.Early(build_api(model)), raise_server_exceptions=False) as client:
+        assert client.post("/v1/classify", json={"inputs": "ba"}).status_code == 200
+        client.portal.call(model.batcher.drain)  # type: ignore[union-attr]
+        refused = client.post("/v1/classify", json={"inputs": "ba"})
+        assert (refused.status_code, refused.json()["error"]["type"]) == (503, "stopping")
+        assert client.get("/livez").status_code == 200
+        counted = client.get("/metrics").text
+    assert re.search(r'requests_total\{[^}]*status="503"\} 1\.0', counted)
