@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from raydistil.config.targets import AugmentConfig
 from raydistil.manifest import keyed
 from raydistil.masking import row_keys
-from raydistil.tokens.examples import longest_first
+from raydistil.packing import longest_first
 from raydistil.types import IGNORE, Labels, TokenBatch
 
 Ids = NDArray[np.int32]

@@ -95,6 +95,16 @@ def joints(tokenizer: "PreTrainedTokenizerBase") -> Joints:
     return Joints(first, middle, last)
 
 
+def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
+    """How many tokens of two texts are kept where both together have `room`: as many of each, or all of the shorter
+    one. As tokenizers cut pairs.
+    """
+    if first + second <= room:
+        return first, second
+    short = min(first, second, room // 2)
+    return (short, room - short) if first <= second else (room - short, short)
+
+
 def document_edges(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
     """Tokens before and after a document: bos, where the tokenizer has one that differs from eos, and eos.
 

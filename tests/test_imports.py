@@ -12,7 +12,7 @@ import raydistil
 
 ORDER = (
     "errors", "types", "processor", "config", "layers", "storage", "raylet", "corpus", "manifest", "steps",
-    "checkpoint", "masking", "augment", "documents", "places", "packing", "tokens", "warm", "specs", "heads", "models",
+    "checkpoint", "masking", "packing", "augment", "documents", "places", "tokens", "warm", "specs", "heads", "models",
     "roofline", "size", "codecs", "targets", "ensemble", "wire", "cache", "source", "plan", "turns", "losses",
     "attention", "distiller", "partitioned", "student", "optim", "teacher", "pace", "payload", "stream", "fill",
     "trace", "tally", "progress", "report", "resume", "saving", "worker", "processes", "cluster", "rundir",

@@ -29,10 +29,10 @@ from raydistil.export.usage import PAIR
 from raydistil.heads import Inputs
 from raydistil.manifest import Manifest
 from raydistil.models import HeadedEncoder, load_tokenizer
+from raydistil.packing import longest_first
 from raydistil.source import MicroBatches
 from raydistil.specs import SourceSpec
 from raydistil.tokens import TokenStore, build_store
-from raydistil.tokens.examples import longest_first
 from raydistil.types import IGNORE, TextRow, TokenBatch
 
 JOINT = 2  # separators between two texts of RoBERTa; BERT has one

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from raydistil.errors import ModelError
-from raydistil.packing import edges, joints
-from raydistil.tokens.examples import Tokens, longest_first, windows
+from raydistil.packing import edges, joints, longest_first
+from raydistil.tokens.examples import Tokens, windows
 
 CHARACTERS = 64  # of a token, at most, that are read of a text; longer words than that are rare
 WORD = re.compile(r"\w+|[^\w\s]")

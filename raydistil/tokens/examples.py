@@ -64,16 +64,6 @@ def tags_of(row: TextRow, tokens: Tokens, ids: Mapping[str, int]) -> tuple[list[
     return labels, firsts.count(None)
 
 
-def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
-    """How many tokens of two texts are kept where both together have `room`: as many of each, or all of the shorter
-    one. As tokenizers cut pairs.
-    """
-    if first + second <= room:
-        return first, second
-    short = min(first, second, room // 2)
-    return (short, room - short) if first <= second else (room - short, short)
-
-
 def windows(
     question: Ids, context: Tokens, answers: tuple[Answer, ...] | None, joints: Joints, length: int, stride: int,
     number: int,

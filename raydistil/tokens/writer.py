@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 from raydistil.config import TokensConfig, digest
 from raydistil.corpus import Corpus
 from raydistil.errors import DataError, ModelError
-from raydistil.packing import DocumentPacker, Packer, edges, joints
+from raydistil.packing import DocumentPacker, Packer, edges, joints, longest_first
 from raydistil.storage import cache_dir, whole_directory
-from raydistil.tokens.examples import Example, Tokens, longest_first, tags_of, windows
+from raydistil.tokens.examples import Example, Tokens, tags_of, windows
 from raydistil.tokens.files import BucketFile, bucket_name, questions_name
 from raydistil.tokens.store import SplitCounts, StoreMeta
 from raydistil.types import IGNORE, SPLITS, Content, Split, TextRow
