@@ -36,6 +36,7 @@ class Words:
     mask_id: int
     counts_V: NDArray[np.int64]  # how often each token occurs in the training split: what replaces others
     special_ids: tuple[int, ...]
+    joint: tuple[int, ...] = ()  # what stands between the texts of a pair
 
     def drawer(self) -> Callable[[np.random.Generator, int], Ids]:
         """Draws ordinary tokens as often as they occur."""
@@ -50,7 +51,7 @@ class Words:
 def augment(batch: TokenBatch, partner: TokenBatch, config: AugmentConfig, words: Words, seed: int) -> TokenBatch:
     """`batch` with some of its rows changed, and those without a label. Row b may be joined with part of partner b."""
     assert batch.labels_B is not None
-    joint = _joint(batch, words.special_ids)
+    joint = np.array(words.joint, np.int32)
     room = batch.input_ids_BL.shape[1] - 2 - len(joint)
     rows, partners = _texts(batch, len(joint)), _texts(partner, len(joint))
     keys_B = row_keys(int(keyed(seed, _AUGMENT)), batch.visits_B)
@@ -79,15 +80,6 @@ def _kept_where(same_B: NDArray[np.bool_], labels_B: Labels) -> Labels:
     kept_B = labels_B.copy()
     kept_B[~same_B] = IGNORE if labels_B.dtype == np.int32 else np.nan
     return kept_B
-
-
-def _joint(batch: TokenBatch, special_ids: tuple[int, ...]) -> Ids:
-    """What stands between the texts of every row: the special tokens before the second text; nothing of single ones."""
-    if batch.contexts_B is None:
-        return np.zeros(0, np.int32)
-    before = batch.input_ids_BL[0, 1 : batch.contexts_B[0]]
-    ordinary = np.flatnonzero(~np.isin(before, special_ids))
-    return before[ordinary[-1] + 1 if len(ordinary) else 0 :]
 
 
 def _texts(batch: TokenBatch, joint: int) -> list[Texts]:

@@ -75,15 +75,20 @@ def edges(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class Joints:
-    """Tokens before, between and after a question and its context."""
+    """Tokens before, between and after two texts."""
 
     first: list[int]
     middle: list[int]
     last: list[int]
 
-    def room(self, question: list[int], length: int) -> int:
-        """Tokens of the context that fit into a row of `length`."""
-        return length - len(self.first) - len(question) - len(self.middle) - len(self.last)
+    def room(self, first: list[int], length: int) -> int:
+        """Tokens of a second text that fit into a row of `length`."""
+        return length - len(self.joined(first, [])[0])
+
+    def joined(self, first: list[int], second: list[int]) -> tuple[list[int], int]:
+        """(a row, where its second text begins)."""
+        before = [*self.first, *first, *self.middle]
+        return [*before, *second, *self.last], len(before)
 
 
 def joints(tokenizer: "PreTrainedTokenizerBase") -> Joints:

@@ -37,7 +37,8 @@ class MicroBatches:
         counted = spec.augment is not None or (spec.masking is not None and spec.masking.kind == "frequency")
         counts = self._store.token_counts() if counted else None
         self._vocabulary = Vocabulary(meta.vocab_size, meta.mask_id, meta.special_ids, counts)
-        self._words = None if counts is None else Words(meta.pad_id, meta.mask_id, counts, meta.special_ids)
+        joint = meta.joint or ()
+        self._words = None if counts is None else Words(meta.pad_id, meta.mask_id, counts, meta.special_ids, joint)
 
     def taught(self, index: int) -> pa.Table:
         """Micro-batch `index` with every teacher's targets out of the caches, a row of `wire`."""

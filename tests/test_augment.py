@@ -30,12 +30,12 @@ def batch(lengths: list[int], width: int = 24, visit: int = 0) -> TokenBatch:
     return TokenBatch(0, ids, np.array(lengths, np.int32), labels, None, len(lengths), visits)
 
 
-def changed(given_batch: TokenBatch, config: AugmentConfig, seed: int) -> TokenBatch:
+def changed(given_batch: TokenBatch, config: AugmentConfig, seed: int, words: Words = WORDS) -> TokenBatch:
     """Each row's partner is the row after it."""
     names = ("input_ids_BL", "lengths_B", "contexts_B")
     columns = {name: column for name in names if (column := getattr(given_batch, name)) is not None}
     partner = replace(given_batch, **{name: np.roll(column, -1, axis=0) for name, column in columns.items()})
-    return augment(given_batch, partner, config, WORDS, seed)
+    return augment(given_batch, partner, config, words, seed)
 
 
 def bodies(made: TokenBatch) -> list[list[int]]:

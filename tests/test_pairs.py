@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from made import write_teacher
 from onnxruntime import InferenceSession
 from rows import complaint, read
-from test_augment import CLS, NOTHING, PAD, SEP, changed
+from test_augment import CLS, COUNTS, MASK, NOTHING, PAD, SEP, changed
 from test_augment import batch as single_rows
 from test_pipeline import TRAIN, quiet
 from transformers import pipeline as transformers_pipeline
 
 from raydistil import pipeline
+from raydistil.augment import Words
 from raydistil.config import Config, CorpusConfig, TokensConfig, config_of
 from raydistil.config.targets import AugmentConfig
 from raydistil.corpus import docs_content, open_corpus
@@ -132,7 +133,8 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> SourceSpec:
 
 def test_rows_are_what_the_tokenizer_makes_of_both_texts(spec: SourceSpec) -> None:
     tokenizer, store = load_tokenizer(MINILM), TokenStore(spec.store)
-    assert store.meta.pairs and store.meta.labels == ("other", "same")
+    assert store.meta.pairs and store.meta.joint == (tokenizer.sep_token_id,)
+    assert store.meta.labels == ("other", "same")
     asked = {
         tuple(given["input_ids"]): given["token_type_ids"].index(1)
         for row in related(60)
@@ -191,12 +193,18 @@ def texts_of(made: TokenBatch, joint: int = 1) -> list[tuple[list[int], list[int
     return [(ids[1 : start - joint].tolist(), ids[start : length - 1].tolist()) for ids, length, start in rows]
 
 
+def varied(given_batch: TokenBatch, config: AugmentConfig, seed: int, joint: int = 1) -> TokenBatch:
+    words = Words(PAD, MASK, COUNTS, (PAD, CLS, SEP, MASK), (SEP,) * joint)
+    return changed(given_batch, config, seed, words)
+
+
 LENGTHS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=1, max_size=2)
 
 
 @given(LENGTHS, st.integers(1, JOINT), st.integers(0, 99))
 def test_both_texts_stay_in_their_frame(lengths: list[tuple[int, int]], joint: int, seed: int) -> None:
-    made = changed(pairs(lengths, joint, width=20), AugmentConfig(keep=0.2, mask=0.3, replace=0.2, drop=0.3), seed)
+    config = AugmentConfig(keep=0.2, mask=0.3, replace=0.2, drop=0.3)
+    made = varied(pairs(lengths, joint, width=20), config, seed, joint)
     assert made.contexts_B is not None and made.contexts_B.dtype == np.int32
     for ids, length, start in zip(made.input_ids_BL, made.lengths_B, made.contexts_B, strict=True):
         assert ids[0] == CLS and ids[length - 1] == SEP and (ids[start - joint : start] == SEP).all()
@@ -206,27 +214,37 @@ def test_both_texts_stay_in_their_frame(lengths: list[tuple[int, int]], joint: i
 
 def test_a_kept_pair_is_as_it_was() -> None:
     given_batch = pairs([(3, 5), (6, 2)], JOINT)
-    made = changed(given_batch, AugmentConfig(keep=1), 0)
+    made = varied(given_batch, AugmentConfig(keep=1), 0, JOINT)
     assert np.array_equal(made.input_ids_BL, given_batch.input_ids_BL)
     assert made.contexts_B is not None and made.contexts_B.tolist() == [6, 9]
     assert made.labels_B is not None and (made.labels_B != IGNORE).all()
 
 
+@pytest.mark.parametrize("token", [SEP, MASK])
+def test_a_first_text_may_end_with_what_stands_between_texts(token: int) -> None:
+    """Or with another special token, as unknown words are."""
+    given_batch = pairs([(3, 5), (6, 2)])
+    given_batch.input_ids_BL[0, 3] = token
+    made = varied(given_batch, AugmentConfig(**NOTHING | {"join": 1}), 0)
+    own = texts_of(given_batch)
+    assert texts_of(made) == [(own[0][0], own[1][1]), (own[1][0], own[0][1])]
+
+
 def test_a_joined_pair_has_anothers_second_text() -> None:
-    made = changed(pairs([(3, 5), (6, 2)]), AugmentConfig(**NOTHING | {"join": 1}), 0)
+    made = varied(pairs([(3, 5), (6, 2)]), AugmentConfig(**NOTHING | {"join": 1}), 0)
     own = texts_of(pairs([(3, 5), (6, 2)]))
     assert texts_of(made) == [(own[0][0], own[1][1]), (own[1][0], own[0][1])]
     assert made.labels_B is not None and (made.labels_B == IGNORE).all()
 
 
 def test_what_does_not_fit_is_cut_of_the_longer_text() -> None:
-    made = changed(pairs([(9, 1), (2, 9)], width=14), AugmentConfig(**NOTHING | {"join": 1}), 0)
+    made = varied(pairs([(9, 1), (2, 9)], width=14), AugmentConfig(**NOTHING | {"join": 1}), 0)
     assert [(len(first), len(second)) for first, second in texts_of(made)] == [(5, 6), (2, 1)]
 
 
 def test_each_text_of_a_cut_pair_is_a_part_of_itself() -> None:
     before = pairs([(8, 8), (8, 8)])
-    made = changed(before, AugmentConfig(**NOTHING | {"cut": 1}), 1)
+    made = varied(before, AugmentConfig(**NOTHING | {"cut": 1}), 1)
     for own, cut in zip(texts_of(before), texts_of(made), strict=True):
         for whole, part in zip(own, cut, strict=True):
             at = whole.index(part[0])

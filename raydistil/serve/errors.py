@@ -26,7 +26,9 @@ class ApiError(HTTPException):
 def unserved(error: NotServed, field: str) -> ApiError:
     """What the batcher says, as an answer; `field`: of the request's items."""
     if isinstance(error, QueueFull):
-        return ApiError(429, "overloaded", str(error), headers={"Retry-After": str(math.ceil(error.retry_after_s))})
+        return ApiError(
+            429, "overloaded", str(error), headers={"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+        )
     if isinstance(error, DeadlineExceeded):
         return ApiError(504, "deadline_exceeded", str(error))
     if isinstance(error, Draining):

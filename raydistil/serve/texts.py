@@ -79,16 +79,15 @@ class Reader:
     def _pair(self, texts: tuple[str, str], left: bool) -> Encoded:
         """As it was trained on: what is too long is taken from the longer text first."""
         parts, most = self._joints, self.longest * CHARACTERS
-        begun = [text[-most:] if left else text[:most] for text in texts]
-        read, unread = self._read(begun), sum(map(len, texts)) > sum(map(len, begun))
+        seen = [text[-most:] if left else text[:most] for text in texts]
+        read, unread = self._read(seen), sum(map(len, texts)) > sum(map(len, seen))
         if unread and any(len(tokens.ids) < 2 * self.longest for tokens in read):
             read, unread = self._read(list(texts)), False
         kept = longest_first(len(read[0].ids), len(read[1].ids), parts.room([], self.longest))
         first, second = (_side(tokens.ids, count, left) for tokens, count in zip(read, kept, strict=True))
-        before = [*parts.first, *first[0], *parts.middle]
-        ids = np.array([*before, *second[0], *parts.last], np.int32)
-        beyond = "".join(texts) if unread else ""
-        return Encoded(ids, np.full((len(ids), 2), -1, np.int32), (*first[1], *second[1]), beyond, len(before))
+        ids, begun = parts.joined(first[0], second[0])
+        beyond, nowhere = "".join(texts) if unread else "", np.full((len(ids), 2), -1, np.int32)
+        return Encoded(np.array(ids, np.int32), nowhere, (*first[1], *second[1]), beyond, begun)
 
     def questions(self, question: str, context: str, length: int) -> list[Encoded]:
         """The windows of one question, the question cut to half of them."""

@@ -70,15 +70,14 @@ def windows(
 ) -> Iterator[Example]:  # fmt: skip
     """Rows of at most `length` tokens, the first answer being the one that is learned."""
     room = joints.room(question, length)
-    before = [*joints.first, *question, *joints.middle]
     start = 0
     while True:
         part = context[start : start + room]
         span = _span(part.places, answers)
-        shifted = [IGNORE, IGNORE] if span is None else [len(before) + at if at >= 0 else 0 for at in span]
-        chars = [-1] * (2 * len(before)) + [edge for place in part.places for edge in place]
-        extras = {"span": shifted, "context": [len(before)], "chars": chars, "question": [number]}
-        yield Example([*before, *part.ids, *joints.last], extras=extras)
+        ids, begun = joints.joined(question, part.ids)
+        shifted = [IGNORE, IGNORE] if span is None else [begun + at if at >= 0 else 0 for at in span]
+        chars = [-1] * (2 * begun) + [edge for place in part.places for edge in place]
+        yield Example(ids, extras={"span": shifted, "context": [begun], "chars": chars, "question": [number]})
         if start + room >= len(context.ids):
             return
         start += room - stride

@@ -50,7 +50,11 @@ class StoreMeta:
     splits: dict[Split, SplitCounts]
     notes: tuple[str, ...]
     content: Content  # what a row is
-    pairs: bool = False  # whether it is of two texts
+    joint: tuple[int, ...] | None = None  # between the two texts of a row that is a pair; None: there are no pairs
+
+    @property
+    def pairs(self) -> bool:
+        return self.joint is not None
 
 
 class TokenStore:
@@ -127,5 +131,6 @@ def _read_meta(path: Path) -> StoreMeta:
         counts |= {key: {int(length): n for length, n in counts[key].items()} for key in ("buckets", "labelled")}
         counts["numbers"] = tuple(counts["numbers"]) if counts.get("numbers") else None
         splits[split] = SplitCounts(**counts)
+    raw["joint"] = None if raw.get("joint") is None else tuple(raw["joint"])
     raw |= {"splits": splits} | {key: tuple(raw[key]) for key in ("special_ids", "labels", "notes")}
     return StoreMeta(**raw)

@@ -191,11 +191,8 @@ class _Writer:
         room = parts.room([], self._config.length)
         kept, rest = longest_first(len(first.ids), len(second.ids), room)
         self._counts[row.split].truncated += len(first.ids) + len(second.ids) > room
-        before = [*parts.first, *first.ids[:kept], *parts.middle]
-        example = Example(
-            [*before, *second.ids[:rest], *parts.last], self._stored(row.label), {"context": [len(before)]}
-        )  # fmt: skip
-        self._add(row.split, example, row.is_labelled)
+        ids, begun = parts.joined(first.ids[:kept], second.ids[:rest])
+        self._add(row.split, Example(ids, self._stored(row.label), {"context": [begun]}), row.is_labelled)
         self._count_labels(row)
 
     def _add_windows(self, row: TextRow, question: Tokens) -> None:
@@ -252,7 +249,8 @@ class _Writer:
         return StoreMeta(
             vocab_size=len(tokenizer), pad_id=_pad_id(tokenizer), mask_id=-1 if mask is None else mask,
             special_ids=tuple(sorted(tokenizer.all_special_ids)), labels=self._labels, splits=self._counts,
-            notes=self._corpus.notes + self._corpus.left_out(), content=self._content, pairs=self._pairs,
+            notes=self._corpus.notes + self._corpus.left_out(), content=self._content,
+            joint=tuple(joints(tokenizer).middle) if self._pairs else None,
         )  # fmt: skip
 
 
