@@ -34,6 +34,7 @@ def _on_config(command: Command) -> Command:
 
 
 _share = click.FloatRange(0, 1)
+_backend = click.Choice(["auto", "torch", "packed", "onnx", "mixed", "bf16", "int8"])
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else.")
 
 
@@ -166,13 +167,15 @@ def export(
 @click.option("--replicas", default=2, show_default=True, type=click.IntRange(min=1), help="Most replicas.")
 @click.option("--least", default=1, show_default=True, type=click.IntRange(min=0), help="Fewest; 0: none when idle.")
 @click.option(
-    "--backend", type=click.Choice(["auto", "torch", "packed", "onnx", "int8"]), default="auto", show_default=True,
+    "--backend", type=_backend, default="auto", show_default=True,
     help="What replicas run with; auto: the fastest that says what the checkpoint says.",
 )  # fmt: skip
 @click.option(
     "--calm", default=60.0, show_default=True, type=click.FloatRange(min=0),
     help="Seconds for which fewer replicas must be enough before one is stopped.",
 )  # fmt: skip
+@click.option("--cpus", default=1, show_default=True, type=click.IntRange(min=1), help="Of each replica: its threads.")
+@click.option("--gpus", default=0.0, type=click.FloatRange(min=0), help="Of each replica; .25: four share one.")
 @click.option("--keys", help="File of API keys; else everybody may ask.")
 @click.option("--teacher", metavar="DIR", help="For --shadow and --cascade; the run's own, if left out.")
 @click.option("--shadow", default=0.0, type=_share, help="Share of requests that the teacher answers, too, unheard.")
@@ -188,9 +191,9 @@ def export(
 )  # fmt: skip
 @click.option("--yaml", "as_yaml", is_flag=True, help="Serve nothing: print what `serve deploy` takes.")
 def serve(
-    run_dir: Path, host: str, port: int, replicas: int, least: int, backend: Any, calm: float, keys: str | None,
-    teacher: str | None, shadow: float, cascade: float | None, canary: str | None, canary_share: float,
-    most_errors: float, most_disagreement: float, as_yaml: bool,
+    run_dir: Path, host: str, port: int, replicas: int, least: int, backend: Any, calm: float, cpus: int, gpus: float,
+    keys: str | None, teacher: str | None, shadow: float, cascade: float | None, canary: str | None,
+    canary_share: float, most_errors: float, most_disagreement: float, as_yaml: bool,
 ) -> None:  # fmt: skip
     """Answer over HTTP on Ray Serve until Ctrl-C. RUN_DIR: a finished run, or a model directory."""
     from raydistil.serve.canary import Limits
@@ -199,9 +202,11 @@ def serve(
 
     if least > replicas:
         raise click.UsageError(f"--least: expected at most the {replicas} of --replicas, got {least}")
+    if gpus > 1 and gpus != int(gpus):
+        raise click.UsageError(f"--gpus: expected a part of one GPU, or whole ones, got {gpus:g}")
     if teacher is not None and not shadow and cascade is None:
         raise click.UsageError("--teacher: expected something for it to do: add --shadow SHARE or --cascade ACCURACY")
-    limits, count = Limits(most_errors, most_disagreement), Replicas(least, replicas, calm)
+    limits, count = Limits(most_errors, most_disagreement), Replicas(least, replicas, calm, cpus, gpus)
     wishes = Wishes(str(run_dir), count, backend, keys, teacher, shadow, None, canary, canary_share, limits)
     if cascade is not None:
         from raydistil.serve.cascade import with_cascade
@@ -332,10 +337,11 @@ def bench_chaos(output: Path, seed: int, students: int, quick: bool, as_json: bo
 @click.argument("run_dir", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
 @click.option("--output", default=Path("runs/serve"), show_default=True, type=click.Path(path_type=Path))
 @click.option(
-    "--backend", type=click.Choice(["auto", "torch", "packed", "onnx", "int8"]), default="auto", show_default=True,
+    "--backend", type=_backend, default="auto", show_default=True,
     help="What all servers run.",
 )  # fmt: skip
 @click.option("--replicas", default=1, show_default=True, type=click.IntRange(min=1), help="Of each server.")
+@click.option("--cpus", default=1, show_default=True, type=click.IntRange(min=1), help="Threads of each model.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1))
 @click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(min=1), help="Of each load.")
 @click.option("--deadline-ms", default=1000.0, show_default=True, type=click.FloatRange(min=1), help="Of a request.")
@@ -343,14 +349,14 @@ def bench_chaos(output: Path, seed: int, students: int, quick: bool, as_json: bo
 @click.option("--peer", metavar="URL", help="Another server's embeddings, as OpenAI's: http://HOST:PORT/embeddings.")
 @_json
 def bench_serve(
-    run_dir: Path | None, output: Path, backend: Any, replicas: int, rounds: int, seconds: float, deadline_ms: float,
-    soak: float, peer: str | None, as_json: bool,
+    run_dir: Path | None, output: Path, backend: Any, replicas: int, cpus: int, rounds: int, seconds: float,
+    deadline_ms: float, soak: float, peer: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Requests a second and latency of the server beside others of the same model. Without RUN: 3 layers of MiniLM."""
     from raydistil import tables
     from raydistil.bench import serve
 
-    setting = serve.Setting(run_dir, output, backend, replicas, rounds, seconds, deadline_ms, soak, peer)
+    setting = serve.Setting(run_dir, output, backend, replicas, cpus, rounds, seconds, deadline_ms, soak, peer)
     _emit(lambda: serve.bench_serve(setting, _say), as_json, tables.show_serve)
 
 

@@ -11,7 +11,8 @@ import tiny
 
 from raydistil.errors import ModelError
 from raydistil.serve.apart import Apart, _portable, choose_apart
-from raydistil.serve.backends import Best, Chosen, Row, choose
+from raydistil.serve.backends import ONE, Best, Row
+from raydistil.serve.choice import Chosen, choose
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def there(folder: Path) -> Iterator[Chosen]:
-    chosen = choose_apart(str(folder), "mlm", (), 1, "torch")
+    chosen = choose_apart(str(folder), "mlm", (), ONE, "torch")
     yield chosen
     assert isinstance(chosen.backend, Apart)
     chosen.backend.close()
@@ -38,7 +39,7 @@ def rows() -> list[Row]:
 
 
 def test_it_says_there_what_it_says_here(folder: Path, there: Chosen) -> None:
-    here = choose(str(folder), "mlm", (), 1, "torch")
+    here = choose(str(folder), "mlm", (), ONE, "torch")
     assert there.backend.name == "torch" and list(there.rows_s) == ["torch"] and there.left_out == {}
     for _ in range(3):
         for own, other in zip(here.backend.run(rows()), there.backend.run(rows()), strict=True):
@@ -60,11 +61,11 @@ def test_what_cannot_be_served_is_told_as_in_one_process(folder: Path) -> None:
     with pytest.raises(
         ModelError, match=r"int8: expected onnx/model_int8.onnx in .*, found none: run raydistil export"
     ):
-        choose_apart(str(folder), "mlm", (), 1, "int8")
+        choose_apart(str(folder), "mlm", (), ONE, "int8")
 
 
 def test_a_process_that_has_ended_is_noticed(folder: Path) -> None:
-    backend: Any = choose_apart(str(folder), "mlm", (), 1, "torch").backend
+    backend: Any = choose_apart(str(folder), "mlm", (), ONE, "torch").backend
     backend._process.kill()
     backend.wait()
     for _ in range(2):

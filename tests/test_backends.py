@@ -20,10 +20,13 @@ from transformers import DistilBertConfig, PreTrainedModel
 
 from raydistil.errors import ModelError
 from raydistil.export.onnx import OnnxModel, to_onnx
-from raydistil.export.smaller import to_int8
+from raydistil.export.smaller import to_bf16, to_int8
 from raydistil.heads import NOWHERE, has_types
 from raydistil.models import HeadedEncoder, load_model, transformer_layers
-from raydistil.serve.backends import FILES, Grouped, Row, choose, groups, unpadded
+from raydistil.serve import choice
+from raydistil.serve.backends import FILES, ONE, Grouped, Hardware, Row, encoder, groups
+from raydistil.serve.choice import ROUGH, choose
+from raydistil.serve.unpadded import Laid, unpadded
 from raydistil.types import Task
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,8 +69,7 @@ def small(task: Task, family: str = "bert", layers: int = 3, seed: int = 0) -> P
 
 
 def backend(name: str, model: PreTrainedModel, task: Task) -> Grouped:
-    own = unpadded(model) if name == "packed" else model
-    return Grouped(name, HeadedEncoder(own, task, "float32").frozen(), task)
+    return Grouped(name, encoder(name, model, task), task)
 
 
 @torch.no_grad()
@@ -123,9 +125,34 @@ def test_layers_see_no_padding_and_weights_are_stored_once() -> None:
     transformer_layers(own)[0].attention.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
     found = Grouped("packed", HeadedEncoder(own, "classification", "float32").frozen(), "classification").run(rows)
     assert seen == [(1, 22, 16)]
-    assert {p.data_ptr() for p in own.parameters()} == {p.data_ptr() for p in model.parameters()}
+    matrices = {p.data_ptr() for part in layers_of(model) for p in part.parameters()}
+    laid = {p.data_ptr() for part in layers_of(own) for p in part.parameters()}
+    assert laid < matrices, "norms alone are the model's own"
+    assert {p.data_ptr() for p in own.parameters()} == {p.data_ptr() for p in model.parameters()} - (matrices - laid)
     check(found, model, rows, "classification")
     check(backend("torch", model, "classification").run(rows), model, rows, "classification")
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "mpnet"])
+def test_products_in_bfloat16_lose_little_and_change_nothing_else(family: str) -> None:
+    model, rows = small("classification", family), rows_for("classification", LENGTHS)
+    before = [p.clone() for p in model.parameters()]
+    exact, rough = (backend(name, model, "classification").run(rows) for name in ("torch", "bf16"))
+    off = np.abs(np.stack(exact) - np.stack(rough))
+    assert 0 < off.max() < 0.02 * np.abs(np.stack(exact)).max()
+    assert all(torch.equal(own, was) for own, was in zip(model.parameters(), before, strict=True))
+    kinds = [type(part) for part in layers_of(encoder("bf16", model, "classification").model).modules()]
+    assert (Laid in kinds) == (torch.nn.Linear not in kinds) == (family != "mpnet")
+
+
+def layers_of(model: PreTrainedModel) -> torch.nn.ModuleList:
+    return torch.nn.ModuleList(transformer_layers(model))
+
+
+def test_a_gpu_that_is_not_there_is_named(exported: Path) -> None:
+    assert not torch.cuda.is_available()
+    with pytest.raises(ModelError, match=r"expected a GPU that PyTorch sees, found none: install .* leave --gpus out"):
+        choose(str(exported), "classification", (), Hardware(on_gpu=True), "auto")
 
 
 def test_a_family_with_an_attention_of_its_own_is_padded() -> None:
@@ -174,8 +201,10 @@ def test_files_say_what_transformers_says_of_each_row(tmp_path: Path, task: Task
 
 def scored(folder: Path, lost: float) -> None:
     """As an export leaves it."""
-    score, size = {"value": 0.9}, (folder / FILES["int8"]).stat().st_size
-    rows = [{"format": "hf", "score": score}, {"format": "int8", "score": {"value": 0.9 - lost}, "bytes": size}]
+    rows = [{"format": "hf", "score": {"value": 0.9}}]
+    for name in ("int8", "bf16"):
+        size = (folder / FILES[name]).stat().st_size
+        rows.append({"format": name, "score": {"value": 0.9 - lost}, "bytes": size})
     (folder / "raydistil.json").write_text(json.dumps({"artefacts": rows}))
 
 
@@ -188,6 +217,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "onnx").mkdir()
     to_onnx(model, "classification", folder / FILES["onnx"], pairs=True)
     to_int8(folder / FILES["onnx"], folder / FILES["int8"])
+    to_bf16(folder / "model.safetensors", folder / FILES["bf16"])
     scored(folder, 0.001)
     return folder
 
@@ -199,19 +229,44 @@ def student(exported: Path, tmp_path: Path) -> Path:
 
 
 def chosen(folder: Path, wish: Any, task: Task = "classification") -> Any:
-    return choose(str(folder), task, (), 1, wish)
+    return choose(str(folder), task, (), ONE, wish)
 
 
 def test_the_fastest_of_what_is_there_is_taken(exported: Path) -> None:
     found = chosen(exported, "auto")
     assert list(found.rows_s) == ["torch", "packed", "onnx"] and found.left_out == {}
-    assert found.rows_s[found.backend.name] == max(found.rows_s.values()) and min(found.rows_s.values()) > 0
+    best = "packed" if found.backend.name == "mixed" else found.backend.name
+    assert found.rows_s[best] == max(found.rows_s.values()) and min(found.rows_s.values()) > 0
     model, rows = load_model(str(exported), "classification").eval(), rows_for("classification", LENGTHS)
-    for wish in ("torch", "packed", "onnx", "int8"):
+    for wish in ("torch", "packed", "bf16", "onnx", "int8"):
         own = chosen(exported, wish)
         assert list(own.rows_s) == [wish] and own.backend.name == wish
-        if wish != "int8":
+        if wish not in ROUGH:
             check(own.backend.run(rows), model, rows, "classification", 1e-4)
+
+
+def test_a_text_alone_may_have_another_backend_than_many(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, rows = chosen(exported, "mixed"), rows_for("classification", LENGTHS)
+    assert found.backend.name == "mixed" and list(found.rows_s) == ["packed", "onnx"]
+    check(found.backend.run(rows), model := load_model(str(exported), "classification").eval(), rows, "classification")
+    for part, asked in (("_alone", rows[:1]), ("_many", rows[:2])):
+        with monkeypatch.context() as spoilt:
+            spoilt.setattr(found.backend, part, None)
+            with pytest.raises(AttributeError):
+                found.backend.run(asked)
+    check(found.backend.run(rows[:1]), model, rows[:1], "classification", 1e-4)
+
+
+@pytest.mark.parametrize(("speeds", "name"), [((2.0, 1.0), "packed"), ((2.0, 2.2), "packed"), ((2.0, 2.5), "mixed")])
+def test_both_are_kept_where_the_file_is_much_faster_at_one(
+    exported: Path, speeds: tuple[float, float], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(backends: dict[str, Any], rows: list[Row]) -> dict[str, float]:
+        many = {"torch": 1.0, "packed": 3.0, "onnx": 2.9}
+        return many if len(rows) > 1 else dict(zip(("packed", "onnx"), speeds, strict=True))
+
+    monkeypatch.setattr(choice, "_measured", measured)
+    assert chosen(exported, "auto").backend.name == name
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -11,19 +11,19 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import torch
 from fastapi import FastAPI
 from pydantic import BaseModel
 
 from raydistil.serve.apart import settled
-from raydistil.serve.backends import Result, Row, numbers_of, softmax
+from raydistil.serve.backends import Hardware, Result, Row, numbers_of, softmax
 from raydistil.serve.model import ServedModel, load
 from raydistil.serve.schema import Source
+from raydistil.serve.served import Replicas
 
 if TYPE_CHECKING:
     from ray.serve import Application
 
-SOURCE = "RAYDISTIL_BENCH_SOURCE"  # of `bare`, as JSON
+SOURCE, CPUS = "RAYDISTIL_BENCH_SOURCE", "RAYDISTIL_BENCH_CPUS"  # of `bare`: as JSON, and how many
 # Between any two operations a model's thread waits for Python's lock, at Python's own setting for up to 5 ms: with this
 # one, a server that is asked for too much answers a fifth more.
 SWITCH_S = 0.0002
@@ -68,7 +68,7 @@ def plain_api(model: ServedModel, run: Run) -> FastAPI:
 
 def bare() -> FastAPI:
     """For uvicorn: texts one after the other, in one thread."""
-    model = _loaded(Source(**json.loads(os.environ[SOURCE])))
+    model = _loaded(Source(**json.loads(os.environ[SOURCE])), int(os.environ[CPUS]))
     thread = ThreadPoolExecutor(1)
 
     async def run(row: Row) -> Result:
@@ -81,10 +81,10 @@ def bare() -> FastAPI:
 class Batched:
     """A replica with Serve's own batches."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, cpus: int) -> None:
         from ray import serve
 
-        model = self._model = _loaded(source)
+        model = self._model = _loaded(source, cpus)
 
         @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=WAIT_S)
         async def run(rows: list[Row]) -> list[Result]:
@@ -96,20 +96,19 @@ class Batched:
         return plain_api(self._model, self._run)
 
 
-def batched(source: Source, replicas: int) -> "Application":
+def batched(source: Source, replicas: Replicas) -> "Application":
     from ray import serve
 
     deployment: Any = serve.deployment(
-        serve.ingress()(Batched), name="batched", num_replicas=replicas, max_ongoing_requests=ONGOING,
+        serve.ingress()(Batched), name="batched", num_replicas=replicas.most, max_ongoing_requests=ONGOING,
         ray_actor_options={"num_cpus": 0}, health_check_timeout_s=60,  # on the app's CPUs, in turn with it
     )  # fmt: skip
-    bound: Application = deployment.bind(source)
+    bound: Application = deployment.bind(source, replicas.cpus)
     return bound
 
 
-def _loaded(source: Source) -> ServedModel:
-    torch.set_num_threads(1)
+def _loaded(source: Source, cpus: int) -> ServedModel:
     sys.setswitchinterval(SWITCH_S)
-    model = load(source)
+    model = load(source, Hardware(cpus))
     settled()
     return model

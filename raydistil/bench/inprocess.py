@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from raydistil.config import CorpusConfig
 from raydistil.corpus.python_docs import list_files, read
-from raydistil.serve.backends import Row
+from raydistil.serve.backends import Hardware, Row
 from raydistil.serve.model import load
 from raydistil.serve.schema import Source, Wish
 
@@ -26,10 +25,9 @@ class Asked:
     mean_tokens: float
 
 
-def asked(source: Source) -> Asked:
+def asked(source: Source, hardware: Hardware) -> Asked:
     """The backend that is the fastest for `source`, and texts: beginnings of docstrings, of mixed length."""
-    torch.set_num_threads(1)
-    model, draws = load(source), np.random.default_rng(0)
+    model, draws = load(source, hardware), np.random.default_rng(0)
     config = CorpusConfig(source="python-docs", max_rows=TEXTS)
     rows = [row.text.split() for row in read(config, list_files(("torch", "pandas", "ray", "networkx"))).rows]
     words = np.exp(draws.normal(np.log(MEAN_WORDS) - SIGMA**2 / 2, SIGMA, len(rows)))
@@ -39,10 +37,11 @@ def asked(source: Source) -> Asked:
     return Asked(backend, texts, float(np.mean(tokens)))
 
 
-def alone_ms(source: Source, texts: tuple[str, ...], rate: float, seconds: float, seed: int) -> float:
+def alone_ms(
+    source: Source, hardware: Hardware, texts: tuple[str, ...], rate: float, seconds: float, seed: int
+) -> float:  # fmt: skip
     """Median of reading a text and running the backend on it, at times as they come to an idle server."""
-    torch.set_num_threads(1)
-    model, draws, taken_s = load(source), np.random.default_rng(seed), list[float]()
+    model, draws, taken_s = load(source, hardware), np.random.default_rng(seed), list[float]()
     until = time.perf_counter() + seconds
     while time.perf_counter() < until or len(taken_s) < 3:
         time.sleep(draws.exponential(1 / rate))

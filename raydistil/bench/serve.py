@@ -31,6 +31,7 @@ from raydistil.config.student import StudentConfig
 from raydistil.errors import ConfigError
 from raydistil.models import load_model, resolve
 from raydistil.prepare import Say
+from raydistil.serve.backends import Hardware
 from raydistil.serve.ingress import tuned
 from raydistil.serve.ports import free_port, url_of
 from raydistil.serve.run import check_cluster, serve_ended, serving
@@ -59,6 +60,7 @@ class Setting:
     output: Path
     backend: Wish
     replicas: int  # of each server
+    cpus: int  # of each replica: the threads of its model
     rounds: int
     seconds: float  # of each load
     deadline_ms: float  # that the app is told
@@ -79,7 +81,8 @@ def bench_serve(setting: Setting, say: Say) -> Tree:
     if source.task not in FIELDS or (setting.peer and source.task != "embedding"):
         wanted = "embedding" if setting.peer else " or ".join(FIELDS)
         raise ConfigError(f"bench serve: expected a model of task {wanted}, got {source.task}: serve another one")
-    given = in_a_process(asked, source)
+    hardware = Hardware(setting.cpus)
+    given = in_a_process(asked, source, hardware)
     source = replace(source, backend=given.backend)
     say(f"{source.name} with {given.backend}: {given.mean_tokens:.1f} tokens a text in the mean")
     bodies = tuple(json.dumps({FIELDS[source.task]: text, **_named(source)}).encode() for text in given.texts)
@@ -92,7 +95,9 @@ def bench_serve(setting: Setting, say: Say) -> Tree:
         rounds, alone = list[Round](), list[float]()
         for number in range(setting.rounds):
             _settle(arms, bodies)
-            alone.append(in_a_process(alone_ms, source, given.texts, SHARES[0] * top, setting.seconds, number))
+            alone.append(
+                in_a_process(alone_ms, source, hardware, given.texts, SHARES[0] * top, setting.seconds, number)
+            )
             rounds.append(_round(setting, arms, bodies, top, number, say))
         _settle(arms, bodies)
         memory = _soak(setting, arms[0], bodies, top) if setting.soak_s else {}
@@ -127,9 +132,10 @@ def _on_serve(setting: Setting, source: Source) -> Iterator[list[Arm]]:
 
         from raydistil.bench.arms import batched
 
-        check_cluster(setting.replicas)
-        with serving(Served(source, Replicas(setting.replicas, setting.replicas), Beside()), HOST, port):
-            serve.run(batched(source, setting.replicas), name=BATCHED, route_prefix="/batched")
+        replicas = Replicas(setting.replicas, setting.replicas, cpus=setting.cpus)
+        check_cluster(replicas, setting.replicas)
+        with serving(Served(source, replicas, Beside()), HOST, port):
+            serve.run(batched(source, replicas), name=BATCHED, route_prefix="/batched")
             yield [
                 Arm(APP, url + ROUTES[source.task], {"x-deadline-ms": f"{setting.deadline_ms:g}"}),
                 Arm(BATCHED, f"{url}/batched{ROUTES[source.task]}", {}),
@@ -138,14 +144,15 @@ def _on_serve(setting: Setting, source: Source) -> Iterator[list[Arm]]:
 
 @contextmanager
 def _on_uvicorn(setting: Setting, source: Source) -> Iterator[Arm]:
-    from raydistil.bench.arms import SOURCE
+    from raydistil.bench.arms import CPUS, SOURCE
 
     port = free_port(HOST, 0)
     command = [
         sys.executable, "-m", "uvicorn", "raydistil.bench.arms:bare", "--factory", "--workers", str(setting.replicas),
         "--host", HOST, "--port", str(port), "--no-access-log", "--log-level", "warning",
     ]  # fmt: skip
-    process = psutil.Popen(command, env={**os.environ, SOURCE: json.dumps(asdict(source))}, stdout=subprocess.DEVNULL)
+    told = {SOURCE: json.dumps(asdict(source)), CPUS: str(setting.cpus)}
+    process = psutil.Popen(command, env=os.environ | told, stdout=subprocess.DEVNULL)
     try:
         yield Arm(BARE, url_of(HOST, port) + ROUTES[source.task], {})
     finally:
@@ -223,7 +230,7 @@ def _result(setting: Setting, source: Source, given: Asked, rounds: list[Round],
     idle = [_percentiles(done[0], 50)[0] - own for done, own in zip(app, alone, strict=True)]
     return {
         "model": source.name, "task": source.task, "backend": given.backend, "mean_tokens": given.mean_tokens,
-        "replicas": setting.replicas, "rounds": setting.rounds, "seconds": setting.seconds,
+        "replicas": setting.replicas, "cpus": setting.cpus, "rounds": setting.rounds, "seconds": setting.seconds,
         "deadline_ms": setting.deadline_ms, "in_process_p50_ms": statistics.median(alone),
         "rates": _arm(app)["rates"], "arms": {name: _arm([turn[name] for turn in rounds]) for name in rounds[0]},
         "saturation_rps": statistics.median(map(_top, app)),

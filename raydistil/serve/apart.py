@@ -15,7 +15,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from raydistil.errors import ModelError
-from raydistil.serve.backends import Best, Chosen, Result, Row, choose
+from raydistil.serve.backends import Best, Hardware, Result, Row
+from raydistil.serve.choice import Chosen, choose
 from raydistil.serve.schema import Wish
 from raydistil.types import Task
 
@@ -25,7 +26,7 @@ END_S = 5.0
 class Apart:
     """As the batcher calls it: from one thread, a batch at a time."""
 
-    def __init__(self, directory: str, task: Task, labels: tuple[str, ...], threads: int, wish: Wish) -> None:
+    def __init__(self, directory: str, task: Task, labels: tuple[str, ...], hardware: Hardware, wish: Wish) -> None:
         """Raises ModelError as `choose` does."""
         ours, theirs = socket.socketpair()
         with theirs:
@@ -33,7 +34,7 @@ class Apart:
                 [sys.executable, "-m", "raydistil.serve.apart", str(theirs.fileno())], pass_fds=[theirs.fileno()]
             )
         self._line = Connection(ours.detach())
-        self._line.send((directory, task, labels, threads, wish))
+        self._line.send((directory, task, labels, hardware, wish))
         self.name: str
         self.name, self.rows_s, self.left_out = self._answer()
 
@@ -71,9 +72,9 @@ class Apart:
         return ModelError(f"expected the model's process to answer, it ended with {self._process.poll()}")
 
 
-def choose_apart(directory: str, task: Task, labels: tuple[str, ...], threads: int, wish: Wish) -> Chosen:
-    """`backends.choose`, in a process of its own that stays."""
-    backend = Apart(directory, task, labels, threads, wish)
+def choose_apart(directory: str, task: Task, labels: tuple[str, ...], hardware: Hardware, wish: Wish) -> Chosen:
+    """`choice.choose`, in a process of its own that stays."""
+    backend = Apart(directory, task, labels, hardware, wish)
     return Chosen(backend, backend.rows_s, backend.left_out)
 
 
@@ -97,7 +98,7 @@ def _serve(line: Connection) -> None:
         return
 
 
-def _chosen(line: Connection, asked: tuple[str, Task, tuple[str, ...], int, Wish]) -> Chosen | None:
+def _chosen(line: Connection, asked: tuple[str, Task, tuple[str, ...], Hardware, Wish]) -> Chosen | None:
     try:
         chosen = choose(*asked)
     except Exception as error:

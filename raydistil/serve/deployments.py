@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
+from raydistil.serve.backends import Hardware
 from raydistil.serve.early import refuse_by
 from raydistil.serve.metrics import Board, Families
 from raydistil.serve.offer import offered
@@ -36,7 +37,7 @@ class Replica:
         self._name = serve.get_replica_context().replica_id.unique_id
         self._stats, self._board = Stats(), board()
         source = replace(source, directory=source.kept or source.directory)
-        self._model = load(source, 1, self._name, choose_apart)  # one thread: a replica is one CPU to Ray
+        self._model = load(source, assigned(), self._name, choose_apart)
         threading.Thread(target=self._end_with_model, daemon=True).start()
         settled()
 
@@ -93,6 +94,14 @@ class Companion(Replica):
             raise RuntimeError(f"{error.status_code} {error.error.message}") from None
 
 
+def assigned() -> Hardware:
+    """What Ray has set aside for this replica."""
+    import ray
+
+    found = ray.get_runtime_context().get_assigned_resources()
+    return Hardware(max(1, int(found.get("CPU", 1))), found.get("GPU", 0) > 0)
+
+
 def _by(handle: Any) -> "Ask":
     async def ask(request: Asked, within_s: float) -> "Answer":
         answered: Answer = await handle.ask.remote(request, within_s)
@@ -134,7 +143,7 @@ def _deployment(kind: Any, name: str, replicas: Replicas) -> Any:
     return serve.deployment(
         kind,
         name=name,
-        ray_actor_options={"num_cpus": 1},
+        ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
         max_ongoing_requests=MAX_ONGOING,
         autoscaling_config=settings(replicas.least, replicas.most, replicas.calm_s),
         max_surge_percent=100,

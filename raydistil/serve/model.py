@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from raydistil.errors import ModelError
 from raydistil.models import load_tokenizer, num_parameters, outline, shape_of
 from raydistil.prepare import num_positions
-from raydistil.serve.backends import Backend, Best, Choosing, Chosen, Result, Row, choose, softmax
+from raydistil.serve.backends import ONE, Backend, Best, Hardware, Result, Row, softmax
 from raydistil.serve.batcher import Batcher, Done, Item, ItemFailed, NotServed
+from raydistil.serve.choice import Choosing, Chosen, choose
 from raydistil.serve.errors import ApiError, unserved
 from raydistil.serve.found import answers_of, entities_of
 from raydistil.serve.metrics import Meter
@@ -284,14 +285,14 @@ def shown(raw: Classified, request: ClassifyRequest) -> Classified:
     return raw.model_copy(update={"score": scores[0].score, "scores": scores})
 
 
-def load(source: Source, threads: int = 1, replica: str = "0", choosing: Choosing = choose) -> ServedModel:
+def load(source: Source, hardware: Hardware = ONE, replica: str = "0", choosing: Choosing = choose) -> ServedModel:
     """The model, warm, on the fastest of its backends; `choosing`: in this process, or in one of its own (`apart`).
 
     Raises ModelError where it cannot be loaded, does not go with its tokenizer, or lacks the backend asked for.
     """
     tokenizer = load_tokenizer(source.directory)
     labels = tuple(shape_of(source.directory, "student").id2label.values()) if has_classes(source.task) else ()
-    chosen = choosing(source.directory, source.task, labels, threads, source.backend)
+    chosen = choosing(source.directory, source.task, labels, hardware, source.backend)
     return ServedModel(source, tokenizer, chosen, replica)
 
 

@@ -28,7 +28,7 @@ from raydistil.serve.ingress import speak_for_nobody, tuned
 from raydistil.serve.offer import offered
 from raydistil.serve.ports import free_port, url_of
 from raydistil.serve.schema import ROUTES, Source
-from raydistil.serve.served import Beside, Served, Wishes
+from raydistil.serve.served import Beside, Replicas, Served, Wishes
 from raydistil.serve.source import WEIGHTS, directory_of, find, version_of
 from raydistil.storage import scratch_directory
 from raydistil.types import Task
@@ -55,7 +55,7 @@ def serve_forever(wishes: Wishes, host: str, port: int, say: Callable[[str], Non
     with suppress(KeyboardInterrupt, SystemExit), ExitStack() as copies, ingress, connected(cluster):
         _stop_on_signals()
         served, source = _kept(wanted, copies, say), wanted.source
-        check_cluster(served.replicas.most + len(served.beside.sources()))
+        check_cluster(served.replicas, served.replicas.most + len(served.beside.sources()))
         with serve_ended(), serving(served, host, port):
             url = url_of(host, port)
             say(f"serving {source.name} at {url} (try: {example(source, url)})")
@@ -100,14 +100,19 @@ def example(source: Source, url: str) -> str:
 # ---- on Ray
 
 
-def check_cluster(replicas: int) -> None:
-    """Raises PlanError where the cluster is too small for `replicas`, or Serve is in use on it."""
+def check_cluster(each: Replicas, count: int) -> None:
+    """Raises PlanError where the cluster is too small for so many replicas, or Serve is in use on it."""
     import ray
     from ray import serve
 
-    cpus = ray.cluster_resources().get("CPU", 0)
-    if replicas > cpus:
-        raise PlanError(f"expected a CPU for each of {replicas} replicas, found {cpus:g}: lower --replicas")
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for name, wanted in (("CPU", each.cpus), ("GPU", each.gpus)):
+        has = [node.get(name, 0) for node in nodes]
+        if wanted and sum(amount // wanted for amount in has) < count:
+            raise PlanError(
+                f"expected {wanted:g} {name} for each of {count} replicas, found {sum(has):g}: lower --replicas or "
+                f"--{name.lower()}s"
+            )
     if serve.status().proxies:
         raise PlanError("expected a cluster without Ray Serve, it runs there already: end it with serve shutdown")
 

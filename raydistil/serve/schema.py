@@ -27,7 +27,8 @@ ROUTES: dict[Task, str] = {
     "question_answering": "/v1/answer", "embedding": "/v1/embeddings", "mlm": "/v1/fill-mask",
 }  # fmt: skip
 
-Wish = Literal["auto", "torch", "packed", "onnx", "int8"]  # what a replica runs with; `auto`: the fastest that is exact
+# What a replica runs with; `auto`: the fastest that is exact.
+Wish = Literal["auto", "torch", "packed", "onnx", "mixed", "bf16", "int8"]
 
 ErrorType = Literal[
     "malformed_json", "not_found", "wrong_task", "method_not_allowed", "body_too_large", "too_many_inputs",

@@ -14,6 +14,8 @@ class Replicas:
     least: int = 1
     most: int = 2
     calm_s: float = 60.0  # as long must fewer be enough
+    cpus: int = 1  # of Ray, of each: the threads of its model
+    gpus: float = 0.0  # of Ray, of each: a fraction where several share one
 
 
 @dataclass(frozen=True, slots=True)

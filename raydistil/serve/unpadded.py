@@ -1,0 +1,110 @@
+"""A model whose layers see no padding: between embeddings and head the tokens of all rows are one sequence.
+
+B rows, L the longest, T tokens of all, D hidden size, H heads.
+"""
+
+import copy
+import itertools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from raydistil.attention import PLAIN
+from raydistil.errors import ModelError
+from raydistil.models import transformer_layers
+
+ATTENTION = "raydistil_unpadded"  # as transformers knows it
+
+
+def unpadded(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of the same weights, the layers' products in `dtype`. Embeddings and head, which cost little, are as they
+    were, and stored once. Raises ModelError for a family whose attention is more than queries, keys and values.
+    """
+    if model.config.model_type not in PLAIN:
+        raise ModelError(f"packed: expected one of {', '.join(PLAIN)}, got {model.config.model_type}: torch pads it")
+    made = shared(model)
+    AttentionInterface.register(ATTENTION, _each_alone)
+    AttentionMaskInterface.register(ATTENTION, _as_it_is)
+    made.set_attn_implementation(ATTENTION)
+    layers = transformer_layers(made)
+    layers[0].register_forward_pre_hook(_pack)
+    layers[-1].register_forward_hook(_unpack)
+    if lays_out(model):
+        for layer in layers:
+            _lay_out(layer, dtype)
+    return made
+
+
+def shared(model: PreTrainedModel) -> PreTrainedModel:
+    """One of its own, with the same tensors."""
+    tensors = {id(part): part for part in itertools.chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, tensors)
+
+
+# ---- padding taken away, and put back
+
+
+def _as_it_is(attention_mask: Tensor, **_: Any) -> Tensor:
+    """[B, L], so that layers are told the rows' lengths."""
+    return attention_mask
+
+
+def _pack(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """To the first layer: states [B, L, D] as [1, T, D]."""
+    states_BLD, mask_BL, *more = given
+    return (states_BLD[mask_BL][None], mask_BL, *more)
+
+
+def _unpack(_: Any, given: tuple[Any, ...], states_1TD: Tensor) -> Tensor:
+    """From the last layer, the other way round."""
+    mask_BL = given[1]
+    states_BLD = states_1TD.new_zeros(*mask_BL.shape, states_1TD.shape[-1])
+    states_BLD[mask_BL] = states_1TD[0]
+    return states_BLD
+
+
+def _each_alone(
+    _: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float | None = None, **__: Any
+) -> tuple[Tensor, None]:
+    """[1, T, H, D / H] of queries, keys and values [1, H, T, D / H]: every row looks at itself."""
+    lengths: list[int] = attention_mask.sum(-1).tolist()
+    rows = zip(*(torch.split(part, lengths, 2) for part in (query, key, value)), strict=True)
+    made = [F.scaled_dot_product_attention(q, k, v, scale=scaling) for q, k, v in rows]
+    return torch.cat(made, 2).transpose(1, 2), None
+
+
+# ---- products
+
+
+def lays_out(model: PreTrainedModel) -> bool:
+    """Whether its matrices can be laid out anew: on a CPU, with oneDNN."""
+    onednn: Any = torch.backends.mkldnn
+    return bool(model.device.type == "cpu" and onednn.is_available())
+
+
+class Laid(nn.Module):
+    """A linear layer whose matrix lies as oneDNN reads it: PyTorch's own would lay it out at every call."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._matrix = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype))
+        self._bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        self._dtype = dtype
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., N] in `dtype` of [..., M]."""
+        given = states.to(self._dtype)
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(given, self._matrix, self._bias, "none", [], "")
+        return made
+
+
+def _lay_out(part: nn.Module, dtype: torch.dtype) -> None:
+    """Sums and norms stay in float32: a layer's states are added to what its products make of them."""
+    for name, inner in part.named_children():
+        if type(inner) is nn.Linear:
+            setattr(part, name, Laid(inner, dtype))
+        else:
+            _lay_out(inner, dtype)
