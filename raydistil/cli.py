@@ -336,10 +336,7 @@ def bench_chaos(output: Path, seed: int, students: int, quick: bool, as_json: bo
 @bench.command("serve")
 @click.argument("run_dir", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
 @click.option("--output", default=Path("runs/serve"), show_default=True, type=click.Path(path_type=Path))
-@click.option(
-    "--backend", type=_backend, default="auto", show_default=True,
-    help="What all servers run.",
-)  # fmt: skip
+@click.option("--backend", type=_backend, default="auto", show_default=True, help="What all servers run.")
 @click.option("--replicas", default=1, show_default=True, type=click.IntRange(min=1), help="Of each server.")
 @click.option("--cpus", default=1, show_default=True, type=click.IntRange(min=1), help="Threads of each model.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1))

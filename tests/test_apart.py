@@ -11,8 +11,9 @@ import tiny
 
 from raydistil.errors import ModelError
 from raydistil.serve.apart import Apart, _portable, choose_apart
-from raydistil.serve.backends import ONE, Best, Row
+from raydistil.serve.backends import Best, Row
 from raydistil.serve.choice import Chosen, choose
+from raydistil.serve.served import ONE
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,9 @@ from raydistil.export.smaller import to_bf16, to_int8
 from raydistil.heads import NOWHERE, has_types
 from raydistil.models import HeadedEncoder, load_model, transformer_layers
 from raydistil.serve import choice
-from raydistil.serve.backends import FILES, ONE, Grouped, Hardware, Row, encoder, groups
+from raydistil.serve.backends import FILES, Grouped, Row, encoder, groups
 from raydistil.serve.choice import ROUGH, choose
+from raydistil.serve.served import ONE, Hardware
 from raydistil.serve.unpadded import Laid, unpadded
 from raydistil.types import Task
 

@@ -73,7 +73,7 @@ def started(folder: Path, *options: str) -> Iterator[Live]:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stderr is not None
     first = process.stderr.readline()
-    found = re.match(r"serving \w+ at (http://127\.0\.0\.1:\d+) ", first)
+    found = re.match(r"serving \S+ at (http://127\.0\.0\.1:\d+) ", first)
     assert found, first + process.stderr.read()
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(process.stderr or ()))
@@ -118,6 +118,14 @@ def test_more_replicas_come_under_load_and_go_after_it(live: Live) -> None:
         if sample.name == "raydistil_requests_total" and sample.labels["status"] == "200"
     }  # fmt: skip
     assert len(served) == 2 and sum(served.values()) >= statuses[200]
+
+
+def test_without_requests_there_is_no_replica_and_the_first_one_starts_it(tmp_path: Path) -> None:
+    with started(student(tmp_path), "--least", "0", "--replicas", "1", "--calm", "2", "--backend", "torch") as live:
+        for _ in range(2):
+            soon(lambda: not live.replicas())
+            status, answer = fetch(f"{live.url}/v1/classify", BODIES[0])
+            assert (status, len(answer["results"])) == (200, 1) and len(live.replicas()) == 1
 
 
 def test_a_student_that_is_exported_anew_takes_over_and_no_request_fails(live: Live) -> None:

@@ -19,12 +19,13 @@ import tiny
 from fastapi.testclient import TestClient
 
 from raydistil.cluster import _uninterrupted
-from raydistil.errors import ModelError, RaydistilError, StorageError
+from raydistil.errors import ModelError, PlanError, RaydistilError, StorageError
+from raydistil.serve.deployments import assigned
 from raydistil.serve.model import load
 from raydistil.serve.ports import free_port, url_of
-from raydistil.serve.run import example, serve_forever, serving
+from raydistil.serve.run import check_cluster, example, serve_forever, serving
 from raydistil.serve.schema import MAX_BODY_BYTES
-from raydistil.serve.served import Beside, Replicas, Served, Wishes
+from raydistil.serve.served import Beside, Hardware, Replicas, Served, Wishes
 from raydistil.serve.source import find
 
 LONG = "ba " * 100  # every word is one token
@@ -108,6 +109,12 @@ def test_the_example_is_a_request_the_model_answers(classifier_run: Path, filler
     assert example(find(path), "http://x") == "curl http://x/info"
 
 
+def test_the_command_does_not_wait_for_pytorch() -> None:
+    """Replicas load the model: the process that starts them needs seconds less."""
+    looks = "import sys, raydistil.serve.run; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", looks]).returncode == 0
+
+
 def test_ctrl_c_waits_for_the_start_of_ray() -> None:
     done = False
     with pytest.raises(KeyboardInterrupt), _uninterrupted():
@@ -131,6 +138,26 @@ def fetch(url: str, body: bytes | None = None) -> tuple[int, Any]:
 def rounded(answer: Any) -> Any:
     """Its scores to five digits: how many texts a batch has moves the last ones."""
     return json.loads(json.dumps(answer), parse_float=lambda number: round(float(number), 5))
+
+
+@pytest.mark.parametrize(
+    ("each", "count", "line"),
+    [
+        (Replicas(cpus=3), 3, "expected 3 CPU for each of 3 replicas, found 8: lower --replicas or --cpus"),
+        (Replicas(gpus=0.5), 1, "expected 0.5 GPU for each of 1 replicas, found 0: lower --replicas or --gpus"),
+    ],
+)
+def test_a_cluster_that_is_too_small_is_refused(ray_cluster: None, each: Replicas, count: int, line: str) -> None:
+    with pytest.raises(PlanError, match=line):
+        check_cluster(each, count)
+    check_cluster(Replicas(cpus=3), 2)
+
+
+def test_a_replica_has_what_ray_has_set_aside_for_it(ray_cluster: None) -> None:
+    import ray
+
+    told: Any = ray.remote(assigned)
+    assert ray.get(told.options(num_cpus=2).remote()) == Hardware(2, on_gpu=False)
 
 
 def test_serve_answers_as_the_app_does(ray_cluster: None, classifier_run: Path, classifier: TestClient) -> None:

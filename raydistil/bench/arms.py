@@ -15,10 +15,10 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from raydistil.serve.apart import settled
-from raydistil.serve.backends import Hardware, Result, Row, numbers_of, softmax
+from raydistil.serve.backends import Result, Row, numbers_of, softmax
 from raydistil.serve.model import ServedModel, load
 from raydistil.serve.schema import Source
-from raydistil.serve.served import Replicas
+from raydistil.serve.served import Hardware, Replicas
 
 if TYPE_CHECKING:
     from ray.serve import Application

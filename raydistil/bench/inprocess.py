@@ -9,9 +9,10 @@ import numpy as np
 
 from raydistil.config import CorpusConfig
 from raydistil.corpus.python_docs import list_files, read
-from raydistil.serve.backends import Hardware, Row
+from raydistil.serve.backends import Row
 from raydistil.serve.model import load
 from raydistil.serve.schema import Source, Wish
+from raydistil.serve.served import Hardware
 
 TEXTS, MEAN_WORDS, SIGMA = 512, 22.5, 0.6  # lengths are log-normal, as those of queries are
 

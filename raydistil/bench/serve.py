@@ -31,12 +31,11 @@ from raydistil.config.student import StudentConfig
 from raydistil.errors import ConfigError
 from raydistil.models import load_model, resolve
 from raydistil.prepare import Say
-from raydistil.serve.backends import Hardware
 from raydistil.serve.ingress import tuned
 from raydistil.serve.ports import free_port, url_of
 from raydistil.serve.run import check_cluster, serve_ended, serving
 from raydistil.serve.schema import ROUTES, Source, Wish
-from raydistil.serve.served import Beside, Replicas, Served
+from raydistil.serve.served import Beside, Hardware, Replicas, Served
 from raydistil.serve.source import find
 from raydistil.storage import whole_directory
 from raydistil.student import build_student, save_model

@@ -15,9 +15,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from raydistil.errors import ModelError
-from raydistil.serve.backends import Best, Hardware, Result, Row
+from raydistil.serve.backends import Best, Result, Row
 from raydistil.serve.choice import Chosen, choose
 from raydistil.serve.schema import Wish
+from raydistil.serve.served import Hardware
 from raydistil.types import Task
 
 END_S = 5.0

@@ -2,9 +2,9 @@
 
 torch    the checkpoint, rows of like length padded together
 packed   the same weights with nothing padded, see `unpadded`
-bf16     the same with the layers' products in bfloat16, of which the export has found out what it is worth
+bf16     the same with the layers' products in bfloat16; the export has scored the student with all of it in bfloat16
 onnx     onnx/model.onnx
-int8     onnx/model_int8.onnx, of which the same holds
+int8     onnx/model_int8.onnx, which the export has scored
 mixed    onnx for a text that comes alone, packed for more at once
 
 B rows of a group, L its padded length, T its real tokens, D hidden size, C classes, V vocabulary.
@@ -28,6 +28,7 @@ from raydistil.errors import ModelError
 from raydistil.export.onnx import OnnxModel
 from raydistil.heads import Inputs
 from raydistil.models import Headed, HeadedEncoder
+from raydistil.serve.served import Hardware
 from raydistil.serve.unpadded import lays_out, shared, unpadded
 from raydistil.types import Task, models_language
 
@@ -38,17 +39,6 @@ ONNX = ("onnx", "int8")  # those of onnxruntime
 FILES: dict[str, Path] = {"bf16": export.FILES["bf16"], "onnx": export.FILES["onnx"], "int8": export.FILES["int8"]}
 ADVICE = "run raydistil export RUN --to onnx,int8,bf16"
 Result = NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class Hardware:
-    """What a replica has."""
-
-    threads: int = 1
-    on_gpu: bool = False
-
-
-ONE = Hardware()
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +205,7 @@ def backend(name: str, folder: Path, model: PreTrainedModel, task: Task, hardwar
 
 def encoder(name: str, model: PreTrainedModel, task: Task) -> HeadedEncoder:
     """Of PyTorch's backends, with the model's own tensors as far as it can."""
-    if name == "bf16" and not (lays_out(model) and model.config.model_type in PLAIN):
+    if name == "bf16" and not (lays_out(model, torch.bfloat16) and model.config.model_type in PLAIN):
         return HeadedEncoder(shared(model), task, "bfloat16").frozen()
     kinds = {"packed": torch.float32, "bf16": torch.bfloat16}
     own = unpadded(model, kinds[name]) if name in kinds else model

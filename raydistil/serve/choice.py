@@ -22,7 +22,6 @@ from raydistil.serve.backends import (
     ADVICE,
     FILES,
     Backend,
-    Hardware,
     Mixed,
     Result,
     Row,
@@ -31,6 +30,7 @@ from raydistil.serve.backends import (
     numbers_of,
 )
 from raydistil.serve.schema import Wish
+from raydistil.serve.served import Hardware
 from raydistil.serve.source import REPORT
 from raydistil.types import Task
 

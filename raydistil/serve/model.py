@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from raydistil.errors import ModelError
 from raydistil.models import load_tokenizer, num_parameters, outline, shape_of
 from raydistil.prepare import num_positions
-from raydistil.serve.backends import ONE, Backend, Best, Hardware, Result, Row, softmax
+from raydistil.serve.backends import Backend, Best, Result, Row, softmax
 from raydistil.serve.batcher import Batcher, Done, Item, ItemFailed, NotServed
 from raydistil.serve.choice import Choosing, Chosen, choose
 from raydistil.serve.errors import ApiError, unserved
@@ -51,6 +51,7 @@ from raydistil.serve.schema import (
     TokensRequest,
     Usage,
 )
+from raydistil.serve.served import ONE, Hardware
 from raydistil.serve.texts import Encoded, Given, Reader, Truncate
 from raydistil.serve.waiting import Limits
 from raydistil.types import has_classes

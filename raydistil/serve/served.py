@@ -10,6 +10,17 @@ Name = Literal["teacher", "canary"]
 
 
 @dataclass(frozen=True, slots=True)
+class Hardware:
+    """What a replica has."""
+
+    threads: int = 1
+    on_gpu: bool = False
+
+
+ONE = Hardware()
+
+
+@dataclass(frozen=True, slots=True)
 class Replicas:
     least: int = 1
     most: int = 2

@@ -32,7 +32,7 @@ def unpadded(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreT
     layers = transformer_layers(made)
     layers[0].register_forward_pre_hook(_pack)
     layers[-1].register_forward_hook(_unpack)
-    if lays_out(model):
+    if lays_out(model, dtype):
         for layer in layers:
             _lay_out(layer, dtype)
     return made
@@ -79,10 +79,12 @@ def _each_alone(
 # ---- products
 
 
-def lays_out(model: PreTrainedModel) -> bool:
-    """Whether its matrices can be laid out anew: on a CPU, with oneDNN."""
+def lays_out(model: PreTrainedModel, dtype: torch.dtype) -> bool:
+    """Whether its matrices can be laid out anew: on a CPU, with oneDNN, which has products in bfloat16 for some."""
     onednn: Any = torch.backends.mkldnn
-    return bool(model.device.type == "cpu" and onednn.is_available())
+    if model.device.type != "cpu" or not onednn.is_available():
+        return False
+    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class Laid(nn.Module):
