@@ -27,7 +27,7 @@ from raydistil.serve import choice
 from raydistil.serve.backends import FILES, Grouped, Row, encoder, groups
 from raydistil.serve.choice import ROUGH, choose
 from raydistil.serve.served import ONE, Hardware
-from raydistil.serve.unpadded import Laid, unpadded
+from raydistil.serve.unpadded import STEP, Laid, unpadded
 from raydistil.types import Task
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -125,13 +125,26 @@ def test_layers_see_no_padding_and_weights_are_stored_once() -> None:
     own = unpadded(model)
     transformer_layers(own)[0].attention.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
     found = Grouped("packed", HeadedEncoder(own, "classification", "float32").frozen(), "classification").run(rows)
-    assert seen == [(1, 22, 16)]
+    assert seen == [(1, STEP, 16)], "of 22 tokens"
     matrices = {p.data_ptr() for part in layers_of(model) for p in part.parameters()}
     laid = {p.data_ptr() for part in layers_of(own) for p in part.parameters()}
     assert laid < matrices, "norms alone are the model's own"
     assert {p.data_ptr() for p in own.parameters()} == {p.data_ptr() for p in model.parameters()} - (matrices - laid)
     check(found, model, rows, "classification")
     check(backend("torch", model, "classification").run(rows), model, rows, "classification")
+
+
+def test_layers_see_few_lengths_whatever_comes() -> None:
+    """oneDNN keeps what it made for each of them."""
+    model = small("classification", layers=1)
+    seen = set[int]()
+    own = unpadded(model)
+    transformer_layers(own)[0].attention.register_forward_pre_hook(lambda _, given: seen.add(given[0].shape[1]))
+    run = Grouped("packed", HeadedEncoder(own, "classification", "float32").frozen(), "classification").run
+    for length in range(1, MOST + 1):
+        rows = rows_for("classification", (length,) * 3)
+        check(run(rows), model, rows, "classification")
+    assert seen == set(range(STEP, 3 * MOST + STEP, STEP))
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "mpnet"])
@@ -150,8 +163,8 @@ def layers_of(model: PreTrainedModel) -> torch.nn.ModuleList:
     return torch.nn.ModuleList(transformer_layers(model))
 
 
-def test_a_gpu_that_is_not_there_is_named(exported: Path) -> None:
-    assert not torch.cuda.is_available()
+def test_a_gpu_that_is_not_there_is_named(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ModelError, match=r"expected a GPU that PyTorch sees, found none: install .* leave --gpus out"):
         choose(str(exported), "classification", (), Hardware(on_gpu=True), "auto")
 

@@ -1,6 +1,6 @@
 """A model whose layers see no padding: between embeddings and head the tokens of all rows are one sequence.
 
-B rows, L the longest, T tokens of all, D hidden size, H heads.
+B rows, L the longest, T tokens of all, S as many or up to STEP - 1 more, D hidden size, H heads.
 """
 
 import copy
@@ -17,6 +17,9 @@ from raydistil.errors import ModelError
 from raydistil.models import transformer_layers
 
 ATTENTION = "raydistil_unpadded"  # as transformers knows it
+# oneDNN makes its products anew for each length of the sequence, and keeps a thousand of them: any length would cost
+# time, and in the end half a gigabyte.
+STEP = 32
 
 
 def unpadded(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -53,24 +56,26 @@ def _as_it_is(attention_mask: Tensor, **_: Any) -> Tensor:
 
 
 def _pack(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """To the first layer: states [B, L, D] as [1, T, D]."""
+    """To the first layer: states [B, L, D] as [1, S, D], zeros behind those of the rows."""
     states_BLD, mask_BL, *more = given
-    return (states_BLD[mask_BL][None], mask_BL, *more)
+    states_TD = states_BLD[mask_BL]
+    return (F.pad(states_TD, (0, 0, 0, -len(states_TD) % STEP))[None], mask_BL, *more)
 
 
-def _unpack(_: Any, given: tuple[Any, ...], states_1TD: Tensor) -> Tensor:
+def _unpack(_: Any, given: tuple[Any, ...], states_1SD: Tensor) -> Tensor:
     """From the last layer, the other way round."""
     mask_BL = given[1]
-    states_BLD = states_1TD.new_zeros(*mask_BL.shape, states_1TD.shape[-1])
-    states_BLD[mask_BL] = states_1TD[0]
+    states_BLD = states_1SD.new_zeros(*mask_BL.shape, states_1SD.shape[-1])
+    states_BLD[mask_BL] = states_1SD[0, : int(mask_BL.sum())]
     return states_BLD
 
 
 def _each_alone(
     _: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float | None = None, **__: Any
 ) -> tuple[Tensor, None]:
-    """[1, T, H, D / H] of queries, keys and values [1, H, T, D / H]: every row looks at itself."""
+    """[1, S, H, D / H] of queries, keys and values [1, H, S, D / H]: every row looks at itself, and so do the zeros."""
     lengths: list[int] = attention_mask.sum(-1).tolist()
+    lengths.append(query.shape[2] - sum(lengths))
     rows = zip(*(torch.split(part, lengths, 2) for part in (query, key, value)), strict=True)
     made = [F.scaled_dot_product_attention(q, k, v, scale=scaling) for q, k, v in rows]
     return torch.cat(made, 2).transpose(1, 2), None
