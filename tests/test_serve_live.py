@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -128,6 +129,23 @@ def test_without_requests_there_is_no_replica_and_the_first_one_starts_it(tmp_pa
             assert (status, len(answer["results"])) == (200, 1) and len(live.replicas()) == 1
 
 
+def test_requests_are_traced_where_serve_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spans, trace_id = tmp_path / "spans", "0af7651916cd43dd8448eb211c80319c"
+    spans.mkdir()
+    monkeypatch.setenv("RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH", "spans:to_files")
+    monkeypatch.setenv("SPANS_FOLDER", str(spans))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    with started(student(tmp_path), "--backend", "torch") as live:
+        body = json.dumps({"inputs": "hello there"}).encode()
+        headers = {"content-type": "application/json", "traceparent": f"00-{trace_id}-b7ad6b7169203331-01"}
+        with urllib.request.urlopen(urllib.request.Request(f"{live.url}/v1/classify", body, headers)) as reply:
+            tokens = int(reply.headers["x-compute-tokens"])
+    lines = [json.loads(line) for file in spans.iterdir() for line in file.read_text().splitlines()]
+    asked = [line["attributes"] for line in lines if line["context"]["trace_id"] == f"0x{trace_id}"]
+    assert [each["raydistil.tokens"] for each in asked if "raydistil.tokens" in each] == [tokens]
+    assert any(each.get("raydistil.inference_ms", 0.0) > 0 for each in asked)
+
+
 def test_a_student_that_is_exported_anew_takes_over_and_no_request_fails(live: Live) -> None:
     before = fetch(f"{live.url}/info")[1]["version"]
     load = live.load(rate=30.0, seconds=25.0)
@@ -203,7 +221,5 @@ def at_least_two(live: Live) -> Iterator[None]:
 
 
 def _text(url: str, headers: dict[str, str] | None = None) -> str:
-    import urllib.request
-
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers or {}), timeout=30) as response:
         return str(response.read().decode())

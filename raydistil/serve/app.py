@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Header, Response
+from opentelemetry import trace
 from pydantic import BaseModel
 from starlette.responses import HTMLResponse, PlainTextResponse
 
@@ -119,6 +120,7 @@ def _endpoint(task: Task, answering: Replying) -> Callable[..., Awaitable[BaseMo
 def _timed(kind: type[R], response: Response, reply: Reply, timing: Timing) -> R:
     assert isinstance(reply, kind)
     response.headers.update(timing.headers())
+    trace.get_current_span().set_attributes(timing.attributes())  # Serve's, where requests are traced
     return reply
 
 

@@ -74,10 +74,16 @@ class Timing:
 
     def headers(self) -> dict[str, str]:
         """In milliseconds, under the names that TEI gave them."""
-        times = {"tokenization": self.read_s, "queue": self.queued_s, "inference": self.ran_s}
-        return {f"x-{name}-time": f"{1000 * s:.1f}" for name, s in times.items()} | {
-            "x-compute-tokens": str(self.tokens)
-        }
+        times = {f"x-{name}-time": f"{ms:.1f}" for name, ms in self._phases_ms().items()}
+        return times | {"x-compute-tokens": str(self.tokens)}
+
+    def attributes(self) -> dict[str, float]:
+        """The same for the span of a request that is traced."""
+        times = {f"raydistil.{name}_ms": ms for name, ms in self._phases_ms().items()}
+        return times | {"raydistil.tokens": self.tokens}
+
+    def _phases_ms(self) -> dict[str, float]:
+        return {"tokenization": 1000 * self.read_s, "queue": 1000 * self.queued_s, "inference": 1000 * self.ran_s}
 
 
 class ServedModel:
