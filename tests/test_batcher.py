@@ -182,6 +182,34 @@ def test_when_to_come_again_follows_from_what_was_measured() -> None:
 # ---- the end
 
 
+def test_an_idle_device_takes_what_comes_whatever_was_measured() -> None:
+    device = Device(held=False)
+    batcher = Batcher(device.run, WIDE)
+
+    async def test() -> None:
+        batcher._speed.add(tokens=10, cost=10, seconds=100.0)
+        soon = asyncio.get_running_loop().time() + 10
+        batcher.check(soon)
+        assert results(await batcher.submit(numbers(1, 1), soon)) == [2]
+
+    run(test, device, batcher)
+
+
+def test_a_request_that_is_too_large_for_its_deadline_is_told_so() -> None:
+    device = Device()
+    batcher = Batcher(device.run, WIDE)
+
+    async def test() -> None:
+        large = await submitted(batcher, numbers(1000, 1, 2), time.monotonic() + 0.05)
+        assert device.next() == [1]
+        time.sleep(0.1)
+        device.let(2)
+        with pytest.raises(DeadlineExceeded):  # nobody was before it: to come again would not help
+            await large
+
+    run(test, device, batcher)
+
+
 def test_nothing_is_left_of_a_request_that_was_answered() -> None:
     class Text:
         pass

@@ -109,8 +109,9 @@ class Load:
 class Request(Generic[R]):
     """Items that are answered together, at a time that was foreseen. Only the loop's thread changes it."""
 
-    def __init__(self, size: int, foreseen: float) -> None:
-        self.foreseen = foreseen
+    def __init__(self, size: int, foreseen: float, is_first: bool) -> None:
+        """`is_first`: nobody is before it."""
+        self.foreseen, self.is_first = foreseen, is_first
         self.answer: asyncio.Future[list[Done[R]] | NotServed] = asyncio.get_running_loop().create_future()
         self._done: dict[int, Done[R]] = {}
         self._size = size
@@ -227,7 +228,7 @@ class Batcher(Generic[P, R]):
         with self._changed:
             self._check(sum(item.tokens for item in items), deadline, now)
             foreseen = now + self._wait_s(now, self._ahead(self._queue.tokens) + sum(item.tokens for item in items))
-            request: Request[R] = Request(len(items), foreseen)
+            request: Request[R] = Request(len(items), foreseen, self._is_idle())
             entries = [
                 Entry(next(self._numbers), item.tokens, now, item, index, request, deadline)
                 for index, item in enumerate(items)
@@ -245,15 +246,18 @@ class Batcher(Generic[P, R]):
             raise Draining
         if deadline <= now:
             raise DeadlineExceeded
+        if self._is_idle():  # and what comes is measured: else one slow batch would shut everybody out for good
+            return
         waiting = self._queue.tokens
         over = waiting + tokens - self._limits.queue_tokens
         if waiting and over > 0:
             raise QueueFull(self._wait_s(now, min(over, waiting)) if self._speed.rate else RETRY_S)
-        late_s = now + self._wait_s(now, self._ahead(waiting) + tokens) - deadline
-        if waiting or self._running:
-            late_s += self._late.seconds(now)
+        late_s = now + self._wait_s(now, self._ahead(waiting) + tokens) - deadline + self._late.seconds(now)
         if late_s > 0:
             raise QueueFull(late_s)
+
+    def _is_idle(self) -> bool:
+        return not self._queue.tokens and self._running is None
 
     def _ahead(self, waiting: int) -> int:
         """Tokens that are run before who comes now: where batches are full, the last one will be, too."""
@@ -276,12 +280,14 @@ class Batcher(Generic[P, R]):
 
     def _expire(self, entries: list[Entry[P, R]]) -> None:
         """What waited behind others that were done meanwhile has met a queue too long, as what is refused at once."""
+        request = entries[0].request
         if all(entry.has_started for entry in entries):
             return
         now = time.monotonic()
         with self._changed:
-            full = QueueFull(self._wait_s(now, self._queue.tokens)) if self._ended > entries[0].arrived else None
-        entries[0].request.end(full or DeadlineExceeded())
+            behind = not request.is_first and self._ended > entries[0].arrived
+            full = QueueFull(self._wait_s(now, self._queue.tokens)) if behind else None
+        request.end(full or DeadlineExceeded())
 
     def _withdraw(self, entries: list[Entry[P, R]]) -> None:
         with self._changed:
