@@ -92,6 +92,7 @@ def test_vectors_agree_by_their_cosine(coded: bool) -> None:
     one = vectors((1, 0), (0.6, 0.8), (1, 0), coded=coded)
     other = vectors((1, 0), (1, 0), (-1, 0))
     np.testing.assert_allclose(agreement(one, other), [1, 0.6, 0], atol=1e-6)
+    assert agreement(vectors((1, 0), coded=coded), vectors((1, 0, 0))) == [0]
 
 
 def test_a_few_failures_may_be_chance_and_many_are_none() -> None:

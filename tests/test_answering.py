@@ -198,6 +198,14 @@ def test_what_the_student_is_not_sure_of_is_the_teachers(own: ServedModel, other
     assert found["cascade_accuracy",] == 0.9
 
 
+def test_the_shadow_of_a_cascade_is_compared_with_the_student_alone(own: ServedModel, other: ServedModel) -> None:
+    ours, theirs = (labels(asyncio.run(each.reply(REQUEST, 10.0))[0]) for each in (own, other))
+    beside = Beside(teacher=other.source, shadow=1.0, cascade=cascade(1.1))
+    reply = ask(answering(own, beside, lambda: 0.0, teacher=other.reply))
+    assert labels(reply) == theirs != ours
+    assert counts(own)["agreement_total", "teacher"] == sum(a == b for a, b in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.parametrize(("raw", "top_k"), [(False, 1), (True, None), (True, 2), (False, 9)])
 def test_a_cascade_answers_in_the_form_that_was_asked_for(
     own: ServedModel, other: ServedModel, raw: bool, top_k: int | None

@@ -1,5 +1,6 @@
 """What is to be served, found by what the user said; and the file that says it to Serve."""
 
+import itertools
 import json
 import shutil
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from raydistil.serve.canary import Limits
 from raydistil.serve.keys import add_key
 from raydistil.serve.offer import offered, teacher_of
 from raydistil.serve.run import _kept, config_file
-from raydistil.serve.served import Cascade, Replicas, Wishes
+from raydistil.serve.served import Cascade, Replicas, Served, Wishes
 from raydistil.serve.source import version_of
 
 CASCADE = Cascade(0.5, 1.5, 0.1, 0.9, 0.88)
@@ -83,6 +84,17 @@ def test_one_that_answers_something_else_is_refused(run: Path, tmp_path: Path) -
         offered(Wishes(str(run), canary=str(tmp_path / "nowhere")))
 
 
+def test_vectors_of_another_length_are_compared_with_none(tmp_path: Path) -> None:
+    for name in ("student", "wide"):
+        tiny.write_model(tmp_path / name, "embedding")
+        config = json.loads((tmp_path / name / "config.json").read_text()) | {"pooling": "mean"}
+        config["hidden_size"] *= 1 if name == "student" else 2
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    for wishes in ({"shadow": 0.1, "teacher": str(tmp_path / "wide")}, {"canary": str(tmp_path / "wide")}):
+        with pytest.raises(PlanError, match=r"with vectors of 16 numbers like the student's, .*wide gives 32"):
+            offered(TypeAdapter(Wishes).validate_python({"run_dir": str(tmp_path / "student"), **wishes}))
+
+
 def test_a_cascade_is_for_classes(tmp_path: Path) -> None:
     tiny.write_model(tmp_path / "mlm", "mlm")
     with pytest.raises(PlanError, match="expected a student of classification for a cascade"):
@@ -141,3 +153,30 @@ def test_a_student_that_changes_while_it_is_copied_is_not_served(run: Path) -> N
     with ExitStack() as copies, pytest.raises(StorageError, match="it changed: start again"):
         _kept(other, copies, pytest.fail)
     assert not list(run.glob(".student.*"))
+
+
+def test_what_is_being_written_is_not_looked_at_yet(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a file that comes late is not overlooked."""
+    own = Path(shutil.copytree(run, tmp_path / "run"))
+    files = [own / "student" / name for name in ("model.safetensors", "tokenizer.json")]
+    swaps, looks = list[int](), itertools.count()
+
+    def sleep(_: float) -> None:
+        look = next(looks)
+        if look in (1, 2):  # one after the other
+            files[look - 1].write_bytes(files[look - 1].read_bytes())
+        elif look == 5:
+            files[0].rename(own / "away")
+        elif look == 6:
+            (own / "away").rename(files[0])
+        elif look == 9:
+            raise KeyboardInterrupt
+
+    def swapped(_: Path, served: Served, *__: object) -> Served:
+        swaps.append(next(looks))
+        return served
+
+    monkeypatch.setattr(running.time, "sleep", sleep)
+    monkeypatch.setattr(running, "_swapped", swapped)
+    running._watch(own, offered(Wishes(str(own))), ExitStack(), pytest.fail)
+    assert swaps == [4]

@@ -23,7 +23,7 @@ from raydistil.errors import ModelError, PlanError, RaydistilError, StorageError
 from raydistil.serve.deployments import assigned
 from raydistil.serve.model import load
 from raydistil.serve.ports import free_port, url_of
-from raydistil.serve.run import check_cluster, example, serve_forever, serving
+from raydistil.serve.run import check_cluster, example, holds, serve_forever, serving
 from raydistil.serve.schema import MAX_BODY_BYTES
 from raydistil.serve.served import Beside, Hardware, Replicas, Served, Wishes
 from raydistil.serve.source import find
@@ -151,6 +151,11 @@ def test_a_cluster_that_is_too_small_is_refused(ray_cluster: None, each: Replica
     with pytest.raises(PlanError, match=line):
         check_cluster(each, count)
     check_cluster(Replicas(cpus=3), 2)
+
+
+def test_a_gpu_holds_as_many_shares_as_there_are_in_it() -> None:
+    assert [holds(1.0, 1 / n) for n in range(1, 21)] == list(range(1, 21))
+    assert (holds(1.0, 0.3), holds(1.0, 0.51), holds(0.0, 0.2), holds(3.0, 2)) == (3, 1, 0, 1)
 
 
 def test_a_replica_has_what_ray_has_set_aside_for_it(ray_cluster: None) -> None:

@@ -22,7 +22,7 @@ from raydistil.serve.schema import (
 def agreement(one: Reply, other: Reply) -> list[float]:
     """Of each text of a request that both answered. Classification: whether the label is the same. Entities: F1 of
     those that both found, by place and label. Answers: F1 of the words of the best ones. Masks: the share whose first
-    candidate is the same. Vectors: their cosine, or 0 where that is less.
+    candidate is the same. Vectors: their cosine, or 0 where that is less, or one is longer than the other.
     """
     match one, other:
         case ClassifyReply(), ClassifyReply():
@@ -35,7 +35,7 @@ def agreement(one: Reply, other: Reply) -> list[float]:
             return [overlap_f1(_best(one), _best(other))]
         case EmbeddingsReply(), EmbeddingsReply():
             vectors = zip(_vectors(one), _vectors(other), strict=True)
-            return [max(0.0, float(a_D @ b_D)) for a_D, b_D in vectors]
+            return [max(0.0, float(a_D @ b_D)) if a_D.shape == b_D.shape else 0.0 for a_D, b_D in vectors]
     raise AssertionError(f"replies to one request, got {type(one).__name__} and {type(other).__name__}")
 
 

@@ -51,17 +51,18 @@ class Answering:
         until, canary = _now() + within_s, self._beside.canary
         if canary is not None and self.stopped is None and self._draw() < canary.share:
             return await self._by_canary(request, until, within_s * CANARYS)
-        answered = await self._own(request, until)
+        answered, alone = await self._own(request, until)
         if self._draw() < self._beside.shadow:
-            self._compare(self._shadowed(request, answered[0]), "teacher")
+            self._compare(self._shadowed(request, alone), "teacher")
         return answered
 
-    async def _own(self, request: Asked, until: float) -> Answer:
-        """The student's, with its cascade."""
+    async def _own(self, request: Asked, until: float) -> tuple[Answer, Reply]:
+        """(the student's with its cascade, and without it)."""
         cascade = self._beside.cascade
         if cascade is not None and isinstance(request, ClassifyRequest):
             return await self._cascaded(cascade, request, until)
-        return await self._model.reply(request, until - _now())
+        answered = await self._model.reply(request, until - _now())
+        return answered, answered[0]
 
     # ---- canary
 
@@ -69,7 +70,7 @@ class Answering:
         """Or the student's; what neither can answer says nothing of the canary."""
         answered = await self._ask("canary", request, within_s)
         if answered is None:
-            own = await self._own(request, until)
+            own, _ = await self._own(request, until)
             self.tried += Tried(asked=1, failed=1)
             return own
         self.tried += Tried(asked=1)
@@ -90,7 +91,7 @@ class Answering:
 
     # ---- cascade
 
-    async def _cascaded(self, cascade: Cascade, request: ClassifyRequest, until: float) -> Answer:
+    async def _cascaded(self, cascade: Cascade, request: ClassifyRequest, until: float) -> tuple[Answer, Reply]:
         raw = request.model_copy(update={"raw": True, "top_k": None})
         reply, timing = await self._model.classify(raw, until - _now())
         sure = [confidence(each, cascade.temperature) for each in reply.results]
@@ -99,7 +100,8 @@ class Answering:
         for n, each in zip(doubtful, await self._teachers(raw, doubtful, until), strict=False):
             results[n] = each.model_copy(update={"escalated": True})
         self._model.meter.cascaded([(share, each.escalated) for share, each in zip(sure, results, strict=True)])
-        return ClassifyReply(model=reply.model, results=[shown(each, request) for each in results]), timing
+        shares = ClassifyReply(model=reply.model, results=[shown(each, request) for each in results])
+        return (shares, timing), reply
 
     async def _teachers(self, raw: ClassifyRequest, doubtful: list[int], until: float) -> list[Classified]:
         """Of these inputs; none where it does not answer."""

@@ -8,7 +8,7 @@ from raydistil.errors import PlanError, StorageError
 from raydistil.serve.keys import read_keys
 from raydistil.serve.schema import Source
 from raydistil.serve.served import Beside, Canary, Served, Wishes
-from raydistil.serve.source import find, labels_of
+from raydistil.serve.source import find, labels_of, width_of
 from raydistil.types import has_classes
 
 
@@ -55,4 +55,7 @@ def _companion(student: Source, path: Path, what: str) -> Source:
     theirs, ours = (sorted(labels_of(Path(each.directory))) for each in (found, student))
     if has_classes(student.task) and theirs != ours:
         raise PlanError(f"expected a {what} with the student's labels {ours}, {path} has {theirs}")
+    wide, own = (width_of(Path(each.directory)) for each in (found, student))
+    if student.task == "embedding" and wide != own:
+        raise PlanError(f"expected a {what} with vectors of {own} numbers like the student's, {path} gives {wide}")
     return found

@@ -5,6 +5,7 @@ Only the replicas load the model.
 
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -29,7 +30,7 @@ from raydistil.serve.offer import offered
 from raydistil.serve.ports import free_port, url_of
 from raydistil.serve.schema import ROUTES, Source
 from raydistil.serve.served import Beside, Replicas, Served, Wishes
-from raydistil.serve.source import WEIGHTS, directory_of, find, version_of
+from raydistil.serve.source import SAYING, directory_of, find, version_of
 from raydistil.storage import scratch_directory
 from raydistil.types import Task
 
@@ -108,13 +109,18 @@ def check_cluster(each: Replicas, count: int) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for name, wanted in (("CPU", each.cpus), ("GPU", each.gpus)):
         has = [node.get(name, 0) for node in nodes]
-        if wanted and sum(amount // wanted for amount in has) < count:
+        if wanted and sum(holds(amount, wanted) for amount in has) < count:
             raise PlanError(
                 f"expected {wanted:g} {name} for each of {count} replicas, found {sum(has):g}: lower --replicas or "
                 f"--{name.lower()}s"
             )
     if serve.status().proxies:
         raise PlanError("expected a cluster without Ray Serve, it runs there already: end it with serve shutdown")
+
+
+def holds(amount: float, wanted: float) -> int:
+    """How often `wanted` is in `amount`, to Ray's precision: 1.0 // 0.2 is 4."""
+    return math.floor(amount / wanted + 1e-4)
 
 
 @contextmanager
@@ -236,14 +242,15 @@ def _watch(run_dir: Path, served: Served, copies: ExitStack, say: Callable[[str]
     what it was asked first; one that cannot be served is told of, and the served one stays. A canary that has to go
     gives its replicas back.
     """
-    before = _stamp(run_dir)
+    tried = seen = _stamp(run_dir)
     with suppress(KeyboardInterrupt):
         while True:
             time.sleep(LOOK_S)
             _touch(served.source.kept)
             served = _without_bad_canary(served, say)
-            if (now := _stamp(run_dir)) not in (before, None):
-                before = now
+            before, seen = seen, _stamp(run_dir)
+            if seen not in (tried, None) and seen == before:  # else it may still be written
+                tried = seen
                 served = _swapped(run_dir, served, copies, say)
 
 
@@ -269,11 +276,11 @@ def _without_bad_canary(served: Served, say: Callable[[str], None]) -> Served:
     return served.without_canary()
 
 
-def _stamp(run_dir: Path) -> tuple[int, int] | None:
-    """Changes with every export; None where there is none just now."""
+def _stamp(run_dir: Path) -> tuple[tuple[int, int, int], ...] | None:
+    """Changes with every export, and with every file that is written; None where one is not there just now."""
     with suppress(OSError):
-        found = (directory_of(run_dir) / WEIGHTS).stat()
-        return found.st_ino, found.st_mtime_ns
+        found = [(directory_of(run_dir) / name).stat() for name in SAYING]
+        return tuple((each.st_ino, each.st_mtime_ns, each.st_size) for each in found)
     return None
 
 

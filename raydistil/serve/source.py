@@ -13,6 +13,7 @@ from raydistil.serve.schema import Source
 from raydistil.types import SENTENCE_LAYOUT, Task
 
 TOKENIZER, SETTINGS, WEIGHTS = "tokenizer.json", "tokenizer_config.json", "model.safetensors"
+SAYING = ("config.json", TOKENIZER, WEIGHTS)  # what makes a model say what it says
 REPORT = "raydistil.json"
 HEADS: dict[str, Task] = {
     "ForSequenceClassification": "classification", "ForTokenClassification": "token_classification",
@@ -40,9 +41,9 @@ def find(run_dir: Path) -> Source:
 
 
 def version_of(directory: Path) -> str:
-    """SHA-256 over those of what makes it say what it says: its configuration, tokenizer and weights."""
+    """SHA-256 over those of its configuration, tokenizer and weights."""
     whole = hashlib.sha256()
-    for name in ("config.json", TOKENIZER, WEIGHTS):
+    for name in SAYING:
         with (directory / name).open("rb") as file:
             whole.update(hashlib.file_digest(file, "sha256").digest())
     return whole.hexdigest()
@@ -52,6 +53,13 @@ def labels_of(directory: Path) -> list[str]:
     """In the order of the model's outputs. Raises StorageError as `find` does."""
     named: dict[str, str] = _json(directory, "config.json").get("id2label", {})
     return [named[number] for number in sorted(named, key=int)]
+
+
+def width_of(directory: Path) -> int | None:
+    """Of its hidden states, and of the vectors that are made of them. Raises StorageError as `find` does."""
+    config = _json(directory, "config.json")
+    found: int | None = config.get("hidden_size", config.get("dim"))  # DistilBERT's name for it
+    return found
 
 
 def directory_of(run_dir: Path) -> Path:
