@@ -146,6 +146,14 @@ def test_requests_are_traced_where_serve_is_told_to(tmp_path: Path, monkeypatch:
     assert any(each.get("raydistil.inference_ms", 0.0) > 0 for each in asked)
 
 
+def test_counts_outlive_the_actor_that_shows_them(live: Live) -> None:
+    (board,) = (pid for pid in session_of(live.process.pid) if " ".join(_cmdline(pid)).startswith("ray::Board"))
+    before = _answered(live)
+    assert live.load(rate=20.0, seconds=1.0).statuses().keys() == {200}
+    os.kill(board, signal.SIGKILL)
+    assert soon(lambda: _answered(live) > before)
+
+
 def test_a_student_that_is_exported_anew_takes_over_and_no_request_fails(live: Live) -> None:
     before = fetch(f"{live.url}/info")[1]["version"]
     load = live.load(rate=30.0, seconds=25.0)
@@ -218,6 +226,12 @@ def at_least_two(live: Live) -> Iterator[None]:
     soon(lambda: len(live.replicas()) == 2, 30)
     load.join()
     yield
+
+
+def _answered(live: Live) -> float:
+    families = text_string_to_metric_families(_text(f"{live.url}/metrics"))
+    samples = (sample for family in families for sample in family.samples)
+    return sum(each.value for each in samples if each.name == "raydistil_requests_total")
 
 
 def _text(url: str, headers: dict[str, str] | None = None) -> str:

@@ -110,10 +110,10 @@ def _by(handle: Any) -> "Ask":
 
 
 def board() -> Any:
-    """The actor on which replicas show their counts."""
+    """The actor on which replicas show their counts. Where it dies another one begins, and is shown them again."""
     import ray
 
-    kept: Any = ray.remote(num_cpus=0)(Board)
+    kept: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board)
     return kept.options(name=BOARD, namespace=APP, lifetime="detached", get_if_exists=True).remote()
 
 
