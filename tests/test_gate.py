@@ -1,5 +1,6 @@
 """Before the app: API keys, their limits, and the counts at /metrics."""
 
+import asyncio
 import json
 import re
 from dataclasses import replace
@@ -19,6 +20,7 @@ from raydistil.serve import keys as keeping
 from raydistil.serve import metrics as measuring
 from raydistil.serve.app import build_api
 from raydistil.serve.batcher import Batch, Load
+from raydistil.serve.gate import Counted
 from raydistil.serve.keys import Key, Keys, add_key, hash_of, read_keys
 from raydistil.serve.metrics import PHASES, STATUSES, Board, Meter, exposition
 from raydistil.serve.model import load
@@ -53,6 +55,8 @@ def test_who_has_no_key_is_refused_and_told_how(classifier_run: Path) -> None:
         assert refused.headers["www-authenticate"] == "Bearer"
     for key in ("secret", "other"):
         assert app.post("/v1/classify", json=ASK, headers={"authorization": f"Bearer {key}"}).status_code == 200
+    counted = numbers(app.get("/metrics", headers={"authorization": "Bearer secret"}).text)
+    assert (counted["raydistil_requests_total", "401"], counted["raydistil_requests_total", "200"]) == (4, 2)
     assert [app.get(path).status_code for path in ("/", "/livez", "/readyz", "/docs", "/info", "/metrics")] == [
         200, 200, 200, 200, 401, 401,
     ]  # fmt: skip
@@ -108,6 +112,15 @@ def test_a_key_is_made_once_and_only_its_hash_is_kept(tmp_path: Path, capsys: py
     assert "expected a new name, ada has a key" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("before", ["", "# ours\n", "# ours", f"bob {hash_of('b')}"])
+def test_a_key_stands_in_a_line_of_its_own(tmp_path: Path, before: str) -> None:
+    path = tmp_path / "keys.txt"
+    path.write_text(before)
+    made = add_key(path, "ada", None)
+    owner = Keys(read_keys(path)).owner(made)
+    assert owner is not None and owner.name == "ada" and path.read_text().startswith(before)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -130,6 +143,19 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, text: str, says: str) ->
 
 
 # ---- counts
+
+
+def test_who_left_is_no_failure_of_the_server(classifier_run: Path) -> None:
+    model = load(find(classifier_run))
+
+    async def left(*_: Any) -> None:
+        raise asyncio.CancelledError
+
+    scope = {"type": "http", "path": "/v1/classify", "headers": []}
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(Counted(left, model, "/v1/classify")(scope, left, left))
+    counted = numbers(exposition([model.meter.families(IDLE)]).decode())
+    assert (counted["raydistil_requests_total", "499"], counted["raydistil_requests_total", "500"]) == (1, 0)
 
 
 def test_every_series_is_there_from_the_start_and_counts_what_was_asked(classifier_run: Path) -> None:

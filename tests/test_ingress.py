@@ -1,11 +1,13 @@
 """The environment of Serve's processes, what HAProxy says where there is no replica, and what stands before Serve."""
 
+import asyncio
 import http.client
 import io
 import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -16,6 +18,7 @@ from raydistil.serve.app import build_api
 from raydistil.serve.early import middlewares
 from raydistil.serve.gate import refusal
 from raydistil.serve.ingress import FLAGS, speak_for_nobody, tuned
+from raydistil.serve.metrics import exposition
 from raydistil.serve.model import load
 from raydistil.serve.schema import ErrorReply
 from raydistil.serve.source import find
@@ -84,6 +87,34 @@ def test_what_is_refused_does_not_reach_serve_and_has_its_id(nobody: None) -> No
     refused = client.post("/full", headers={"x-request-id": "mine"})
     assert (refused.status_code, refused.text, refused.headers["x-request-id"]) == (429, "full", "mine")
     assert len({client.post("/full").headers["x-request-id"] for _ in range(3)}) == 3
+
+
+def told(app: early.Early, path: str, *headers: tuple[bytes, bytes]) -> list[Any]:
+    """What is sent back; httpx itself would encode headers anew."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request"}
+
+    asyncio.run(app({"type": "http", "method": "GET", "path": path, "headers": headers}, receive, send))
+    return sent
+
+
+def test_a_header_that_serve_could_not_read_is_refused(nobody: None, classifier_run: Path) -> None:
+    model = load(find(classifier_run))
+    early.refuse_by(refusal(model, "/v1/classify"))
+    app = early.Early(PlainTextResponse("answered"))
+    start, body = told(app, "/v1/classify", (b"x-request-id", b"caf\xe9"))
+    error = json.loads(body["body"])["error"]
+    assert (start["status"], error["type"], error["param"]) == (400, "malformed_header", "x-request-id")
+    assert len(dict(start["headers"])[b"x-request-id"]) == 32
+    assert told(app, "/info", (b"traceparent", b"\xff"))[0]["status"] == 400
+    assert told(app, "/v1/classify", (b"x-name", "café".encode()))[0]["status"] == 200
+    counted = exposition([model.meter.families(model.batcher.load())]).decode()
+    assert re.search(r'requests_total\{[^}]*status="400"\} 1\.0', counted)
 
 
 def test_a_model_refuses_there_what_it_would_refuse_later(nobody: None, classifier_run: Path) -> None:

@@ -62,9 +62,9 @@ def build_api(model: ServedModel, gather: Gather = alone, answering: Replying | 
         title=f"raydistil: {model.source.name}", description="A distilled student.", redoc_url=None, responses=locked
     )
     app.add_middleware(BodyLimit)
-    app.add_middleware(Counted, model=model, route=ROUTES[model.source.task])
     if model.source.keys:
         app.add_middleware(Admission, keys=Keys([Key(*each) for each in model.source.keys]))
+    app.add_middleware(Counted, model=model, route=ROUTES[model.source.task])  # around all others: it counts theirs
     add_errors(app)
     _add_state(app, model)
     _add_metrics(app, model, gather)

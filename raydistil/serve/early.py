@@ -37,7 +37,8 @@ class Early:
         if refused is None:
             await self.app(scope, receive, send)
             return
-        request_id = dict(scope["headers"]).get(REQUEST_ID) or uuid.uuid4().hex.encode()
+        given = dict(scope["headers"]).get(REQUEST_ID, b"")
+        request_id = given if given and given.isascii() else uuid.uuid4().hex.encode()
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":

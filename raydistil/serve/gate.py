@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from raydistil.serve.batcher import NotServed
 from raydistil.serve.errors import ApiError, answered, unserved
 from raydistil.serve.keys import Keys
+from raydistil.serve.metrics import GONE
 from raydistil.serve.model import ServedModel
 from raydistil.serve.schema import LATEST_MS, MAX_BODY_BYTES, within_s
 
@@ -84,21 +85,37 @@ class Counted:
 
         try:
             await (_refused(self._model, scope) or self.app)(scope, receive, seen)
+        except asyncio.CancelledError:
+            status = GONE
+            raise
         finally:
             self._model.meter.request(status, time.perf_counter() - started)
 
 
 def refusal(model: ServedModel, route: str) -> Callable[[Scope], ASGIApp | None]:
-    """What `Counted` would refuse, for one who stands before it, counted as there. Wherever the app is mounted."""
+    """What `Counted` would refuse, and what Serve would stumble over, for one who stands before both; counted as there.
+    Wherever the app is mounted.
+    """
 
     def refused(scope: Scope) -> ASGIApp | None:
-        started = time.perf_counter()
-        response = _refused(model, scope) if scope["path"].endswith(route) else None
-        if response is not None:
+        started, ours = time.perf_counter(), scope["path"].endswith(route)
+        response = _unreadable(scope) or (_refused(model, scope) if ours else None)
+        if ours and response is not None:
             model.meter.request(response.status_code, time.perf_counter() - started)
         return response
 
     return refused
+
+
+def _unreadable(scope: Scope) -> JSONResponse | None:
+    """Where a header is not UTF-8: Serve reads several, outside of what turns errors into answers."""
+    for name, value in scope["headers"]:
+        try:
+            value.decode()
+        except UnicodeDecodeError:
+            message = f"expected headers in UTF-8, {name.decode('latin1')} is not"
+            return answered(ApiError(400, "malformed_header", message, name.decode("latin1")))
+    return None
 
 
 def _refused(model: ServedModel, scope: Scope) -> JSONResponse | None:

@@ -67,6 +67,14 @@ def hash_of(key: str) -> str:
 
 def read_keys(path: Path) -> list[Key]:
     """Raises StorageError for a file that is not there, ConfigError for a line that is no key, or none at all."""
+    keys = _keys(path)
+    if not keys:
+        raise ConfigError(f"{path}: expected at least one API key, found none: make one with raydistil key")
+    return keys
+
+
+def _keys(path: Path) -> list[Key]:
+    """Raises as `read_keys` does, but for a file without any."""
     try:
         lines = path.read_text(encoding="utf8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -76,8 +84,6 @@ def read_keys(path: Path) -> list[Key]:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ConfigError(f"{path}: expected a name once, got {twice} twice: leave one out")
-    if not keys:
-        raise ConfigError(f"{path}: expected at least one API key, found none: make one with raydistil key")
     return keys
 
 
@@ -104,11 +110,13 @@ def add_key(path: Path, name: str, rate: float | None) -> str:
     """A new key; its hash is appended to the file. Raises ConfigError for a name that is none, or is taken."""
     if not NAME.fullmatch(name):
         raise ConfigError(f"expected a name of letters, digits, '.', '_' and '-', got {name!r}")
-    if path.exists() and path.read_text().strip() and name in {key.name for key in read_keys(path)}:
+    before = path.read_bytes() if path.exists() else b""
+    if before and name in {key.name for key in _keys(path)}:
         raise ConfigError(f"{path}: expected a new name, {name} has a key: take its line out first")
     made = PREFIX + secrets.token_urlsafe(32)
     bound = "" if rate is None else f" {rate:g}"
+    end = "" if not before or before.endswith(b"\n") else "\n"
     with path.open("a", encoding="utf8") as file:
-        file.write(f"{name} {hash_of(made)}{bound}\n")
+        file.write(f"{end}{name} {hash_of(made)}{bound}\n")
     path.chmod(0o600)
     return made

@@ -25,7 +25,8 @@ from raydistil.serve.canary import Limits, Tried, verdict
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OUTCOMES = ("answered", "failed", "skipped")  # of what is beside the student
 PHASES = ("tokenization", "queue", "inference", "total")
-STATUSES = ("200", "400", "401", "404", "413", "422", "429", "500", "503", "504")
+GONE = 499  # the client left before there was an answer; nginx's number
+STATUSES = ("200", "400", "401", "404", "413", "422", "429", str(GONE), "500", "503", "504")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 Families = list[Metric]

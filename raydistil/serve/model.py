@@ -6,9 +6,10 @@ L tokens of a row, D hidden size, C classes, M masks of a text, K candidates kep
 import asyncio
 import base64
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -59,8 +60,10 @@ from raydistil.types import has_classes
 LOG = logging.getLogger(__name__)  # never of a text
 LIMITS = Limits(batch_tokens=1024, queue_tokens=1 << 16, age_s=0.5)
 READ_AT_ONCE = 2048  # characters: half a millisecond of the loop at most; few take less than handing them to a thread
+SAID_AT_ONCE = 512  # tokens, candidates or scores of a reply, for the same reason
 MASK_TOKENS = 16  # that a mask counts for: it costs a row of logits over the vocabulary
 WINDOW = 384  # tokens of a question with a part of its context, at most
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,8 @@ class ServedModel:
         self.reader = Reader(tokenizer, self.max_length)
         self._parameters = num_parameters(outline(source.directory, source.task))
         self._mask_id = _mask_id(tokenizer) if source.task == "mlm" else -1
+        decode: Callable[..., str] = tokenizer.backend_tokenizer.decode
+        self._word = lru_cache(maxsize=None)(lambda n: decode([n], skip_special_tokens=False))  # of the vocabulary
         self.batcher: Batcher[Row, Result | Best] = Batcher(
             self._run, LIMITS, padded=False, seen=self.meter.batch
         )  # fmt: skip
@@ -141,14 +146,11 @@ class ServedModel:
     async def classify(self, request: ClassifyRequest, within_s: float) -> tuple[ClassifyReply, Timing]:
         encoded, results, timing = await self._texts(request.given(), request.truncate, within_s)
         assert self.labels is not None
-        found = []
-        for each, logits_C in zip(encoded, results, strict=True):
-            best = np.argsort(-logits_C, kind="stable").tolist()
-            scores = [LabelScore(label=self.labels[n], score=float(logits_C[n])) for n in best]
-            raw = Classified(
-                label=scores[0].label, score=scores[0].score, scores=scores, tokens=each.tokens, truncated=each.is_cut
-            )
-            found.append(shown(raw, request))
+        labels = self.labels
+        found = await _made(
+            len(encoded) * len(labels),
+            lambda: [shown(_scored(*each, labels), request) for each in zip(encoded, results, strict=True)],
+        )
         return ClassifyReply(model=self.source.name, results=found), timing
 
     async def score(self, request: ScoreRequest, within_s: float) -> tuple[ScoreReply, Timing]:
@@ -162,13 +164,11 @@ class ServedModel:
     async def tag(self, request: TokensRequest, within_s: float) -> tuple[TokensReply, Timing]:
         encoded, results, timing = await self._texts(request.inputs, request.truncate, within_s)
         assert self.labels is not None
-        found = [
-            Tagged(
-                entities=entities_of(text, each, softmax(logits_LC), self.labels), tokens=each.tokens,
-                truncated=each.is_cut,
-            )
-            for text, each, logits_LC in zip(request.inputs, encoded, results, strict=True)
-        ]  # fmt: skip
+        labels = self.labels
+        found = await _made(
+            timing.tokens,
+            lambda: [_tagged(*each, labels) for each in zip(request.inputs, encoded, results, strict=True)],
+        )
         return TokensReply(model=self.source.name, results=found), timing
 
     async def embed(self, request: EmbeddingsRequest, within_s: float) -> tuple[EmbeddingsReply, Timing]:
@@ -184,13 +184,17 @@ class ServedModel:
 
     async def answer(self, request: AnswerRequest, within_s: float) -> tuple[AnswerReply, Timing]:
         length, started = min(WINDOW, self.max_length), _now()
-        encoded = await asyncio.to_thread(self.reader.questions, request.question, request.context, length)
+        encoded = await asyncio.to_thread(
+            self.reader.questions, request.question, request.context, length, MAX_WINDOWS + 1
+        )  # fmt: skip
         if len(encoded) > MAX_WINDOWS:
-            message = f"expected a context of at most {MAX_WINDOWS} windows of {length} tokens, got {len(encoded)}"
+            message = f"expected a context of at most {MAX_WINDOWS} windows of {length} tokens, got more"
             raise ApiError(413, "too_long", message, "context", MAX_WINDOWS)
         asked = [Row(each.ids, each.context) for each in encoded]
         results, timing = await self._asked(asked, started + within_s, started, "windows")
-        found, lacking = answers_of(request.context, encoded, results, request.top_k)
+        found, lacking = await _made(
+            timing.tokens, lambda: answers_of(request.context, encoded, results, request.top_k)
+        )  # fmt: skip
         reply = AnswerReply(
             model=self.source.name, answers=found, lacking=lacking, windows=len(encoded), tokens=timing.tokens,
             truncated=encoded[0].is_cut,
@@ -203,10 +207,13 @@ class ServedModel:
         self._check_masks(encoded, [len(each) for each in places])
         asked = [Row(each.ids, places=at, best=request.top_k) for each, at in zip(encoded, places, strict=True)]
         results, timing = await self._asked(asked, started + within_s, started, "inputs")
-        found = [
-            Filled(masks=self._filled(best), tokens=each.tokens, truncated=each.is_cut)
-            for each, best in zip(encoded, results, strict=True)
-        ]
+        found = await _made(
+            sum(map(len, places)) * request.top_k,
+            lambda: [
+                Filled(masks=self._filled(best), tokens=each.tokens, truncated=each.is_cut)
+                for each, best in zip(encoded, results, strict=True)
+            ],
+        )
         return FillMaskReply(model=self.source.name, results=found), timing
 
     # ---- reading, asking
@@ -257,11 +264,10 @@ class ServedModel:
         return self.backend.run([item.payload for item in items])
 
     def _filled(self, best: Best) -> list[FilledMask]:
-        decode = self._tokenizer.backend_tokenizer.decode
         return [
             FilledMask(
                 candidates=[
-                    Candidate(token=decode([n], skip_special_tokens=False), score=score)
+                    Candidate(token=self._word(n), score=score)
                     for score, n in zip(scores_K.tolist(), ids_K.tolist(), strict=True)
                 ]
             )
@@ -280,6 +286,25 @@ class ServedModel:
         if sum(counts) > MAX_MASKS:
             message = f"expected at most {MAX_MASKS} masks in one request, got {sum(counts)}"
             raise ApiError(413, "too_many_masks", message, "inputs", MAX_MASKS)
+
+
+async def _made(size: int, make: Callable[[], T]) -> T:
+    """What `make` gives, of a thread where that takes long: the loop has others to answer."""
+    return make() if size <= SAID_AT_ONCE else await asyncio.to_thread(make)
+
+
+def _scored(each: Encoded, logits_C: Result, labels: list[str]) -> Classified:
+    """In logits, of all labels, the best one first."""
+    best = np.argsort(-logits_C, kind="stable").tolist()
+    scores = [LabelScore(label=labels[n], score=float(logits_C[n])) for n in best]
+    return Classified(
+        label=scores[0].label, score=scores[0].score, scores=scores, tokens=each.tokens, truncated=each.is_cut
+    )
+
+
+def _tagged(text: str, each: Encoded, logits_LC: Result, labels: list[str]) -> Tagged:
+    entities = entities_of(text, each, softmax(logits_LC), labels)
+    return Tagged(entities=entities, tokens=each.tokens, truncated=each.is_cut)
 
 
 def shown(raw: Classified, request: ClassifyRequest) -> Classified:

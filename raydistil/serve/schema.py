@@ -31,9 +31,10 @@ ROUTES: dict[Task, str] = {
 Wish = Literal["auto", "torch", "packed", "onnx", "mixed", "bf16", "int8"]
 
 ErrorType = Literal[
-    "malformed_json", "not_found", "wrong_task", "method_not_allowed", "body_too_large", "too_many_inputs",
-    "too_many_masks", "empty_input", "missing_field", "unknown_field", "wrong_type", "invalid_value", "too_long",
-    "no_mask", "unauthorized", "rate_limited", "overloaded", "deadline_exceeded", "stopping", "unavailable", "internal",
+    "malformed_json", "malformed_header", "not_found", "wrong_task", "method_not_allowed", "body_too_large",
+    "too_many_inputs", "too_many_masks", "empty_input", "missing_field", "unknown_field", "wrong_type", "invalid_value",
+    "too_long", "no_mask", "unauthorized", "rate_limited", "overloaded", "deadline_exceeded", "stopping", "unavailable",
+    "internal",
 ]  # fmt: skip
 
 

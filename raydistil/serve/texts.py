@@ -7,6 +7,7 @@ it is read: of one of a million, no more than the model could take costs anythin
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -89,8 +90,8 @@ class Reader:
         beyond, nowhere = "".join(texts) if unread else "", np.full((len(ids), 2), -1, np.int32)
         return Encoded(np.array(ids, np.int32), nowhere, (*first[1], *second[1]), beyond, begun)
 
-    def questions(self, question: str, context: str, length: int) -> list[Encoded]:
-        """The windows of one question, the question cut to half of them."""
+    def questions(self, question: str, context: str, length: int, most: int) -> list[Encoded]:
+        """The first `most` windows of one question, the question cut to half of them."""
         asked, held = self._read([question, context])
         kept, cut = asked.ids[: length // 2], tuple(asked.ids[length // 2 :])
         return [
@@ -98,7 +99,7 @@ class Reader:
                 np.array(row.ids, np.int32), _padded(row.extras["chars"], len(row.ids)), cut,
                 context=row.extras["context"][0],
             )
-            for row in windows(kept, held, None, self._joints, length, length // STRIDE, 0)
+            for row in islice(windows(kept, held, None, self._joints, length, length // STRIDE, 0), most)
         ]  # fmt: skip
 
     def _read(self, texts: list[str]) -> list[Tokens]:
