@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -146,12 +147,26 @@ def test_requests_are_traced_where_serve_is_told_to(tmp_path: Path, monkeypatch:
     assert any(each.get("raydistil.inference_ms", 0.0) > 0 for each in asked)
 
 
+def test_who_leaves_is_counted_as_one_who_left(live: Live) -> None:
+    before = _answered(live, "499")
+    body = json.dumps({"inputs": ["how do I read a file " * 40] * 64}).encode()
+    with _asked(live, body, b""):
+        time.sleep(0.3)
+    assert soon(lambda: _answered(live, "499") == before + 1)
+    assert _answered(live, "500") == 0
+
+
+def test_serve_stumbles_over_no_header(live: Live) -> None:
+    with _asked(live, b'{"inputs": "ba"}', b"x-request-id: caf\xe9\r\n") as connection:
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 400 ")
+
+
 def test_counts_outlive_the_actor_that_shows_them(live: Live) -> None:
     (board,) = (pid for pid in session_of(live.process.pid) if " ".join(_cmdline(pid)).startswith("ray::Board"))
-    before = _answered(live)
+    before = _answered(live, "200")
     assert live.load(rate=20.0, seconds=1.0).statuses().keys() == {200}
     os.kill(board, signal.SIGKILL)
-    assert soon(lambda: _answered(live) > before)
+    assert soon(lambda: _answered(live, "200") > before)
 
 
 def test_a_student_that_is_exported_anew_takes_over_and_no_request_fails(live: Live) -> None:
@@ -228,10 +243,21 @@ def at_least_two(live: Live) -> Iterator[None]:
     yield
 
 
-def _answered(live: Live) -> float:
+@contextmanager
+def _asked(live: Live, body: bytes, header: bytes) -> Iterator[socket.socket]:
+    """A connection on which a request was sent; closed after the block, whatever has come back."""
+    host, _, port = live.url.removeprefix("http://").rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        head = b"POST /v1/classify HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
+        connection.sendall(head % len(body) + header + b"\r\n" + body)
+        yield connection
+
+
+def _answered(live: Live, status: str) -> float:
+    """Requests so far, of all replicas."""
     families = text_string_to_metric_families(_text(f"{live.url}/metrics"))
-    samples = (sample for family in families for sample in family.samples)
-    return sum(each.value for each in samples if each.name == "raydistil_requests_total")
+    samples = (sample for family in families for sample in family.samples if "status" in sample.labels)
+    return sum(each.value for each in samples if each.labels["status"] == status)
 
 
 def _text(url: str, headers: dict[str, str] | None = None) -> str:
