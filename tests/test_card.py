@@ -76,13 +76,13 @@ def test_what_is_elsewhere_has_no_name_at_the_hub(model: str, monkeypatch: pytes
 
 
 def test_a_license_that_the_hub_knows_and_one_that_it_does_not() -> None:
-    known = front(model_card(facts(export={"license": "Apache-2.0"})))
+    known = front(model_card(facts(distill={}, export={"license": "Apache-2.0"})))
     assert known["license"] == "apache-2.0" and "license_name" not in known
-    own = front(model_card(facts(export={"license": "house-1.0", "license_link": ADDRESS})))
+    own = front(model_card(facts(distill={}, export={"license": "house-1.0", "license_link": ADDRESS})))
     assert (own["license"], own["license_name"], own["license_link"]) == ("other", "house-1.0", ADDRESS)
     for broken in ({"license_link": ADDRESS}, {"license": "other"}):
         with pytest.raises(ConfigError, match="set license to its name"):
-            config_of(BASE | {"export": broken})
+            config_of(BASE | {"distill": {}, "export": broken})
 
 
 # ---- for people

@@ -199,6 +199,13 @@ class Config(Section):
             raise ValueError("assistants are distilled: add a section [distill], or leave [[assistants]] out")
         return self
 
+    @model_validator(mode="after")
+    def _what_is_scored_is_distilled(self) -> "Config":
+        for name, section in (("evaluate", self.evaluate), ("export", self.export)):
+            if section is not None and self.distill is None:
+                raise ValueError(f"{name} is of the student: add a section [distill], or leave [{name}] out")
+        return self
+
     def drawn(self) -> dict[str, tuple[int, str | None]]:
         """(epochs, what is random in a text and its targets) of trainings with a teacher, by the key of the epochs."""
         found: dict[str, tuple[int, str | None]] = {}

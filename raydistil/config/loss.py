@@ -191,6 +191,16 @@ class LossConfig(Section):
                 f"leave it out"
             )
 
+    def check_places(self) -> None:
+        """Raise ValueError for a mean over places: those of the question, and of padding, are none of an answer."""
+        if self.label_smoothing:
+            raise ValueError("distill.loss.label_smoothing is of classes: leave it out for task question_answering")
+        if self.weights()["kd"] and self.divergence == "mse":
+            raise ValueError(
+                "distill.loss.divergence: expected one of distributions for task question_answering, got mse: leave "
+                "it out"
+            )
+
     def check_numbers(self, task: Task) -> None:
         """Raise ValueError for what compares distributions over classes, which a regression does not have."""
         weights = self.weights()

@@ -24,6 +24,8 @@ def check_task(config: "Config") -> None:
             train.loss.check_causal()
         if not models_language(config.task):
             train.loss.check_texts(config.task)
+        if config.task == "question_answering":
+            train.loss.check_places()
 
 
 def _check_data(config: "Config") -> None:

@@ -10,6 +10,11 @@ from raydistil.config.targets import AugmentConfig, TargetsConfig
 from raydistil.types import Task
 
 DEFAULT_ROWS = 32
+# DeepSpeed's names of what the steps, and the ledger of them, hang on.
+BATCHES = {
+    "train_batch_size": "micro_batch_size and accumulation", "gradient_accumulation_steps": "accumulation",
+    "train_micro_batch_size_per_gpu": "micro_batch_size or micro_batch_tokens",
+}  # fmt: skip
 
 
 class TrainConfig(Section):
@@ -44,6 +49,13 @@ class TrainConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Plain DeepSpeed keys, merged over the generated ones; `check` shows the outcome."""
+
+    @model_validator(mode="after")
+    def _batches_are_not_deepspeeds(self) -> "TrainConfig":
+        for key, ours in BATCHES.items():
+            if key in self.deepspeed:
+                raise ValueError(f"deepspeed.{key} would be another number than what is counted: set {ours}")
+        return self
 
     @model_validator(mode="after")
     def _rows_or_tokens(self) -> "TrainConfig":
