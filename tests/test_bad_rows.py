@@ -39,6 +39,33 @@ def test_bad_rows_of_csv_take_no_good_ones_with_them(tmp_path: Path) -> None:
     assert found == ["one", "four"] and said[0] == "bad rows left out: 3 of at most 3"
 
 
+def test_a_quote_that_never_ends_takes_its_own_line_alone(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    rows = [f"text {n},a\n".encode() for n in range(20_000)]  # more than a field may be long
+    rows[1], rows[3], rows[9_000], rows[19_999] = (
+        b"caf\xe9,a\n",
+        b'"he said hello,a\n',
+        b'"two\nlines",a\n',
+        b'"end,a\n',
+    )
+    path.write_bytes(b"text,label\n" + b"".join(rows))
+    found, said = notes_of(path, max_bad_rows=3)
+    assert len(found) == 19_997 and found[:4] == ["text 0", "text 2", "text 4", "text 5"] and "two\nlines" in found
+    assert [line.split(": ")[0] for line in said[1:]] == [f"{path}:{number}" for number in (3, 5, 20_002)]
+
+
+def test_a_value_of_parquet_that_python_does_not_have_is_a_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    words = pa.array([b"one", b"caf\xe9", b"three"], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 3, words.buffers())
+    far = pa.array([2**40, 0, 0], pa.timestamp("s"))  # in a column that nobody asks for
+    pq.write_table(pa.table({"text": text, "when": far}), path)
+    with pytest.raises(DataError, match=rf"{path}:2: expected text and numbers, got 'utf-8' codec"):
+        notes_of(path)
+    found, said = notes_of(path, max_bad_rows=1)
+    assert found == ["one", "three"] and said[0] == "bad rows left out: 1 of at most 1"
+
+
 def damaged(path: Path, group: int) -> Path:
     """A Parquet file of three row groups of a thousand, one of which is not what was written."""
     table = pa.table({"text": [f"text {n} {n * n}" for n in range(3000)]})

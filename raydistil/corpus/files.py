@@ -6,6 +6,7 @@ Every complaint names the file and the row, and is for `BadRows` to make.
 import csv
 import glob
 import json
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -90,45 +91,79 @@ def _read_csv(path: Path, bad: BadRows) -> Iterator[Record]:
 
 
 def _csv_rows(path: Path, bad: BadRows) -> Iterator[tuple[int, list[str]]]:
-    """(first line, fields) of every row that is not blank. Strict: a quote that never ends would swallow the rest."""
-    reader = csv.reader((line + "\n" for _, line in _lines(path, bad)), strict=True)
+    """(first line, fields) of every row that is not blank. A quote that never ends takes none but its own line."""
+    lines = Again(_lines(path, bad))
     while True:
-        start = reader.line_num + 1
+        lines.taken.clear()
         try:
-            row = next(reader, None)
+            row = next(csv.reader(lines, strict=True), None)
         except csv.Error as error:
+            start = lines.taken[0][0]
             bad.add(DataError(f"{path}:{start}: expected a row of CSV, got a bad one: {error}: mend the row"))
+            lines.again()
             continue
         if row is None:
             return
         if row:
-            yield start, row
+            yield lines.taken[0][0], row
+
+
+class Again:
+    """Lines, of which those that a bad row has taken beside its own can be had again."""
+
+    def __init__(self, lines: Iterator[tuple[int, str]]) -> None:
+        self._lines, self._ahead = lines, deque[tuple[int, str]]()
+        self.taken: list[tuple[int, str]] = []
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        self.taken.append(self._ahead.popleft() if self._ahead else next(self._lines))
+        return self.taken[-1][1] + "\n"
+
+    def again(self) -> None:
+        self._ahead.extendleft(reversed(self.taken[1:]))
 
 
 def _read_parquet(path: Path, bad: BadRows) -> Iterator[Record]:
-    """Row group by row group: one that is damaged takes none of the others with it."""
+    """Row group by row group: one that is damaged takes none of the others with it. Times are no text, nor a label."""
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)  # where there are checksums
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from error
     with file:
-        first = 0
+        first, columns = 0, [field.name for field in file.schema_arrow if not pa.types.is_temporal(field.type)]
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
-            yield from _read_group(path, file, group, range(first + 1, first + rows + 1), bad)
+            batches = file.iter_batches(batch_size=1024, row_groups=[group], columns=columns)
+            yield from _read_group(path, batches, group, range(first + 1, first + rows + 1), bad)
             first += rows
 
 
-def _read_group(path: Path, file: pq.ParquetFile, group: int, rows: range, bad: BadRows) -> Iterator[Record]:
+def _read_group(
+    path: Path, batches: Iterator[pa.RecordBatch], group: int, rows: range, bad: BadRows
+) -> Iterator[Record]:  # fmt: skip
     read = 0
     try:
-        for batch in file.iter_batches(batch_size=1024, row_groups=[group]):
-            for row in batch.to_pylist():
-                yield rows[read], row
+        for batch in batches:
+            for row in _plain(batch):
+                if isinstance(row, dict):
+                    yield rows[read], row
+                else:
+                    bad.add(DataError(f"{path}:{rows[read]}: expected text and numbers, got {row}: write the row anew"))
                 read += 1
     except (pa.ArrowException, OSError) as error:
         what = f"row group {group} (rows {rows[0]} to {rows[-1]}) is damaged after {read} rows: {error}"
         bad.add(DataError(f"{path}: {what}: write the file anew"), rows=len(rows) - read)
+
+
+def _plain(batch: pa.RecordBatch) -> list[dict[str, Any] | Exception]:
+    """Its rows as Python's values, or why one has none: text that is no UTF-8, a time beyond the calendar."""
+    try:
+        return list(batch.to_pylist())
+    except (ValueError, OverflowError) as error:
+        return [error] if len(batch) == 1 else [row for n in range(len(batch)) for row in _plain(batch.slice(n, 1))]
 
 
 def _read_txt(path: Path, bad: BadRows) -> Iterator[Record]:
