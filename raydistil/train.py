@@ -52,12 +52,11 @@ def train(run: TrainRun, target: Path, say: Say, record: Callable[[TrainSummary]
     Raises Interrupted after a Ctrl-C, with a checkpoint saved.
     """
     store = run.save.store
+    summary, asked = None, False
     kept = store.newest_whole(run.save.run_hash, say)
     if kept is None or kept.state.steps < run.worker.num_steps:
-        summary = _trained(run)
+        summary, asked = _trained(run)
         kept = store.newest_whole(run.save.run_hash, say, below=MODEL)
-    else:
-        summary = kept.state.summary  # the driver was killed on its way home
     if kept is None or kept.state.steps < run.worker.num_steps:
         raise StorageError(
             f"expected the checkpoint of the last step in {store.place}/{store.below}, got one that is damaged: run "
@@ -65,8 +64,10 @@ def train(run: TrainRun, target: Path, say: Say, record: Callable[[TrainSummary]
         )
     with whole_directory(target) as scratch, store.at_hand(f"{kept.name}/{MODEL}") as saved:
         shutil.copytree(saved, scratch, dirs_exist_ok=True)
-        record(summary)
+        record(summary or kept.state.summary)  # of one that was killed on its way home
     clear_up(run.save.config, store)
+    if asked:
+        raise Interrupted(f"{run.stage} is done; the same command goes on with what comes after it")
 
 
 def clear_up(config: CheckpointsConfig, store: CheckpointStore) -> None:
@@ -76,13 +77,15 @@ def clear_up(config: CheckpointsConfig, store: CheckpointStore) -> None:
         _forget_ray_train(store)
 
 
-def _trained(run: TrainRun) -> TrainSummary:
-    """The training itself, from wherever it stands to its end."""
+def _trained(run: TrainRun) -> tuple[TrainSummary | None, bool]:
+    """The training itself, from wherever it stands to its end: (what workers said of it, None where they died between
+    its last checkpoint and saying so; whether it was to stop when there was nothing left to stop).
+    """
     warm.with_training(run.cluster, 0 if run.source.caches else len(run.worker.teachers))
     progress = _progress_of(run)
     live = LiveLine(run.stage, run.run_dir / "metrics.jsonl")
     store = Store()
-    with _stop_on_signal(progress), counted(*run.worker.traced) if run.worker.traced else nullcontext():
+    with _stop_on_signal(progress) as asked, counted(*run.worker.traced) if run.worker.traced else nullcontext():
         _fit(_trainer(run, progress), progress, live, store, Silence(_need(run)))
     summary: TrainSummary | None
     summary, refused, starts = ray.get(progress.outcome.remote())
@@ -90,10 +93,12 @@ def _trained(run: TrainRun) -> TrainSummary:
     _forget_ray_train(run.save.store)
     if refused is not None:
         raise refused
-    assert summary is not None
+    if summary is None:
+        return None, asked.is_set()
     if summary.interrupted:
         raise Interrupted(f"{run.stage} stopped after step {summary.steps}; the same command goes on from there")
-    return replace(summary, peak_store_bytes=store.peak, spilled_bytes=store.spilled(), restarts=starts - 1)
+    seen = replace(summary, peak_store_bytes=store.peak, spilled_bytes=store.spilled(), restarts=starts - 1)
+    return seen, asked.is_set()
 
 
 def _progress_of(run: TrainRun) -> Any:
@@ -314,21 +319,20 @@ class Preempted:
 
 
 @contextmanager
-def _stop_on_signal(progress: Any) -> Iterator[None]:
+def _stop_on_signal(progress: Any) -> Iterator[threading.Event]:
     """The first Ctrl-C (or SIGTERM) asks for a checkpoint and an end, the second one ends at once."""
-    asked = False
+    asked = threading.Event()
 
     def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
+        if asked.is_set():
             raise KeyboardInterrupt
-        asked = True
+        asked.set()
         sys.stderr.write("\nstopping after a checkpoint; Ctrl-C again to stop at once\n")
         progress.wish.remote(Wish.STOP)
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,12 +1,20 @@
 """The driver's side of a training."""
 
+import signal
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from test_checkpoint import saved
 
+from raydistil import train as driving
+from raydistil.checkpoint import CheckpointStore
+from raydistil.config.checkpoints import CheckpointsConfig
+from raydistil.errors import Interrupted
 from raydistil.plan import Need
-from raydistil.train import QUIET_S, Silence, spinning
+from raydistil.train import QUIET_S, Silence, _stop_on_signal, spinning, train
 
 
 @pytest.mark.parametrize(
@@ -48,3 +56,40 @@ def test_a_cluster_that_cannot_hold_the_run_any_more_is_the_reason(ray_cluster: 
     (said,) = lines(silence, False, 0.0, QUIET_S)
     assert "expected a cluster that holds the run (CPUs: 1 students x 1 + 999 teachers x 1" in said
     assert said.endswith("it goes on when they are there")
+
+
+class Actor:
+    """Of whom it is noted what he was asked."""
+
+    def __init__(self) -> None:
+        self.wishes: list[Any] = []
+        self.wish = SimpleNamespace(remote=self.wishes.append)
+
+
+def test_a_signal_is_remembered_when_there_is_nothing_left_to_stop(capfd: pytest.CaptureFixture[str]) -> None:
+    with _stop_on_signal(actor := Actor()) as asked:
+        assert not asked.is_set()
+        signal.raise_signal(signal.SIGTERM)
+        assert asked.is_set() and len(actor.wishes) == 1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_model_whose_last_checkpoint_is_there_comes_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    """Whoever died before he could say so; and what was to stop does so then."""
+    store, recorded = CheckpointStore(str(tmp_path / "kept"), "distill"), list[Any]()
+    save = SimpleNamespace(store=store, run_hash="run", config=CheckpointsConfig())
+    run: Any = SimpleNamespace(save=save, worker=SimpleNamespace(num_steps=3), stage="distill")
+
+    def trained(_: Any) -> tuple[None, bool]:
+        saved(store, 3)
+        return None, asked
+
+    monkeypatch.setattr("raydistil.saving.save_model", lambda model, name, path: path.mkdir())
+    monkeypatch.setattr(driving, "_trained", trained)
+    with pytest.raises(Interrupted, match="distill is done; the same command goes on") if asked else nullcontext():
+        train(run, tmp_path / "home", pytest.fail, recorded.append)
+    assert [summary.steps for summary in recorded] == [3] and (tmp_path / "home").is_dir()
