@@ -125,7 +125,8 @@ class CheckpointStore:
             if one.state.run_hash != run_hash:
                 raise StorageError(
                     f"expected checkpoints of this run in {self.place}/{self.below}, got those of another one, or of "
-                    f"another content of its corpus: choose another checkpoints.storage or name, or remove them"
+                    f"another content of its corpus or teacher: choose another checkpoints.storage or name, or remove "
+                    f"them"
                 )
             damaged = self._damaged(one, below)
             if damaged is None:

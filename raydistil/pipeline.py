@@ -77,11 +77,10 @@ def train_baseline(run: Prepared) -> None:
     """
     distill = run.config.distill
     assert distill is not None
-    rows, labelled = (sum(run.store.bucket_rows("train", only)) for only in (False, takes_labels(run.config.task)))
-    epochs = math.ceil(distill.epochs * rows / labelled) + 1  # the last of them is cut short
-    config = distill.model_copy(update={"lr": _baseline_lr(run.config), "epochs": epochs})
     seed, name = run.config.seed, _no_teacher(run.config)
     count = manifest_of(run, distill, True, seed).num_micro_batches
+    epochs = math.ceil(count / manifest_of(run, distill, False, seed).per_epoch)  # the last of them is cut short
+    config = distill.model_copy(update={"lr": _baseline_lr(run.config), "epochs": epochs})
     *_, last = links(run.config, run.teacher_dirs, run.run_dir)
     init, variants = _student_init(run, last.ungeneral()), variants_of(distill.targets)
     train_stage(run, Training(name, config, LABELS_ONLY, init, name, seed, micro_batches=count, variants=variants))

@@ -51,10 +51,15 @@ def claim(config: Config, data: str) -> Path:
 
 def _hold(path: Path) -> None:
     """Keep others out until this process ends, however it does."""
-    path.mkdir(parents=True, exist_ok=True)
-    if path.resolve() in _held:
-        return
-    file = (path / LOCK).open("a+", encoding="utf8")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if path.resolve() in _held:
+            return
+        file = (path / LOCK).open("a+", encoding="utf8")
+    except OSError as error:
+        raise StorageError(
+            f"expected a directory that can be written at {path}, got {error}: set output_dir or name to another"
+        ) from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -92,9 +97,10 @@ def write_json(path: Path, value: Any) -> None:
         scratch.write_text(json.dumps(value, indent=1, default=str) + "\n")
 
 
-def run_hash(config: Config, data: str) -> str:
-    """16 hex digits over what defines the result. `data` stands for the content of the token store."""
-    return digest([result_hash(config), data])
+def run_hash(config: Config, data: str, models: list[str]) -> str:
+    """16 hex digits over what defines the result. `data` stands for the content of the token store, `models` for that
+    of what a stage learns from."""
+    return digest([result_hash(config), data, *models])
 
 
 def numbered(name: str, number: int) -> str:

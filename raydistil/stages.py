@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from raydistil import rundir
-from raydistil.cache.inputs import inputs_of
+from raydistil.cache.inputs import inputs_of, model_hash
 from raydistil.cache.sizes import cache_spec, num_logits, sizes_of
 from raydistil.chain import Link
 from raydistil.cluster import address_of
@@ -82,7 +82,8 @@ def train_run(run: Prepared, training: Training) -> TrainRun:
     worker = _worker(run, training, manifest)
     source = _source(run, training, manifest, worker.teachers)
     store = rundir.checkpoints_of(run.config, training.stage)
-    run_hash = rundir.run_hash(run.config, run.store.path.name)
+    models = [model_hash(each.model) for each in worker.teachers if Path(each.model).is_dir()]
+    run_hash = rundir.run_hash(run.config, run.store.path.name, models)
     save = SaveSpec(store, run.config.checkpoints, run_hash, run.config.model_dump(mode="json"))
     return TrainRun(training.stage, source, worker, save, run.config.cluster, run.run_dir)
 

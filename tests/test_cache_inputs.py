@@ -1,5 +1,6 @@
 """What a cache depends on, and how large it is going to be."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -115,6 +116,18 @@ def test_augmented_texts_are_of_their_seed_and_shares(tiny_classifier: str, tmp_
 def test_a_causal_models_places_have_a_token_to_find() -> None:
     wanted = TargetsSpec(TargetsConfig(codec="topk", top_k=8), LossConfig(cosine=0), (), True, 0)
     assert sizes_of("clm", wanted, 0.15, width=32, classes=1000).per_token == 4 + 8 * 4 + 2 + 4
+
+
+def test_vectors_depend_on_how_they_are_pooled(tiny_teacher: str, texts: SourceSpec, tmp_path: Path) -> None:
+    found = []
+    for name in ("mean_tokens", "cls_token"):
+        folder = Path(shutil.copytree(tiny_teacher, tmp_path / name))
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{name}": True}))
+        found.append(
+            inputs_of(replace(teacher_of(str(folder), "mlm", (4,), True, LossConfig()), task="embedding"), texts)
+        )
+    assert found[0]["teacher"] == found[1]["teacher"] and found[0] != found[1]
 
 
 def test_a_model_is_known_by_its_bytes(tiny_teacher: str, tmp_path: Path) -> None:

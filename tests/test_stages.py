@@ -1,18 +1,21 @@
 """What a training is made of before it starts."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_pipeline import LANGUAGE_MODEL, config_for, quiet
 
+from raydistil import pipeline
 from raydistil.chain import links
 from raydistil.config.train import DEFAULT_ROWS
 from raydistil.models import shape_of
 from raydistil.pipeline import lesson
 from raydistil.prepare import prepare
 from raydistil.source import MicroBatches
-from raydistil.stages import train_run
+from raydistil.stages import Training, manifest_of, train_run
 
 MASKED, LENGTH = 0.15, 32
 BUDGET = 100
@@ -51,6 +54,39 @@ def test_checkpoints_are_of_the_content_of_a_corpus(tiny_teacher: str, corpus_fi
         (link,) = links(run.config, run.teacher_dirs, run.run_dir)
         found[name] = train_run(run, lesson(run, link)).save.run_hash
     assert found["same"] != found["more"]
+
+
+def test_checkpoints_are_of_the_content_of_the_teacher(tiny_teacher: str, corpus_file: Path, tmp_path: Path) -> None:
+    teacher, found = Path(shutil.copytree(tiny_teacher, tmp_path / "teacher")), list[str]()
+    run = prepare(config_for(tmp_path, str(teacher), corpus_file, **LANGUAGE_MODEL, evaluate=None), quiet)
+    (link,) = links(run.config, run.teacher_dirs, run.run_dir)
+    for _ in range(2):
+        found += [train_run(run, lesson(run, link)).save.run_hash] * 2
+        weights = bytearray((teacher / "model.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (teacher / "model.safetensors").write_bytes(weights)
+    assert found[0] == found[1] != found[2] == found[3]
+
+
+def test_the_baseline_has_as_many_micro_batches_as_the_student(
+    able_classifier: str, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them with rows, wherever the labels are."""
+    rows = [json.loads(line) for line in corpus_file.read_text().splitlines()]
+    for row in rows:
+        row["label"] = row["label"] if len(row["text"]) < 30 else None
+    corpus = tmp_path / "items.jsonl"
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = {"micro_batch_tokens": BUDGET, "micro_batch_size": DEFAULT_ROWS, "epochs": 3}
+    run = prepare(config_for(tmp_path, able_classifier, corpus, finetune=None, distill=train), quiet)
+    made: list[Training] = []
+    monkeypatch.setattr(pipeline, "train_stage", lambda _, training: made.append(training))
+    pipeline.train_baseline(run)
+    (link,) = links(run.config, run.teacher_dirs, run.run_dir)
+    (training,), student = made, train_run(run, lesson(run, link)).source.manifest
+    manifest = manifest_of(run, training.config, False, training.seed)
+    assert training.micro_batches == student.num_micro_batches <= manifest.num_micro_batches
+    assert manifest.num_micro_batches - manifest.per_epoch < student.num_micro_batches
 
 
 @pytest.mark.parametrize("threads", [1, 2])

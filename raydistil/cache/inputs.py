@@ -14,7 +14,8 @@ from huggingface_hub import snapshot_download
 from raydistil.config.section import Section
 from raydistil.config.targets import TargetsConfig
 from raydistil.errors import ModelError
-from raydistil.models import unloadable
+from raydistil.heads import pooling_of
+from raydistil.models import shape_of, unloadable
 from raydistil.specs import SourceSpec, TargetsSpec, TeacherSpec
 from raydistil.types import Task, models_language
 
@@ -25,7 +26,7 @@ WEIGHTS = ("*.safetensors", "*.bin", "config.json")
 def inputs_of(teacher: TeacherSpec, source: SourceSpec) -> dict[str, Any]:
     """By name; a plain JSON object. Raises ModelError where the teacher's files are not at hand."""
     wanted = teacher.targets
-    return {
+    return _pooling(teacher) | {
         "format": FORMAT, "teacher": model_hash(teacher.model), "task": teacher.task, "precision": teacher.precision,
         "token_store": source.store.name, "split": source.split, "masking": _plain(source.masking),
         "augment": _plain(source.augment),
@@ -33,6 +34,13 @@ def inputs_of(teacher: TeacherSpec, source: SourceSpec) -> dict[str, Any]:
         "soft_labels": _soft_labels(wanted), "places": _places(wanted, teacher.task),
         "seed": source.manifest.seed if source.masking or source.augment or _draws(wanted) else None,
     }  # fmt: skip
+
+
+def _pooling(teacher: TeacherSpec) -> dict[str, Any]:
+    """How its states become a vector, which stands beside its weights."""
+    if teacher.task != "embedding":
+        return {}
+    return {"pooling": pooling_of(str(_folder(teacher.model)), shape_of(teacher.model, "teacher.model"))}
 
 
 def model_hash(model: str) -> str:
