@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -26,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from raydistil.errors import ModelError
+from raydistil.errors import ModelError, RaydistilError
 from raydistil.heads import Inputs, has_types, pooling_of, said
 from raydistil.types import Precision, Task, TokenBatch, has_classes, models_language
 
@@ -68,18 +67,19 @@ def resolve(model: str, key: str = "teacher.model") -> str:
 
 def shape_of(model: str, key: str) -> Any:
     """The configuration of a checkpoint. Raises ModelError, naming `key`, where there is none to load."""
+    found = resolve(model, key)
     try:
-        return AutoConfig.from_pretrained(resolve(model, key))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{key}: expected a model in hub layout, cannot load {model!r}: {reason}") from error
+        return AutoConfig.from_pretrained(found)
+    except Exception as error:  # of a configuration that is none: whatever reading it as one leads to
+        raise unloadable(model, "model", error, key) from error
 
 
 def load_tokenizer(model: str, key: str = "teacher.model") -> PreTrainedTokenizerBase:
     """Raises ModelError, about `key` of the configuration, where there is none to load."""
+    place = resolve(model, key)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(model, key))
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
+    except Exception as error:
         raise unloadable(model, "tokenizer", error, key) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one out of nothing but a config.json
         raise ModelError(f"{key}: expected a tokenizer in hub layout, found no vocabulary in {model!r}")
@@ -95,13 +95,16 @@ def load_model(model: str, task: Task, labels: tuple[str, ...] = (), key: str = 
     quiet_transformers()
     head = _head(task, labels)
     asked: dict[str, Any] = {"ignore_mismatched_sizes": bool(head), "output_loading_info": True, **head}
+    place = resolve(model, key)
     try:
-        loaded, found = LOADERS[task].from_pretrained(resolve(model, key), dtype=torch.float32, **asked)
+        loaded, found = LOADERS[task].from_pretrained(place, dtype=torch.float32, **asked)
         inner = [name for name, *_ in found["mismatched_keys"] if name.startswith(f"{loaded.base_model_prefix}.")]
         if inner:
             raise ValueError(f"the size of {inner[0]} is another than its configuration says")
-        return _pooled(loaded, resolve(model, key)) if task == "embedding" else loaded
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        return _pooled(loaded, place) if task == "embedding" else loaded
+    except RaydistilError:
+        raise
+    except Exception as error:  # of weights that are none: whatever unpickling them leads to
         raise unloadable(model, f"{task} model", error, key) from error
 
 
@@ -138,13 +141,13 @@ def outline(model: str, task: Task, num_labels: int | None = None, key: str = "t
     try:
         with torch.device("meta"):
             made: PreTrainedModel = LOADERS[task].from_config(config, dtype=torch.float32)
-    except ValueError as error:
+    except Exception as error:
         raise unloadable(model, f"{task} model", error, key) from error
     return made
 
 
 def unloadable(model: str, what: str, error: Exception, key: str) -> ModelError:
-    reason = str(error).strip().splitlines()[0]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return ModelError(f"{key}: expected a {what} in hub layout, cannot load {model!r}: {reason}")
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -169,6 +170,27 @@ def test_a_broken_checkpoint_is_refused(saved: Path) -> None:
     weights.write_bytes(whole)
     (saved / "config.json").write_text("{")
     assert "is not a valid JSON file" in refused(str(saved))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hidden_size": "384"}, {"hidden_size": None}, {"id2label": ["a", "b"]}, {"hidden_act": "nope"}]
+)
+def test_a_configuration_that_is_none_is_refused(saved: Path, changes: dict[str, Any]) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | changes))
+    for load in (load_model, outline):
+        with pytest.raises(
+            ModelError, match=r"^teacher\.model: expected a .*model in hub layout, cannot load"
+        ) as found:
+            load(str(saved), "mlm")
+        assert len(str(found.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04\x95", b"PK\x03\x04 and no more"])
+def test_pickled_weights_that_are_none_are_refused(saved: Path, content: bytes) -> None:
+    (saved / "model.safetensors").unlink()
+    (saved / "pytorch_model.bin").write_bytes(content)
+    assert refused(str(saved)).startswith("teacher.model: expected a mlm model in hub layout, cannot load")
 
 
 def test_a_tokenizer_that_is_not_there_or_broken(saved: Path) -> None:

@@ -170,7 +170,13 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_what_arrives_is_the_students_directory_in_one_commit(
     hub: Hub, run_dir: Path, finished: tuple[Config, dict[str, Any]], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    hub.files = {"onnx/model_int8.onnx": b"of another student", "LICENSE": b"mine"}
+    stale = (
+        "onnx/model_int8.onnx",
+        "model.bf16.safetensors",
+        "int8-torchao/config.json",
+        "fp8-torchao/model.safetensors",
+    )
+    hub.files = dict.fromkeys(stale, b"of another student") | {"LICENSE": b"mine"}
     assert _guarded(["export", str(run_dir), "--to", "hf", "--push", NAME, "--json"]) == 0
     said = capfd.readouterr()
     assert hub.files.pop("LICENSE") == b"mine"

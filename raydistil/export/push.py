@@ -12,6 +12,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError
 
 from raydistil.errors import ExportError
+from raydistil.export import FILES
 
 NAME = re.compile(r"(?!.*(--|\.\.))\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)  # that the hub takes
 
@@ -36,7 +37,8 @@ def repository_of(name: str, private: bool) -> Repository:
 def push(folder: Path, to: Repository, message: str) -> str:
     """Commit the files of `folder` to `to`, which is made unless it is there; returns its address.
 
-    ONNX files of an export before go with the same commit: they would be another model's. Raises ExportError for what
+    Files of other formats that an export before has left there go with the same commit: they would be another model's.
+    Raises ExportError for what
     the hub refuses.
     """
     api = HfApi(token=get_token())
@@ -59,11 +61,17 @@ def push(folder: Path, to: Repository, message: str) -> str:
 
 def _operations(api: HfApi, folder: Path, name: str) -> list[CommitOperationAdd | CommitOperationDelete]:
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    stale = [path for path in api.list_repo_files(name) if path.startswith("onnx/") and path not in files]
+    stale = [path for path in api.list_repo_files(name) if _is_ours(path) and path not in files]
     return [
         *(CommitOperationDelete(path) for path in stale),
         *(CommitOperationAdd(path, file) for path, file in files.items()),
     ]
+
+
+def _is_ours(path: str) -> bool:
+    """Whether it is, or is below, what an export makes beside the Hugging Face directory."""
+    first = path.partition("/")[0]
+    return first in {place.parts[0] for name, place in FILES.items() if name != "hf"}
 
 
 def _reason(error: BaseException) -> str:
