@@ -88,8 +88,12 @@ def test_a_model_whose_last_checkpoint_is_there_comes_home(
         saved(store, 3)
         return None, asked
 
-    monkeypatch.setattr("raydistil.saving.save_model", lambda model, name, path: path.mkdir())
+    def save_model(_: Any, name: str, path: Path) -> None:
+        path.mkdir()
+        (path / name).write_text("weights")
+
+    monkeypatch.setattr("raydistil.saving.save_model", save_model)
     monkeypatch.setattr(driving, "_trained", trained)
     with pytest.raises(Interrupted, match="distill is done; the same command goes on") if asked else nullcontext():
         train(run, tmp_path / "home", pytest.fail, recorded.append)
-    assert [summary.steps for summary in recorded] == [3] and (tmp_path / "home").is_dir()
+    assert [summary.steps for summary in recorded] == [3] and (tmp_path / "home" / "tokens").is_file()
