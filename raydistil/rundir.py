@@ -97,10 +97,10 @@ def write_json(path: Path, value: Any) -> None:
         scratch.write_text(json.dumps(value, indent=1, default=str) + "\n")
 
 
-def run_hash(config: Config, data: str, models: list[str]) -> str:
-    """16 hex digits over what defines the result. `data` stands for the content of the token store, `models` for that
-    of what a stage learns from."""
-    return digest([result_hash(config), data, *models])
+def run_hash(config: Config, data: str, teachers: list[dict[str, Any]]) -> str:
+    """16 hex digits over what defines the result. `data` stands for the content of the token store, `teachers` for
+    what those say that a stage learns from."""
+    return digest([result_hash(config), data, *teachers])
 
 
 def numbered(name: str, number: int) -> str:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from raydistil import rundir
-from raydistil.cache.inputs import inputs_of, model_hash
+from raydistil.cache.inputs import inputs_of, said_by
 from raydistil.cache.sizes import cache_spec, num_logits, sizes_of
 from raydistil.chain import Link
 from raydistil.cluster import address_of
@@ -82,8 +82,8 @@ def train_run(run: Prepared, training: Training) -> TrainRun:
     worker = _worker(run, training, manifest)
     source = _source(run, training, manifest, worker.teachers)
     store = rundir.checkpoints_of(run.config, training.stage)
-    models = [model_hash(each.model) for each in worker.teachers if Path(each.model).is_dir()]
-    run_hash = rundir.run_hash(run.config, run.store.path.name, models)
+    said = [said_by(each) for each in worker.teachers if Path(each.model).is_dir()]  # a hub's name stands for itself
+    run_hash = rundir.run_hash(run.config, run.store.path.name, said)
     save = SaveSpec(store, run.config.checkpoints, run_hash, run.config.model_dump(mode="json"))
     return TrainRun(training.stage, source, worker, save, run.config.cluster, run.run_dir)
 

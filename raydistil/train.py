@@ -52,11 +52,12 @@ def train(run: TrainRun, target: Path, say: Say, record: Callable[[TrainSummary]
     Raises Interrupted after a Ctrl-C, with a checkpoint saved.
     """
     store = run.save.store
-    summary, asked = None, False
-    kept = store.newest_whole(run.save.run_hash, say)
+    asked, kept = False, store.newest_whole(run.save.run_hash, say)
     if kept is None or kept.state.steps < run.worker.num_steps:
         summary, asked = _trained(run)
         kept = store.newest_whole(run.save.run_hash, say, below=MODEL)
+    else:
+        summary = kept.state.summary  # the driver was killed on its way home
     if kept is None or kept.state.steps < run.worker.num_steps:
         raise StorageError(
             f"expected the checkpoint of the last step in {store.place}/{store.below}, got one that is damaged: run "
@@ -64,7 +65,7 @@ def train(run: TrainRun, target: Path, say: Say, record: Callable[[TrainSummary]
         )
     with whole_directory(target) as scratch, store.at_hand(f"{kept.name}/{MODEL}") as saved:
         shutil.copytree(saved, scratch, dirs_exist_ok=True)
-        record(summary or kept.state.summary)  # of one that was killed on its way home
+        record(summary)
     clear_up(run.save.config, store)
     if asked:
         raise Interrupted(f"{run.stage} is done; the same command goes on with what comes after it")
@@ -77,9 +78,9 @@ def clear_up(config: CheckpointsConfig, store: CheckpointStore) -> None:
         _forget_ray_train(store)
 
 
-def _trained(run: TrainRun) -> tuple[TrainSummary | None, bool]:
-    """The training itself, from wherever it stands to its end: (what workers said of it, None where they died between
-    its last checkpoint and saying so; whether it was to stop when there was nothing left to stop).
+def _trained(run: TrainRun) -> tuple[TrainSummary, bool]:
+    """The training itself, from wherever it stands to its end: (what it was, whether it was to stop when there was
+    nothing left to stop).
     """
     warm.with_training(run.cluster, 0 if run.source.caches else len(run.worker.teachers))
     progress = _progress_of(run)
@@ -93,8 +94,10 @@ def _trained(run: TrainRun) -> tuple[TrainSummary | None, bool]:
     _forget_ray_train(run.save.store)
     if refused is not None:
         raise refused
-    if summary is None:
-        return None, asked.is_set()
+    if summary is None:  # workers died between the last checkpoint and saying so
+        last = run.save.store.newest()
+        assert last is not None
+        summary = last.state.summary
     if summary.interrupted:
         raise Interrupted(f"{run.stage} stopped after step {summary.steps}; the same command goes on from there")
     seen = replace(summary, peak_store_bytes=store.peak, spilled_bytes=store.spilled(), restarts=starts - 1)

@@ -142,6 +142,9 @@ def test_a_canary_that_has_to_go_is_asked_no_more(own: ServedModel) -> None:
     assert to.tried.asked == 3
     assert board.tried("v", Limits(0.01, 0.1), "there", Tried()) == to.stopped  # others hear of it
     assert board.tried("other", Limits(0.01, 0.1), "there", Tried(3, 0)) is None and board.verdict("other") is None
+    another = Board()  # in the place of one that died, and with it what it had been told
+    assert another.tried("v", Limits(0.01, 0.1), "there", Tried()) is None
+    assert another.tried("v", Limits(0.01, 0.1), "here", Tried(), to.stopped) == another.verdict("v") == to.stopped
 
 
 def test_the_teacher_in_the_shadow_answers_nobody(own: ServedModel, other: ServedModel) -> None:

@@ -54,14 +54,31 @@ def test_a_quote_that_never_ends_takes_its_own_line_alone(tmp_path: Path) -> Non
     assert [line.split(": ")[0] for line in said[1:]] == [f"{path}:{number}" for number in (3, 5, 20_002)]
 
 
+def test_what_a_bad_row_leaves_behind_is_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text('text,label\none,a\n"first line\nthe "best" one",pos\n"two, three",b\n"four\nfive",b\n')
+    found, said = notes_of(path, max_bad_rows=2)
+    assert found == ["one", "two, three", "four\nfive"]
+    assert [line.split(": ")[0] for line in said[1:]] == [f"{path}:{number}" for number in (3, 4)]
+
+
+def test_a_long_document_is_one_row(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    document = "a line of it\n" * 20_000
+    path.write_text(f'text,label\n"{document}",a\nshort,b\n')
+    assert notes_of(path)[0] == [document.strip(), "short"] or notes_of(path)[0] == [document, "short"]
+
+
 def test_a_value_of_parquet_that_python_does_not_have_is_a_bad_row(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     words = pa.array([b"one", b"caf\xe9", b"three"], pa.binary())
     text = pa.Array.from_buffers(pa.string(), 3, words.buffers())
     far = pa.array([2**40, 0, 0], pa.timestamp("s"))  # in a column that nobody asks for
     pq.write_table(pa.table({"text": text, "when": far}), path)
-    with pytest.raises(DataError, match=rf"{path}:2: expected text and numbers, got 'utf-8' codec"):
+    with pytest.raises(DataError, match=rf"{path}:2: expected text in column 'text', got UnicodeDecodeError: mend"):
         notes_of(path)
+    with pytest.raises(DataError, match=rf"{path}:1: expected text in column 'when', got OverflowError: mend"):
+        notes_of(path, text_column="when")
     found, said = notes_of(path, max_bad_rows=1)
     assert found == ["one", "three"] and said[0] == "bad rows left out: 1 of at most 1"
 

@@ -13,6 +13,7 @@ from device import Device, first_running, numbers, results, run, submitted
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raydistil.serve import batcher as batching
 from raydistil.serve.batcher import (
     RETRY_S,
     Batch,
@@ -182,15 +183,25 @@ def test_when_to_come_again_follows_from_what_was_measured() -> None:
 # ---- the end
 
 
-def test_an_idle_device_takes_what_comes_whatever_was_measured() -> None:
+def test_an_idle_device_that_was_slow_once_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(held=False)
     batcher = Batcher(device.run, WIDE)
 
     async def test() -> None:
+        await batcher.submit(numbers(10, 1))
         batcher._speed.add(tokens=10, cost=10, seconds=100.0)
-        soon = asyncio.get_running_loop().time() + 10
-        batcher.check(soon)
-        assert results(await batcher.submit(numbers(1, 1), soon)) == [2]
+        batcher._last = 10, 100.0
+
+        def soon() -> float:
+            return asyncio.get_running_loop().time() + 10
+
+        with pytest.raises(DeadlineExceeded, match=r"expected a later deadline: this takes 50\.\d+ s by itself"):
+            await batcher.submit(numbers(10, 1), soon())
+        monkeypatch.setattr(batching, "PROBE_S", 0.0)
+        assert results(await batcher.submit(numbers(10, 1), soon())) == [2]
+        monkeypatch.setattr(batching, "PROBE_S", 1000.0)  # it was fast then: the slow one counts no more
+        assert batcher._wait_s(time.monotonic(), 10) > 10
+        assert results(await batcher.submit(numbers(10, 1), soon())) == [2]
 
     run(test, device, batcher)
 

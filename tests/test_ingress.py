@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from ray.serve._private import constants
 from starlette.responses import PlainTextResponse
 
 from raydistil.serve import early
@@ -112,7 +113,14 @@ def test_a_header_that_serve_could_not_read_is_refused(nobody: None, classifier_
     assert (start["status"], error["type"], error["param"]) == (400, "malformed_header", "x-request-id")
     assert len(dict(start["headers"])[b"x-request-id"]) == 32
     assert told(app, "/info", (b"traceparent", b"\xff"))[0]["status"] == 400
-    assert told(app, "/v1/classify", (b"x-name", "café".encode()))[0]["status"] == 200
+    assert told(app, "/v1/classify", (b"x-request-id", "café".encode()))[0]["status"] == 200
+    assert told(app, "/v1/classify", (b"user-agent", b"caf\xe9"))[0]["status"] == 200  # nobody reads it
+    names = (
+        constants.SERVE_HTTP_REQUEST_ID_HEADER, constants.SERVE_HTTP_REQUEST_TIMEOUT_S_HEADER,
+        constants.SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER, constants.SERVE_MULTIPLEXED_MODEL_ID,
+        constants.SERVE_SESSION_ID,
+    )  # fmt: skip
+    assert {told(app, "/", (name.lower().encode(), b"\xff"))[0]["status"] for name in names} == {400}
     counted = exposition([model.meter.families(model.batcher.load())]).decode()
     assert re.search(r'requests_total\{[^}]*status="400"\} 1\.0', counted)
 

@@ -64,6 +64,7 @@ class Actor:
     def __init__(self) -> None:
         self.wishes: list[Any] = []
         self.wish = SimpleNamespace(remote=self.wishes.append)
+        self.outcome = SimpleNamespace(remote=lambda: (None, None, 2))  # nobody said anything, of two starts
 
 
 def test_a_signal_is_remembered_when_there_is_nothing_left_to_stop(capfd: pytest.CaptureFixture[str]) -> None:
@@ -79,21 +80,32 @@ def test_a_signal_is_remembered_when_there_is_nothing_left_to_stop(capfd: pytest
 def test_a_model_whose_last_checkpoint_is_there_comes_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
 ) -> None:
-    """Whoever died before he could say so; and what was to stop does so then."""
+    """Where the workers died before they could say so, too; and what was to stop does so then."""
     store, recorded = CheckpointStore(str(tmp_path / "kept"), "distill"), list[Any]()
     save = SimpleNamespace(store=store, run_hash="run", config=CheckpointsConfig())
-    run: Any = SimpleNamespace(save=save, worker=SimpleNamespace(num_steps=3), stage="distill")
+    source, worker = SimpleNamespace(caches=()), SimpleNamespace(num_steps=3, teachers=(), traced=())
+    run: Any = SimpleNamespace(
+        save=save, source=source, worker=worker, stage="distill", cluster=None, run_dir=tmp_path
+    )  # fmt: skip
+    actor = Actor()
 
-    def trained(_: Any) -> tuple[None, bool]:
+    def fit(*_: Any) -> None:
         saved(store, 3)
-        return None, asked
+        if asked:
+            signal.raise_signal(signal.SIGINT)
 
     def save_model(_: Any, name: str, path: Path) -> None:
         path.mkdir()
         (path / name).write_text("weights")
 
     monkeypatch.setattr("raydistil.saving.save_model", save_model)
-    monkeypatch.setattr(driving, "_trained", trained)
+    monkeypatch.setattr(driving.warm, "with_training", lambda *_: None)
+    for name, stand_in in {"_progress_of": lambda _: actor, "_trainer": None, "_need": None, "_fit": fit}.items():
+        monkeypatch.setattr(driving, name, stand_in or (lambda *_: None))
+    monkeypatch.setattr(driving, "Store", lambda: SimpleNamespace(peak=5, spilled=lambda: None))
+    monkeypatch.setattr(driving.ray, "get", lambda asked: asked)
+    monkeypatch.setattr(driving.ray, "kill", lambda _: None)
     with pytest.raises(Interrupted, match="distill is done; the same command goes on") if asked else nullcontext():
         train(run, tmp_path / "home", pytest.fail, recorded.append)
-    assert [summary.steps for summary in recorded] == [3] and (tmp_path / "home" / "tokens").is_file()
+    assert [(each.steps, each.restarts) for each in recorded] == [(3, 1)]
+    assert (tmp_path / "home" / "tokens").is_file() and len(actor.wishes) == asked

@@ -26,8 +26,8 @@ WEIGHTS = ("*.safetensors", "*.bin", "config.json")
 def inputs_of(teacher: TeacherSpec, source: SourceSpec) -> dict[str, Any]:
     """By name; a plain JSON object. Raises ModelError where the teacher's files are not at hand."""
     wanted = teacher.targets
-    return _pooling(teacher) | {
-        "format": FORMAT, "teacher": model_hash(teacher.model), "task": teacher.task, "precision": teacher.precision,
+    return said_by(teacher) | {
+        "format": FORMAT, "task": teacher.task, "precision": teacher.precision,
         "token_store": source.store.name, "split": source.split, "masking": _plain(source.masking),
         "augment": _plain(source.augment),
         "states": [list(wanted.states), wanted.config.states if wanted.states else None],
@@ -36,11 +36,12 @@ def inputs_of(teacher: TeacherSpec, source: SourceSpec) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _pooling(teacher: TeacherSpec) -> dict[str, Any]:
-    """How its states become a vector, which stands beside its weights."""
-    if teacher.task != "embedding":
-        return {}
-    return {"pooling": pooling_of(str(_folder(teacher.model)), shape_of(teacher.model, "teacher.model"))}
+def said_by(teacher: TeacherSpec) -> dict[str, Any]:
+    """What makes it say what it says: its weights, and how its states become a vector, which stands beside them."""
+    found = {"teacher": model_hash(teacher.model)}
+    if teacher.task == "embedding":
+        found["pooling"] = pooling_of(str(_folder(teacher.model)), shape_of(teacher.model, "teacher.model"))
+    return found
 
 
 def model_hash(model: str) -> str:

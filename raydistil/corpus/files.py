@@ -6,6 +6,7 @@ Every complaint names the file and the row, and is for `BadRows` to make.
 import csv
 import glob
 import json
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from raydistil.corpus.bad import BadRows
 from raydistil.errors import DataError
 
 Record = tuple[int, dict[str, Any]]  # 1-based line or row number, columns
+QUOTED = re.compile(r'(?:^|(?<=,))"(?:[^"]|"")*"(?=,|$)')  # a field, as it has to be
+csv.field_size_limit(1 << 22)  # characters: a document; what a quote that never ends takes is read again
 
 
 def expand(pattern: str, key: str) -> list[Path]:
@@ -91,29 +94,19 @@ def _read_csv(path: Path, bad: BadRows) -> Iterator[Record]:
 
 
 def _csv_rows(path: Path, bad: BadRows) -> Iterator[tuple[int, list[str]]]:
-    """(first line, fields) of every row that is not blank. A quote that never ends takes none but its own line."""
+    """(first line, fields) of every row that is not blank. A quote that never ends takes no row but its own."""
     lines = Again(_lines(path, bad))
-    while True:
-        lines.taken.clear()
-        try:
-            row = next(csv.reader(lines, strict=True), None)
-        except csv.Error as error:
-            start = lines.taken[0][0]
-            bad.add(DataError(f"{path}:{start}: expected a row of CSV, got a bad one: {error}: mend the row"))
-            lines.again()
-            continue
-        if row is None:
-            return
+    while (row := lines.row(path, bad)) is not None:
         if row:
             yield lines.taken[0][0], row
 
 
 class Again:
-    """Lines, of which those that a bad row has taken beside its own can be had again."""
+    """Lines of CSV, of which those that a bad row has taken beside its first are read again, each as a row's first."""
 
     def __init__(self, lines: Iterator[tuple[int, str]]) -> None:
         self._lines, self._ahead = lines, deque[tuple[int, str]]()
-        self.taken: list[tuple[int, str]] = []
+        self.taken: list[tuple[int, str]] = []  # by the row
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -122,48 +115,60 @@ class Again:
         self.taken.append(self._ahead.popleft() if self._ahead else next(self._lines))
         return self.taken[-1][1] + "\n"
 
-    def again(self) -> None:
-        self._ahead.extendleft(reversed(self.taken[1:]))
+    def row(self, path: Path, bad: BadRows) -> list[str] | None:
+        """The next one; without fields where it is bad, or blank. None: there is no more."""
+        self.taken.clear()
+        taken_before = bool(self._ahead)
+        try:
+            row = next(csv.reader(self, strict=True), None)
+            if taken_before and '"' in QUOTED.sub("", "\n".join(line for _, line in self.taken)):
+                raise csv.Error("a quote in a field without quotes: the rest of a row before")
+        except csv.Error as error:
+            bad.add(
+                DataError(f"{path}:{self.taken[0][0]}: expected a row of CSV, got a bad one: {error}: mend the row")
+            )
+            self._ahead.extendleft(reversed(self.taken[1:]))
+            return []
+        return row
 
 
 def _read_parquet(path: Path, bad: BadRows) -> Iterator[Record]:
-    """Row group by row group: one that is damaged takes none of the others with it. Times are no text, nor a label."""
+    """Row group by row group: one that is damaged takes none of the others with it."""
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)  # where there are checksums
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from error
     with file:
-        first, columns = 0, [field.name for field in file.schema_arrow if not pa.types.is_temporal(field.type)]
+        first = 0
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
-            batches = file.iter_batches(batch_size=1024, row_groups=[group], columns=columns)
-            yield from _read_group(path, batches, group, range(first + 1, first + rows + 1), bad)
+            yield from _read_group(path, file, group, range(first + 1, first + rows + 1), bad)
             first += rows
 
 
-def _read_group(
-    path: Path, batches: Iterator[pa.RecordBatch], group: int, rows: range, bad: BadRows
-) -> Iterator[Record]:  # fmt: skip
+def _read_group(path: Path, file: pq.ParquetFile, group: int, rows: range, bad: BadRows) -> Iterator[Record]:
     read = 0
     try:
-        for batch in batches:
-            for row in _plain(batch):
-                if isinstance(row, dict):
-                    yield rows[read], row
-                else:
-                    bad.add(DataError(f"{path}:{rows[read]}: expected text and numbers, got {row}: write the row anew"))
+        for batch in file.iter_batches(batch_size=1024, row_groups=[group]):
+            columns = [_values(column) for column in batch.columns]
+            for row in zip(*columns, strict=True):
+                yield rows[read], dict(zip(batch.schema.names, row, strict=True))
                 read += 1
     except (pa.ArrowException, OSError) as error:
         what = f"row group {group} (rows {rows[0]} to {rows[-1]}) is damaged after {read} rows: {error}"
         bad.add(DataError(f"{path}: {what}: write the file anew"), rows=len(rows) - read)
 
 
-def _plain(batch: pa.RecordBatch) -> list[dict[str, Any] | Exception]:
-    """Its rows as Python's values, or why one has none: text that is no UTF-8, a time beyond the calendar."""
+def _values(column: pa.Array) -> list[Any]:
+    """As Python has them. In the place of one that it cannot have, text that is no UTF-8 or a time beyond the calendar,
+    stands why: where nobody asks for it, it does no harm.
+    """
     try:
-        return list(batch.to_pylist())
+        return list(column.to_pylist())
     except (ValueError, OverflowError) as error:
-        return [error] if len(batch) == 1 else [row for n in range(len(batch)) for row in _plain(batch.slice(n, 1))]
+        return (
+            [error] if len(column) == 1 else [value for n in range(len(column)) for value in _values(column[n : n + 1])]
+        )
 
 
 def _read_txt(path: Path, bad: BadRows) -> Iterator[Record]:

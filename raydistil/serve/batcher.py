@@ -26,6 +26,7 @@ from raydistil.serve.waiting import Forming, Lateness, Limits, Queue, Speed, Tic
 P = TypeVar("P")  # what the model reads of an item
 R = TypeVar("R")  # what it makes of it
 RETRY_S = 1.0  # as long as no batch was timed
+PROBE_S = 1.0  # an idle device that was too slow as long ago is tried again
 
 
 class NotServed(Exception):
@@ -44,8 +45,10 @@ class Draining(NotServed):
 
 
 class DeadlineExceeded(NotServed):
-    def __init__(self) -> None:
-        super().__init__("expected to start before the deadline, it passed")
+    def __init__(self, takes_s: float | None = None) -> None:
+        """`takes_s`: what it would take with nobody before it; None: the deadline has passed."""
+        why = "expected to start before the deadline, it passed"
+        super().__init__(why if takes_s is None else f"expected a later deadline: this takes {takes_s:.3f} s by itself")
 
 
 class ItemFailed(NotServed):
@@ -163,7 +166,7 @@ class Batcher(Generic[P, R]):
         self._queue: Queue[Entry[P, R]] = Queue(limits, padded)
         self._speed, self._late, self._busy_s = Speed(), Lateness(), 0.0
         self._running: tuple[Forming[Entry[P, R]], float] | None = None  # and since when
-        self._ended = -math.inf  # the last batch
+        self._ended, self._last = -math.inf, (1, 0.0)  # the last batch, and what it cost and took
         self._numbers = itertools.count()
         self._thread: threading.Thread | None = None
         self._draining = self._closed = False
@@ -246,7 +249,8 @@ class Batcher(Generic[P, R]):
             raise Draining
         if deadline <= now:
             raise DeadlineExceeded
-        if self._is_idle():  # and what comes is measured: else one slow batch would shut everybody out for good
+        if self._is_idle():
+            self._check_idle(tokens, deadline, now)
             return
         waiting = self._queue.tokens
         over = waiting + tokens - self._limits.queue_tokens
@@ -255,6 +259,15 @@ class Batcher(Generic[P, R]):
         late_s = now + self._wait_s(now, self._ahead(waiting) + tokens) - deadline + self._late.seconds(now)
         if late_s > 0:
             raise QueueFull(late_s)
+
+    def _check_idle(self, tokens: int, deadline: float, now: float) -> None:
+        """By the last batch, too: a slow one is soon forgotten when others are fast. Where it was one of the slow, the
+        device is tried again after a while, or it would shut everybody out for good.
+        """
+        cost, seconds = self._last
+        takes_s = min(self._wait_s(now, tokens), seconds * max(1.0, tokens / cost))
+        if now + takes_s > deadline and now - self._ended < PROBE_S:
+            raise DeadlineExceeded(takes_s)
 
     def _is_idle(self) -> bool:
         return not self._queue.tokens and self._running is None
@@ -367,6 +380,7 @@ class Batcher(Generic[P, R]):
         with self._changed:
             self._running, self._ended = None, started + seconds
             self._busy_s += seconds
+            self._last = batch.cost(), seconds
             if outcome.results:
                 self._speed.add(batch.tokens, batch.cost(), seconds)
         with suppress(RuntimeError):  # the loop is closed: nobody waits

@@ -75,8 +75,10 @@ class Student(Replica):
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         if self._canary is not None:
-            asked = self._canary.source.version, self._canary.limits, self._name, self._answering.tried
-            self._answering.stopped = await self._board.tried.remote(*asked)
+            canary, own = self._canary, self._answering
+            own.stopped = await self._board.tried.remote(
+                canary.source.version, canary.limits, self._name, own.tried, own.stopped
+            )  # fmt: skip
         return await super().record_autoscaling_stats()
 
 

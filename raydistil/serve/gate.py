@@ -15,6 +15,11 @@ from raydistil.serve.metrics import GONE
 from raydistil.serve.model import ServedModel
 from raydistil.serve.schema import LATEST_MS, MAX_BODY_BYTES, within_s
 
+# Headers that Serve reads: `_` stands for `-`, too.
+SERVES = (
+    b"x-request-id", b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"x-session-id",
+    b"serve-multiplexed-model-id", b"traceparent", b"tracestate",
+)  # fmt: skip
 OPEN = ("/", "/livez", "/readyz", "/docs", "/openapi.json")  # nothing of these is anybody's
 
 
@@ -108,8 +113,10 @@ def refusal(model: ServedModel, route: str) -> Callable[[Scope], ASGIApp | None]
 
 
 def _unreadable(scope: Scope) -> JSONResponse | None:
-    """Where a header is not UTF-8: Serve reads several, outside of what turns errors into answers."""
+    """Where a header that Serve reads, outside of what turns errors into answers, is not UTF-8."""
     for name, value in scope["headers"]:
+        if name.replace(b"_", b"-") not in SERVES:
+            continue
         try:
             value.decode()
         except UnicodeDecodeError:

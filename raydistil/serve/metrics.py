@@ -155,12 +155,14 @@ class Board:
         self._shown = {name: shown for name, shown in self._shown.items() if now - shown[0] < KEPT_S}
         return [_counts(shown) if now - at > GONE_S else shown for at, shown in self._shown.values()]
 
-    def tried(self, version: str, limits: Limits, replica: str, tried: Tried) -> str | None:
+    def tried(
+        self, version: str, limits: Limits, replica: str, tried: Tried, stopped: str | None = None
+    ) -> str | None:  # fmt: skip
         """Why the canary of that version has to go, by what all replicas have seen of it, this one so far; once said,
-        it stays so."""
+        it stays so, as `stopped` on a replica that was told by a board before this one."""
         seen = self._tried.setdefault(version, {})
         seen[replica] = tried
-        found = verdict(sum(seen.values(), Tried()), limits)
+        found = stopped or verdict(sum(seen.values(), Tried()), limits)
         if found is not None:
             self._verdicts.setdefault(version, found)
         return self._verdicts.get(version)
