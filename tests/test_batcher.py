@@ -195,7 +195,7 @@ def test_an_idle_device_that_was_slow_once_is_tried_again(monkeypatch: pytest.Mo
         def soon() -> float:
             return asyncio.get_running_loop().time() + 10
 
-        with pytest.raises(DeadlineExceeded, match=r"expected a later deadline: this takes 50\.\d+ s by itself"):
+        with pytest.raises(DeadlineExceeded, match=r"expected a later deadline: this takes 5\d\.\d+ s by itself"):
             await batcher.submit(numbers(10, 1), soon())
         monkeypatch.setattr(batching, "PROBE_S", 0.0)
         assert results(await batcher.submit(numbers(10, 1), soon())) == [2]
