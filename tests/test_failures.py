@@ -189,8 +189,12 @@ def test_a_worker_that_dies_again_and_again_is_given_up(
 def test_a_teacher_that_never_lives_through_its_work_is_given_up(
     ray_cluster: None, tiny_teacher: str, corpus_file: Path, tmp_path: Path
 ) -> None:
-    """Killed while it loads, as for its memory: each a little later, until it could say that it is there."""
+    """Killed while it loads, as for its memory: each a little later, until it could say that it is there. A step of the
+    student takes far longer than any of them lives.
+    """
     config = killed_config(tmp_path, tiny_teacher, corpus_file, "teacherless", max_failures=1)
+    assert config.distill is not None
+    config = config.model_copy(update={"distill": config.distill.model_copy(update={"accumulation": 90})})
     met: list[int] = []
     over = threading.Event()
 
