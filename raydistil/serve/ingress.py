@@ -15,8 +15,12 @@ from raydistil.serve.early import middlewares
 from raydistil.serve.ports import free_or_any
 from raydistil.serve.schema import ErrorDetail, ErrorReply
 
-# Where these are free; else on any port.
-PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": 8404, "RAY_SERVE_HAPROXY_METRICS_PORT": 9101}
+# Where these are free; else on any port. The fallback proxy answers where there is no replica, and shares its port with
+# whoever else asks for it: two servers on one machine would answer each other's requests.
+PORTS = {
+    "RAY_SERVE_HAPROXY_STATS_PORT": 8404, "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": 8500,
+}  # fmt: skip
 # What a replica that dies had not begun to answer is asked of another one, where the request is no larger than the
 # buffer: the same question twice does no harm. A replica that is to end stays for three seconds, not thirty: HAProxy,
 # beside it, knows within one. How much there is to do is told every second. Requests are counted by the app, and
